@@ -1529,16 +1529,18 @@ class Console(logging.Handler):
     """Messages as plain lines: on stdout, warnings and errors on stderr, above the bars if there are any."""
 
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stdout if record.levelno < logging.WARNING else sys.stderr)
-        (sys.stdout if record.levelno < logging.WARNING else sys.stderr).flush()
+        stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
+        try:
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()
+        except BrokenPipeError:  # a reader such as `head` has gone, which is no reason to stop
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def talk(verbose: bool):
     """Send messages to the console."""
-    logging.raiseExceptions = False  # a reader such as `head` that has gone is no reason to stop
     log.setLevel(logging.DEBUG)
-    console = Console(logging.DEBUG if verbose else logging.INFO)
-    log.addHandler(console)
+    log.addHandler(Console(logging.DEBUG if verbose else logging.INFO))
 
 
 def open_log(config: Config) -> Path:
@@ -1646,6 +1648,8 @@ class Summary:
         gone = sum(not config.folder(*key).exists() for key in done)
         log.info("")
         log.info("Summary after %s", duration(seconds))
+        if not self.counts:
+            log.info("  nothing was left to do")
         log.info("  completed   %5d   %d frames, %s; %s downloaded in %s, extracted in %s", count("completed", 0), self.frames, gb(self.bytes),
                  gb(self.smc_bytes), duration(self.download_s), duration(self.extract_s))  # fmt: skip
         log.info("  failed      %5d", sum(number for status, number in self.counts.items() if status not in ("completed", "absent", "")))

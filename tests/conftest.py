@@ -1,0 +1,129 @@
+"""What the tests share: a small synthetic release, and a workspace in which to run the script on it as a user does."""
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+TESTS = Path(__file__).parent
+SCRIPT = TESTS.parent / "extract_streaming_gdrive.py"
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+import synthetic_release  # noqa: E402
+
+RCLONE = shutil.which("rclone") or str(Path(sys.executable).parent / "rclone")
+
+
+@pytest.fixture(scope="session")
+def release(tmp_path_factory):
+    """Two subjects with six speech performances each, small; not to be changed."""
+    folder = tmp_path_factory.mktemp("release")
+    synthetic_release.write_release(folder, frames=6, size=(128, 153))
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path, release):
+    return Workspace(tmp_path / "work", release)
+
+
+class Workspace:
+    """A folder with a config.yaml and an rclone.conf whose remote "demo" is an alias of a local release."""
+
+    def __init__(self, folder, release):
+        self.folder, self.release = Path(folder), Path(release)
+        self.folder.mkdir(parents=True)
+        (self.folder / "rclone.conf").write_text(f"[demo]\ntype = alias\nremote = {self.release}\n")
+        self.settings = {
+            "google_drive": {"root_folder_id": "", "remote_name": "demo", "rclone_flags": ["--config", "rclone.conf"]},
+            "extraction": {"subjects": ["0018"]},
+            "storage": {"temp_dir": "temp_smc", "output_dir": "subjects", "max_temp_size_gb": 1, "min_free_gb": 0},
+            "processing": {"workers": 2},
+        }
+        self.write_config()
+
+    def write_config(self, **changes):
+        """Change settings, such as extraction={"cameras": [25]}, and write the config."""
+        for section, values in changes.items():
+            self.settings.setdefault(section, {}).update(values)
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.settings))
+
+    def command(self, *arguments):
+        return [sys.executable, str(SCRIPT), "--config", str(self.folder / "config.yaml"), *arguments]
+
+    def run(self, *arguments, expect=0, environment=None, timeout=120):
+        """Run the script; its exit code has to be `expect`. Gives what it printed, stdout and stderr in `out` and `err`."""
+        begin = time.monotonic()
+        done = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=timeout,
+                              env={**os.environ, **(environment or {})}, cwd=self.folder.parent)
+        done.seconds = time.monotonic() - begin
+        done.out, done.err = done.stdout, done.stderr
+        assert done.returncode == expect, done.stdout + done.stderr
+        assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+        return done
+
+    def start(self, *arguments, environment=None, **options):
+        """Start the script and don't wait for it."""
+        return subprocess.Popen(self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                env={**os.environ, **(environment or {})}, cwd=self.folder.parent, **options)
+
+    @property
+    def manifest(self):
+        return self.folder / "MANIFEST.csv"
+
+    @property
+    def rows(self):
+        with open(self.manifest, newline="") as file:
+            return list(csv.DictReader(file))
+
+    @property
+    def states(self):
+        """{(subject, performance): status of the last row}"""
+        return {(row["subject"], row["performance"]): row["status"] for row in self.rows}
+
+    def path(self, *names):
+        return self.folder.joinpath("subjects", *names)
+
+    def info(self, subject, performance):
+        return json.loads(self.path(subject, performance, "metadata", "info.json").read_text())
+
+    def smc(self, subject, performance):
+        return self.release / subject / f"{subject}_{performance}_raw.smc"
+
+    def tree(self):
+        """{relative path: md5} of the output; the time in info.json, which differs from run to run, left out."""
+        return tree(self.folder / "subjects")
+
+    def leftovers(self):
+        """What a finished run has no business leaving: SMC files, work in progress, locks."""
+        found = [p for p in (self.folder / "temp_smc").rglob("*")] + list((self.folder / "subjects").rglob("*.partial"))
+        return found + list(self.folder.glob(".MANIFEST*")) + list((self.folder / "subjects").rglob("*.old"))
+
+
+def tree(folder):
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            content = path.read_bytes()
+            if path.name == "info.json":
+                content = json.dumps({**json.loads(content), "extracted_at": ""}).encode()
+            found[str(path.relative_to(folder))] = hashlib.md5(content).hexdigest()
+        else:
+            found[str(path.relative_to(folder))] = "folder"
+            assert any(path.iterdir()), f"{path} is an empty folder"
+    return found
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)

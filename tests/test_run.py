@@ -1,0 +1,421 @@
+"""The main job on the real rclone, with an alias of a local folder as the remote."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import cv2
+import h5py
+import numpy as np
+import pexpect
+import pytest
+import soundfile
+import synthetic_release
+from conftest import SCRIPT, Workspace, wait_for
+
+SPEECH = list(synthetic_release.SPEECH)
+
+
+def rclone_log(workspace, flag="copy"):
+    """An rclone on PATH that notes its calls and hands them to the real one; gives (environment, calls)."""
+    from conftest import RCLONE
+
+    folder = workspace.folder / "bin"
+    folder.mkdir()
+    (folder / "rclone").write_text(f'#!/bin/sh\necho "$1" >> "{folder}/calls"\nexec "{RCLONE}" "$@"\n')
+    (folder / "rclone").chmod(0o755)
+    calls = lambda: (folder / "calls").read_text().split() if (folder / "calls").exists() else []
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}, calls
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, release):
+    """A workspace in which both subjects are extracted; not to be changed. `first` is what the run printed."""
+    workspace = Workspace(tmp_path_factory.mktemp("finished") / "work", release)
+    workspace.write_config(extraction={"subjects": ["0018", "0019"]})
+    workspace.first = workspace.run()
+    return workspace
+
+
+@pytest.fixture
+def done(finished, tmp_path):
+    """A copy of the finished workspace, to go on with."""
+    shutil.copytree(finished.folder, tmp_path / "copy")
+    workspace = Workspace(tmp_path / "other", finished.release)
+    workspace.folder, workspace.settings = tmp_path / "copy", json.loads(json.dumps(finished.settings))
+    return workspace
+
+
+def test_a_run_extracts_every_performance_and_leaves_no_smc(finished):
+    assert finished.states == {(s, p): "completed" for s in ("0018", "0019") for p in SPEECH}
+    assert len(finished.rows) == 12
+    assert finished.leftovers() == []
+    assert re.search(r"completed +12 ", finished.first.out)
+
+
+def test_pictures_are_the_stored_bytes(finished):
+    for subject in ("0018", "0019"):
+        for performance in SPEECH:
+            with h5py.File(finished.smc(subject, performance)) as smc:
+                cameras = {c: g["color"] for c, g in smc["Camera"].items() if "color" in g}
+                stored = {f"images/cam_{c}/frame_{int(f):06d}.jpg": d[()].tobytes() for c, g in cameras.items() for f, d in g.items()}
+            folder = finished.path(subject, performance)
+            written = {str(p.relative_to(folder)): p.read_bytes() for p in folder.glob("images/*/*")}
+            assert written == stored
+            assert finished.info(subject, performance)["frames"] == {c: len(g) for c, g in stored_counts(stored).items()}
+
+
+def stored_counts(stored):
+    counts = {}
+    for name in stored:
+        counts.setdefault(name[11:13], []).append(name)
+    return counts
+
+
+def test_s3_all_has_38_views_at_15_fps_and_the_others_camera_25_at_30(finished):
+    assert finished.info("0018", "s3_all")["fps"] == 15
+    assert len(finished.info("0018", "s3_all")["frames"]) == 38
+    assert finished.info("0018", "s1_all")["fps"] == 30
+    assert finished.info("0018", "s1_all")["cameras_available"] == [25]
+
+
+@pytest.mark.parametrize("kind, subtype", [("pcm16", "PCM_16"), ("float", "FLOAT")])
+def test_audio_read_back_equals_the_stored_samples(tmp_path, kind, subtype):
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s1_all"], frames=4, size=(64, 76), audio=kind)
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.run("--performance", "s1_all")
+    path = workspace.path("0018", "s1_all", "audio", "audio.wav")
+    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    with h5py.File(workspace.smc("0018", "s1_all")) as smc:
+        stored = smc["Camera/00/audio/audio"][()]
+    assert rate == 48000 and soundfile.info(path).subtype == subtype
+    assert samples.dtype == stored.dtype and np.array_equal(samples, stored)
+
+
+def test_calibration_read_back_equals_the_stored_matrices(finished):
+    cameras = json.loads(finished.path("0018", "s3_all", "calibration", "cameras.json").read_text())["cameras"]
+    with h5py.File(finished.smc("0018", "s3_all")) as smc:
+        assert sorted(cameras) == sorted(smc["Calibration"])
+        for camera, matrices in smc["Calibration"].items():
+            for name in ("K", "D", "RT"):
+                assert np.array_equal(np.array(cameras[camera][name]), matrices[name][()])
+
+
+def test_cameras_json_projects_the_landmarks_of_the_head_to_where_they_are_seen(tmp_path):
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s3_all"], frames=2, size=(512, 612))
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.run("--performance", "s3_all")
+    cameras = json.loads(workspace.path("0018", "s3_all", "calibration", "cameras.json").read_text())["cameras"]
+    checked = 0
+    for name in workspace.info("0018", "s3_all")["frames"]:
+        K, RT = (np.array(cameras[name][key]) for key in ("K", "RT"))
+        picture = cv2.imread(str(workspace.path("0018", "s3_all", "images", f"cam_{name}", "frame_000000.jpg")))
+        visible = synthetic_release.visible_landmarks({key: np.array(value) for key, value in cameras[name].items()})
+        for landmark in visible:
+            x, y, z = K @ (np.linalg.inv(RT) @ np.append(synthetic_release.LANDMARKS[landmark], 1))[:3]
+            assert np.hypot(*(np.array(synthetic_release.find_landmark(picture, landmark)) - (x / z, y / z))) < 1
+            checked += 1
+    assert checked > 100
+
+
+def test_info_json_says_what_was_extracted_and_from_what(finished):
+    info = finished.info("0018", "s3_all")
+    smc = finished.smc("0018", "s3_all")
+    md5 = subprocess.run(["md5sum", smc], capture_output=True, text=True).stdout.split()[0]
+    assert info["source"] == [{"name": smc.name, "bytes": smc.stat().st_size, "md5": md5}]
+    assert (info["subject"], info["performance"], info["resolution"]) == ("0018", "s3_all", [128, 153])
+    assert info["missing_frames"] == {} == info["damaged_frames"]
+    assert info["modalities"] == ["images", "audio", "calibration"]
+    assert set(info["actor"]) == {"age", "gender", "color", "height_cm", "weight_kg"}
+    assert info["audio"]["duration_s"] == pytest.approx(0.2)
+
+
+def test_all_other_modalities_are_written_as_the_file_has_them(tmp_path):
+    modalities = ["images", "masks", "calibration", "keypoints2d", "keypoints3d", "flame", "uv_textures", "scan", "scan_masks"]
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["e0"], size=(64, 76))
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.write_config(extraction={"performances": ["e0"], "modalities": modalities})
+    workspace.run()
+    folder = workspace.path("0018", "e0")
+    assert workspace.info("0018", "e0")["modalities"] == modalities
+    assert workspace.info("0018", "e0")["fps"] is None
+    with h5py.File(workspace.smc("0018", "e0")) as smc:
+        for camera, group in smc["Camera"].items():
+            for frame, data in group["mask"].items():
+                assert (folder / f"masks/cam_{camera}/frame_{int(frame):06d}.png").read_bytes() == data[()].tobytes()
+        for camera, data in smc["ScanMask"].items():
+            assert (folder / f"scan_masks/cam_{camera}.png").read_bytes() == data[()].tobytes()
+        for frame, data in smc["UV_texture"].items():
+            stem = folder / f"uv_textures/frame_{int(frame):06d}"
+            assert next(stem.parent.glob(f"{stem.name}.*")).read_bytes() == data[()].tobytes()
+        for camera, group in smc["Keypoints2d"].items():
+            points = np.load(folder / f"keypoints2d/cam_{camera}.npz")
+            assert points["frame_ids"].tolist() == sorted(map(int, group))
+            assert all(np.array_equal(points["points"][i], group[str(f)][()]) for i, f in enumerate(points["frame_ids"]))
+        points = np.load(folder / "keypoints3d/keypoints3d.npz")
+        assert points["frame_ids"].tolist() == sorted(map(int, smc["Keypoints3d"])) and points["points"].shape[1:] == (73, 3)
+        for frame, group in smc["FLAME"].items():
+            arrays = np.load(folder / f"flame/frame_{int(frame):06d}.npz")
+            assert sorted(arrays) == sorted(group) and all(np.array_equal(arrays[name], group[name][()]) for name in group)
+        vertices, faces = read_ply(folder / "scan/mesh.ply")
+        assert np.array_equal(vertices, smc["Scan/vertex"][()]) and np.array_equal(faces, smc["Scan/vertex_indices"][()])
+
+
+def read_ply(path):
+    header, _, body = path.read_bytes().partition(b"end_header\n")
+    counts = [int(n) for n in re.findall(rb"element \w+ (\d+)", header)]
+    assert b"format binary_little_endian 1.0" in header and b"property double x" in header
+    vertices = np.frombuffer(body, "<f8", counts[0] * 3).reshape(-1, 3)
+    faces = np.frombuffer(body[counts[0] * 24 :], [("count", "u1"), ("indices", "<i4", 3)])
+    assert len(faces) == counts[1] and (faces["count"] == 3).all()
+    return vertices, faces["indices"]
+
+
+def test_a_second_run_downloads_nothing_and_is_over_in_two_seconds(done):
+    environment, calls = rclone_log(done)
+    before, rows = done.tree(), done.manifest.read_bytes()
+    again = done.run(environment=environment)
+    assert again.seconds < 2 and calls() == []
+    assert done.tree() == before and done.manifest.read_bytes() == rows
+
+
+def test_cameras_taken_away_in_the_config_change_nothing(done):
+    before = done.manifest.read_bytes()
+    done.write_config(extraction={"cameras": {"s3_all": [25, 1], "default": "all"}})
+    done.run()
+    assert done.manifest.read_bytes() == before
+
+
+def test_added_cameras_are_extracted_together_with_the_old_ones(workspace):
+    workspace.write_config(extraction={"cameras": [0, 25], "performances": ["s1_all", "s3_all"]})
+    workspace.run()
+    assert workspace.rows[1]["cameras"] == "0 25"
+    workspace.write_config(extraction={"cameras": [1, 25]})
+    workspace.run()
+    assert [row["performance"] for row in workspace.rows] == ["s1_all", "s3_all", "s3_all"]
+    assert workspace.rows[-1]["cameras"] == "0 1 25"
+    assert sorted(p.name for p in workspace.path("0018", "s3_all", "images").iterdir()) == ["cam_00", "cam_01", "cam_25"]
+    assert workspace.leftovers() == []
+
+
+def test_added_modalities_are_extracted_together_with_the_old_ones(workspace):
+    workspace.write_config(extraction={"modalities": ["audio"], "performances": ["s1_all"]})
+    workspace.run()
+    assert workspace.rows[-1]["cameras"] == "" and not workspace.path("0018", "s1_all", "images").exists()
+    workspace.run()
+    assert len(workspace.rows) == 1
+    workspace.write_config(extraction={"modalities": ["images"]})
+    workspace.run()
+    assert set(workspace.rows[-1]["modalities"].split()) == {"audio", "images"}
+    assert workspace.path("0018", "s1_all", "audio", "audio.wav").exists() and workspace.path("0018", "s1_all", "images").exists()
+
+
+def test_a_subject_that_was_moved_away_stays_done_and_the_summary_says_so(done):
+    shutil.move(done.path("0018"), done.folder / "archive")
+    again = done.run()
+    assert len(done.rows) == 12 and not done.path("0018").exists()
+    assert "6 of them no longer in" in again.out
+
+
+def test_redo_does_a_subject_again(done):
+    before = done.tree()
+    done.path("0018", "s1_all", "images", "cam_25", "frame_000000.jpg").write_bytes(b"spoilt")
+    done.run("--redo", "--subject", "0018")
+    assert len(done.rows) == 18 and {row["subject"] for row in done.rows[12:]} == {"0018"}
+    assert done.tree() == before and done.leftovers() == []
+
+
+def test_an_absent_file_gives_an_absent_row_at_once_and_one_rclone_call_fetches_the_rest(tmp_path):
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=SPEECH[:4], frames=2, size=(64, 76))
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    environment, calls = rclone_log(workspace)
+    run = workspace.run(environment=environment)
+    assert [workspace.states["0018", p] for p in SPEECH] == ["completed"] * 4 + ["absent"] * 2
+    assert calls().count("copy") == 1
+    assert re.search(r"absent +2", run.out)
+    workspace.run()
+    assert len(workspace.rows) == 6
+
+
+def test_a_file_that_was_absent_is_fetched_when_it_is_there(tmp_path):
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=SPEECH[:1], frames=2, size=(64, 76))
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.run("--performance", "s1_all", "s2_all")
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s2_all"], frames=2, size=(64, 76))
+    workspace.run("--performance", "s1_all", "s2_all")
+    assert workspace.states["0018", "s2_all"] == "completed"
+
+
+def test_copies_that_drive_has_renamed_are_found(tmp_path):
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s1_all"], frames=2, size=(64, 76), copy_of=True)
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.run("--performance", "s1_all")
+    assert workspace.states == {("0018", "s1_all"): "completed"} and workspace.leftovers() == []
+
+
+def test_subjects_all_takes_every_four_digit_folder(workspace, release, tmp_path):
+    other = tmp_path / "release"
+    shutil.copytree(release, other)
+    (other / "notes").mkdir()
+    workspace = Workspace(tmp_path / "all", other)
+    workspace.write_config(extraction={"subjects": "all", "performances": ["s1_all"]})
+    workspace.run()
+    assert workspace.states == {("0018", "s1_all"): "completed", ("0019", "s1_all"): "completed"}
+
+
+def test_subject_and_performance_on_the_command_line_take_the_place_of_the_configs(workspace):
+    workspace.run("--subject", "0019", "--performance", "s2_all", "s4_all")
+    assert workspace.states == {("0019", "s2_all"): "completed", ("0019", "s4_all"): "completed"}
+
+
+def test_a_performance_without_the_cameras_asked_for_is_a_warning_and_a_note(workspace):
+    workspace.write_config(extraction={"cameras": [0, 1], "performances": ["s1_all", "s3_all"]})
+    run = workspace.run()
+    rows = {row["performance"]: row for row in workspace.rows}
+    assert rows["s1_all"]["status"] == "completed" and "none of the cameras asked for" in rows["s1_all"]["error"]
+    assert rows["s3_all"]["error"] == "" and rows["s3_all"]["cameras"] == "0 1"
+    assert run.out.count("none of the cameras asked for") == 1
+    assert workspace.path("0018", "s1_all", "audio").exists() and not workspace.path("0018", "s1_all", "images").exists()
+
+
+def test_damaged_and_missing_pictures_are_listed_and_do_not_fail_the_performance(tmp_path):
+    synthetic_release.write_subject(
+        tmp_path / "release", "0018", performances=["s1_all"], frames=8, size=(64, 76), gaps={25: [6]},
+        damaged={(25, 1): "cut", (25, 2): "garbage", (25, 3): "empty", (25, 4): "zeroed"},
+    )
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.write_config(extraction={"performances": ["s1_all"]}, processing={"verify": "full"})
+    workspace.run()
+    info, folder = workspace.info("0018", "s1_all"), workspace.path("0018", "s1_all", "images", "cam_25")
+    assert info["damaged_frames"] == {"images": {"25": [1, 2, 4]}}
+    assert info["missing_frames"] == {"images": {"25": [3, 6]}}
+    assert info["frames"] == {"25": 6}
+    with h5py.File(workspace.smc("0018", "s1_all")) as smc:
+        for frame in (1, 2, 4):
+            assert next(folder.glob(f"frame_{frame:06d}.*")).read_bytes() == smc[f"Camera/25/color/{frame}"][()].tobytes()
+    assert "3 damaged" in workspace.rows[0]["error"] and workspace.rows[0]["status"] == "completed"
+
+
+def test_a_picture_of_another_size_than_the_performance_counts_as_damaged(tmp_path):
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s1_all"], frames=3, size=(64, 76))
+    smc = tmp_path / "release/0018/0018_s1_all_raw.smc"
+    with h5py.File(smc, "r+") as file:
+        del file["Camera/25/color/1"]
+        file["Camera/25/color/1"] = cv2.imencode(".jpg", np.zeros((32, 32, 3), np.uint8))[1].ravel()
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.run("--performance", "s1_all")
+    assert workspace.info("0018", "s1_all")["damaged_frames"] == {"images": {"25": [1]}}
+
+
+def test_a_file_that_cannot_be_read_fails_alone(tmp_path):
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s1_all", "s2_all"], frames=3, size=(64, 76))
+    (tmp_path / "release/0018/0018_s1_all_raw.smc").write_bytes(b"no HDF5" * 1000)
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    run = workspace.run("--performance", "s1_all", "s2_all", expect=1)
+    assert workspace.states == {("0018", "s1_all"): "failed", ("0018", "s2_all"): "completed"}
+    assert "0018_s1_all_raw.smc" in workspace.rows[0]["error"] and "0018_s1_all_raw.smc" in run.err
+    assert workspace.leftovers() == [] and not workspace.path("0018", "s1_all").exists()
+
+
+def test_a_file_of_another_subject_than_its_name_says_is_a_warning(tmp_path):
+    synthetic_release.write_smc(tmp_path / "release/0018/0018_s1_all_raw.smc", "0099", "s2_all", frame_ids=range(2), size=(64, 76))
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    run = workspace.run("--performance", "s1_all")
+    assert "0099" in run.err and "s2_all" in run.err and workspace.states == {("0018", "s1_all"): "completed"}
+
+
+def test_files_that_do_not_fit_together_into_temp_go_in_turns(tmp_path):
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=SPEECH[:3], frames=60, size=(512, 612), cameras=(0, 25))
+    size = (tmp_path / "release/0018/0018_s1_all_raw.smc").stat().st_size
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    environment, calls = rclone_log(workspace)
+    workspace.write_config(extraction={"performances": SPEECH[:3]}, storage={"max_temp_size_gb": size * 1.5 / 1e9})
+    workspace.run(environment=environment)
+    assert calls().count("copy") == 3 and set(workspace.states.values()) == {"completed"}
+    workspace.write_config(storage={"max_temp_size_gb": size * 0.5 / 1e9})
+    run = workspace.run("--redo", "--subject", "0018", expect=1)
+    assert set(workspace.states.values()) == {"download_failed"} and "max_temp_size_gb to at least" in run.err
+
+
+def test_too_little_free_space_stops_before_the_download_with_exit_3(workspace):
+    workspace.write_config(storage={"min_free_gb": 900000})
+    environment, calls = rclone_log(workspace)
+    run = workspace.run(environment=environment, expect=3)
+    assert "min_free_gb" in run.err and "copy" not in calls() and not workspace.path().exists()
+
+
+@pytest.mark.parametrize("moment", ["download", "first row", "s3_all.partial", "between"])
+def test_a_killed_run_is_mended_by_the_next(workspace, moment, tmp_path):
+    happened = {
+        "download": lambda: any((workspace.folder / "temp_smc").rglob("*.smc*")),
+        "first row": lambda: workspace.manifest.exists() and workspace.manifest.read_text().count("\n") > 1,
+        "s3_all.partial": lambda: workspace.path("0018", "s3_all.partial", "images").exists(),
+        "between": lambda: workspace.path("0018", "s3_all").exists(),
+    }[moment]
+    run = workspace.start()
+    wait_for(lambda: happened() or run.poll() is not None)
+    run.kill()
+    run.wait()
+    workspace.run()
+    undisturbed = Workspace(tmp_path / "undisturbed", workspace.release)
+    undisturbed.run()
+    assert workspace.tree() == undisturbed.tree()
+    assert workspace.leftovers() == [] and set(workspace.states.values()) == {"completed"} and len(workspace.states) == 6
+
+
+def test_dry_run_lists_sizes_and_states_and_touches_nothing(workspace):
+    run = workspace.run("--dry-run")
+    size = sum(workspace.smc("0018", p).stat().st_size for p in SPEECH)
+    assert all(re.search(rf"0018 +{p} .*to be downloaded", run.out) for p in SPEECH)
+    assert f"{size / 1e6:.3g} MB to be downloaded" in run.out
+    assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
+
+
+def test_status_counts_from_the_manifest_alone(done):
+    shutil.rmtree(done.path())
+    run = done.run("--status")
+    assert "12 of 12 performances" in run.out
+
+
+def test_inspect_tells_what_a_file_has_without_a_config(release, tmp_path):
+    run = subprocess.run([sys.executable, SCRIPT, "--inspect", release / "0018/0018_s3_all_raw.smc"], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 0 and "fps 15" in run.stdout and "camera 25" in run.stdout and "jpg" in run.stdout
+    run = subprocess.run([sys.executable, SCRIPT, "--inspect", tmp_path / "none.smc"], capture_output=True, text=True, cwd=tmp_path)
+    assert run.returncode == 1 and "none.smc" in run.stderr and "Traceback" not in run.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_to_a_pipe_has_no_control_characters_and_a_terminal_has_bars(workspace):
+    run = workspace.run()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", run.out + run.err)
+    command = workspace.command("--redo", "--subject", "0018")
+    terminal = pexpect.spawn(command[0], list(map(str, command[1:])), dimensions=(40, 120), encoding="utf-8")
+    terminal.expect(pexpect.EOF, timeout=60)
+    assert "0018 download:" in terminal.before and "0018 s3_all:" in terminal.before and "\r" in terminal.before
+
+
+def test_a_closed_output_does_not_end_the_run(workspace):
+    command = " ".join(f"'{word}'" for word in workspace.command())
+    run = subprocess.run(["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert run.returncode == 0 and set(workspace.states.values()) == {"completed"}, run.stderr
+
+
+def test_every_run_has_its_log(finished):
+    logs = list((finished.folder / "logs").iterdir())
+    assert len(logs) == 1 and "0019 s6_all" in logs[0].read_text() and "rclone copy" in logs[0].read_text()
+
+
+def test_peak_memory_does_not_grow_with_the_file(tmp_path):
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s3_all"], frames=16, size=(1024, 1224), jpeg_bytes=500_000, distinct=1)
+    assert (tmp_path / "release/0018/0018_s3_all_raw.smc").stat().st_size > 120e6
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    measured = subprocess.run(
+        [sys.executable, "-c", "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode; "
+         "print('KB', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)", *workspace.command("--performance", "s3_all")],
+        capture_output=True, text=True,
+    )
+    assert measured.returncode == 0, measured.stderr
+    assert int(re.search(r"KB (\d+)", measured.stdout)[1]) < 250_000
