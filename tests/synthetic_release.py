@@ -14,6 +14,7 @@ Units are metres and pixels. The world is the person's: x to their left, y down,
 PNG text chunk, so no two are the same bytes.
 """
 import argparse
+import itertools
 import struct
 import zlib
 from functools import lru_cache
@@ -268,8 +269,8 @@ def head_mask(camera, size):
 
 def find_landmark(picture, name):
     """The centre (x, y) in pixels of a landmark's sticker in a picture (height, width, 3) BGR, or None."""
-    color = np.array(LANDMARK_COLORS[name])
-    alike = cv2.inRange(picture, (color - 70).clip(0), (color + 70).clip(0, 255))
+    color = LANDMARK_COLORS[name]
+    alike = cv2.inRange(picture, tuple(c - 70 for c in color), tuple(c + 70 for c in color))
     _, _, boxes, centres = cv2.connectedComponentsWithStats(alike)
     areas = boxes[1:, cv2.CC_STAT_AREA]
     return centres[1 + areas.argmax()] if areas.max(initial=0) > 12 else None
@@ -289,7 +290,7 @@ def _jpeg(picture, quality=90, grain=0.0):
 
 
 def _jpeg_settings(picture, target_bytes):
-    """(quality, grain) that give about `target_bytes`: a lower quality if a plain picture is larger, more noise if smaller."""
+    """(quality, grain) for about `target_bytes`: a lower quality if a plain picture is larger, more noise if smaller."""
     if target_bytes is None:
         return 90, 0.0
     if len(_jpeg(picture)) > target_bytes:
@@ -401,6 +402,17 @@ def _uv_texture(look):
 
 # ------------------------------------------------------------------------------------------------------------- files
 
+def _encoded(pictures, png, jpeg_bytes, distinct):
+    """The bytes of one camera's pictures, one after the other; with `distinct` of the first so many, again and again."""
+    pictures = iter(pictures)
+    first = next(pictures, None)
+    if first is None:
+        return iter(())
+    settings = _jpeg_settings(first, jpeg_bytes)
+    every = (_png(picture) if png else _jpeg(picture, *settings) for picture in itertools.chain([first], pictures))
+    return itertools.cycle(itertools.islice(every, distinct)) if distinct else every
+
+
 def write_smc(path, subject="0018", performance="s1_all", *, cameras=(25,), frame_ids=range(12), size=(256, 306),
               images=True, jpeg_bytes=None, png_images=False, distinct=None, gaps=None, damaged=None,
               masks=(), mask_channels=1, mask_gaps=None, damaged_masks=None, audio_seconds=None, audio="pcm16",
@@ -442,8 +454,9 @@ def write_smc(path, subject="0018", performance="s1_all", *, cameras=(25,), fram
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as smc:
-        person = {"actor_id": subject, "performance_part": performance, "capture_date": "2022-08-20", "age": 20 + int(subject) % 40,
-                  "gender": "female" if int(subject) % 2 else "male", "color": "yellow", "height": 172.5, "weight": 64.0}
+        person = {"actor_id": subject, "performance_part": performance, "capture_date": "2022-08-20",
+                  "age": 20 + int(subject) % 40, "gender": "female" if int(subject) % 2 else "male", "color": "yellow",
+                  "height": 172.5, "weight": 64.0}
         for name, value in {**person, **(attributes or {})}.items():
             if value is not None:
                 smc.attrs[name] = value
@@ -451,19 +464,11 @@ def write_smc(path, subject="0018", performance="s1_all", *, cameras=(25,), fram
         camera_group = smc.create_group("Camera")
         camera_group.attrs.update({"num_device": num_device, "num_frame": num_frame, "resolution": np.array(size)})
         for n in cameras if images else ():
-            color = camera_group.create_group(f"{n:02d}/color")
-            encode_frame, repeated, settings = _png, {}, None
-            for k, frame in enumerate(frame_ids):
-                if frame in gaps.get(n, ()):
-                    continue
-                original = frame_ids[k % distinct] if distinct else frame
-                if original not in repeated:
-                    picture = render_head(all_cameras[f"{n:02d}"], size, n, original, opening(original), subject)
-                    if not png_images:
-                        settings = settings or _jpeg_settings(picture, jpeg_bytes)
-                    repeated = repeated if distinct else {}
-                    repeated[original] = _png(picture) if png_images else _jpeg(picture, *settings)
-                put_picture(color, frame, _labelled(repeated[original], label(subject, performance, n, frame)), damaged.get((n, frame)))
+            group = camera_group.create_group(f"{n:02d}/color")
+            frames = [frame for frame in frame_ids if frame not in gaps.get(n, ())]
+            shots = (render_head(all_cameras[f"{n:02d}"], size, n, frame, opening(frame), subject) for frame in frames)
+            for frame, encoded in zip(frames, _encoded(shots, png_images, jpeg_bytes, distinct)):
+                put_picture(group, frame, _labelled(encoded, label(subject, performance, n, frame)), damaged.get((n, frame)))
         for n in masks:
             mask = head_mask(all_cameras[f"{n:02d}"], size)
             encoded = _png(mask if mask_channels == 1 else np.repeat(mask[..., None], mask_channels, 2))
@@ -521,7 +526,7 @@ def write_subject(root, subject, *, layout="single", performances=SPEECH, second
     """Write the files of one subject where the layout has them, and return their paths.
 
     layout: "single" (500-ID; <root>/0018/...) | "pair" (21-ID; <root>/raw/0018/... and <root>/anno/0018/...)
-    performances: any of s1_all...s6_all, e0...e11, h0, h1_3bk ..., h2
+    performances: any of s1_all...s6_all, e0...e11 (always with all annotations), h0, h1_3bk ..., h2
     seconds: of speech, or frames: that many at 30 fps (and half as many where it is 15 fps)
     cameras: the views with pictures (None: as the layout has them; one that has only camera 25 keeps it)
     everything: masks and keypoints in the single layout's files too, which the real ones lack
@@ -535,8 +540,10 @@ def write_subject(root, subject, *, layout="single", performances=SPEECH, second
         fps = 15 if layout == "single" and performance == "s3_all" else 30
         if layout == "pair":
             views, frame_ids = ALL_VIEWS, range(frames)
+        elif performance == "s3_all":
+            views, frame_ids = S3_VIEWS, range(max(1, round(frames / 2)))
         elif kind == "s":
-            views, frame_ids = (S3_VIEWS, range(max(1, round(frames / 2)))) if performance == "s3_all" else ((25,), range(frames))
+            views, frame_ids = (25,), range(frames)
         else:
             views, frame_ids = ALL_VIEWS, {"e": (0, 14, 31), "h": range(4 if performance.startswith("h1") else 1)}[kind]
         if cameras is not None and len(views) > 1:
@@ -597,7 +604,7 @@ def write_demo(folder, subjects=("0018", "0019"), *, layout="single", performanc
     folder = Path(folder)
     paths = write_release(folder / "release", subjects, layout=layout, performances=performances, **options)
     (folder / "rclone.conf").write_text(f"[demo]\ntype = alias\nremote = {(folder / 'release').resolve()}\n")
-    modalities = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d", "transforms"]
+    modalities = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
     (folder / "config.yaml").write_text(CONFIG.format(
         layout=layout, subjects=", ".join(f'"{subject}"' for subject in subjects), performances=", ".join(performances),
         modalities=", ".join(modalities)))
@@ -605,8 +612,11 @@ def write_demo(folder, subjects=("0018", "0019"), *, layout="single", performanc
 
 
 def _size(text):
-    height, width = text.lower().split("x")
-    return int(height), int(width)
+    try:
+        height, width = map(int, text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not height x width, such as 512x612")
+    return height, width
 
 
 def main():

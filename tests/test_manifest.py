@@ -1,0 +1,117 @@
+"""MANIFEST.csv: the record of what is done, whoever wrote it and whatever a crash did to it."""
+
+import csv
+import subprocess
+import time
+
+import pytest
+
+HEADER = (
+    "subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error,cameras,cameras_available,modalities,smc_bytes,download_s,extract_s"
+)
+ALL = "images masks audio calibration keypoints2d keypoints3d"
+DONE = f"0018,s1_all,completed,1,6,0.1,2026-01-01T00:00:00+00:00,,25,25,{ALL},100,1,1"
+
+
+@pytest.fixture
+def one(workspace):
+    """A workspace that asks for one performance."""
+    workspace.write_config(extraction={"performances": ["s1_all"]})
+    return workspace
+
+
+def did_something(workspace, **options):
+    before = workspace.manifest.read_bytes()
+    workspace.run(**options)
+    return workspace.manifest.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{HEADER}\n{DONE}\n",
+        f"{HEADER}\r\n{DONE}\r\n",
+        f"\ufeff{HEADER}\n{DONE}\n",
+        f"{HEADER}\n{DONE.replace('0018', '18').replace(',1,6,', ',1.0,6.0,')}\n",
+        f"{HEADER}\n{DONE.replace('0018', '18.0')}\n",
+        f"{HEADER}\n\n0018,s1_all,failed,,,,,\n{DONE}\n",
+        f"{HEADER},remarks\n{DONE},mine\n",
+        "subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error\n18,s1_all,completed,1,6,0.1,2025-01-01,\n",
+        'subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error\n18,s1_all,completed,1,6,0.1,2025-01-01,"two\nlines"\n',
+    ],
+    ids=["plain", "CRLF", "byte order mark", "pandas 18", "pandas 18.0", "empty and short lines", "a column more", "older", "older with a line break"],
+)
+def test_a_done_row_is_read_however_it_was_written(one, content):
+    one.manifest.write_bytes(content.encode())
+    assert not did_something(one)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        f"{HEADER}\n",
+        f"{HEADER}\n{DONE}",
+        f"{HEADER}\n{DONE[:-8]}",
+        f"{HEADER}\n{DONE[:30]}",
+        f"{HEADER}\n0018,s1_all,completed,1\n",
+        f"{HEADER}\n{DONE}\n0018,s1_all,failed,0,0,0,2026-01-02,broken,,,,1,1,1\n",
+        f"{HEADER}\n{DONE}\n{DONE[:40]}\0\0\0\0",
+    ],
+    ids=["empty", "header only", "without line end", "torn late", "torn early", "a short row", "failed later", "zeros at the end"],
+)
+def test_a_row_that_is_torn_or_holds_no_more_is_done_again(one, content):
+    one.manifest.write_bytes(content.encode())
+    done = content.count(f"{DONE}\n") and "failed" not in content
+    assert did_something(one) is not bool(done)
+    assert one.rows[-1]["status"] == "completed" and one.path("0018", "s1_all").exists() is not bool(done)
+    assert done or None not in one.rows[-1].values()
+
+
+def test_a_torn_row_takes_nothing_else_with_it(workspace):
+    workspace.write_config(extraction={"performances": ["s1_all", "s2_all"]})
+    workspace.manifest.write_text(f'{HEADER}\n{DONE}\n0018,s2_all,failed,,,,2026,"an error with, a quo')
+    workspace.run()
+    assert [(row["performance"], row["status"]) for row in workspace.rows] == [("s1_all", "completed"), ("s2_all", "completed")]
+
+
+def test_new_rows_in_an_older_manifest_can_be_read_by_everybody(workspace):
+    workspace.write_config(extraction={"performances": ["s1_all", "s2_all"]})
+    workspace.manifest.write_text("subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error\n18,s1_all,completed,1,6,0.1,2025,\n")
+    workspace.run()
+    with open(workspace.manifest, newline="") as file:
+        lines = list(csv.reader(file))
+    assert all(len(line) == 14 for line in lines) and lines[0] == HEADER.split(",")
+    assert [(line[1], line[2], line[8]) for line in lines[1:]] == [("s1_all", "completed", ""), ("s2_all", "completed", "25")]
+    assert not did_something(workspace)
+
+
+def test_rows_are_appended_and_never_rewritten(one):
+    one.manifest.write_text(f"{HEADER}\n" + f"{DONE.replace('0018', '0077')}\n" * 3)
+    before, inode = one.manifest.read_bytes(), one.manifest.stat().st_ino
+    one.run()
+    assert one.manifest.read_bytes().startswith(before) and one.manifest.stat().st_ino == inode
+
+
+def test_a_file_that_is_no_manifest_is_refused(one):
+    one.manifest.write_text("name,age\nx,3\n")
+    assert "MANIFEST.csv" in one.run(expect=2).err
+    assert one.manifest.read_text() == "name,age\nx,3\n" and not one.path().exists()
+
+
+def test_a_finished_run_over_500_subjects_is_over_at_once(workspace):
+    subjects = [f"{n:04d}" for n in range(500)]
+    workspace.write_config(extraction={"subjects": subjects})
+    rows = "".join(f"{DONE}\n".replace("0018", s).replace("s1_all", f"s{n}_all") for s in subjects for n in range(1, 7))
+    workspace.manifest.write_text(f"{HEADER}\n{rows}")
+    before = workspace.manifest.stat()
+    run = workspace.run()
+    assert run.seconds < 3 and "3000 of 3000" in run.out
+    assert workspace.run("--status").seconds < 3
+    assert workspace.manifest.stat().st_mtime_ns == before.st_mtime_ns
+
+
+def test_the_projects_own_manifest_has_the_header():
+    from conftest import SCRIPT
+
+    assert (SCRIPT.parent / "MANIFEST.csv").read_text() == HEADER + "\n"
