@@ -690,7 +690,7 @@ class Remote:
         if process.returncode == 0:
             return json.loads(out)
         reason = plain_error(err)
-        if "notFound" in reason or "File not found" in reason:
+        if not folder and ("notFound" in reason or "File not found" in reason):
             raise ConfigError(
                 f"{self.config.path}: google_drive.root_folder_id: Drive knows no folder {self.config.root_folder_id!r}, or it "
                 "is not shared with the account of this remote"
@@ -914,6 +914,9 @@ class TempSpace:
 
     def close(self):
         self.stack.close()
+        if self.config.temp_dir.is_dir():
+            with locked(self.lock, remove=True):
+                self.of_others()
 
 
 def temp_files(config: Config, subject: str = "[0-9][0-9][0-9][0-9]") -> list[Path]:
@@ -1550,6 +1553,7 @@ def open_log(config: Config) -> Path:
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
     log.addHandler(handler)
+    logging.raiseExceptions = False  # a log that no longer fits on the disk is no reason to print a traceback
     return path
 
 
@@ -1868,8 +1872,9 @@ def exit_code(argv: list[str] | None = None) -> int:
         log.error("Interrupted: run the same command again to go on")
         return 128 + error.args[0]
     except (RemoteError, OSError) as error:
-        log.error("%s", error_text(error))
-        return 3 if isinstance(error, OSError) and error.errno in DISK_FULL else 1
+        full = isinstance(error, OSError) and error.errno in DISK_FULL
+        log.error("%s%s", "Stopped: " * full, error_text(error))
+        return 3 if full else 1
 
 
 if __name__ == "__main__":

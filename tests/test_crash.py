@@ -1,0 +1,184 @@
+"""Whatever ends a run, and when: the next one mends it, and nothing is marked done that is not on disk."""
+
+import json
+import os
+import signal
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pexpect
+import pytest
+import synthetic_release
+from conftest import Workspace, tree, wait_for
+
+PERFORMANCES = ["s1_all", "s3_all"]
+MOMENTS = 64
+
+# Python runs this before the script. Each step that changes something on disk is counted, in the script and in the process
+# that it forks; before the one whose number is KILL_AT, the whole process group dies, rclone with it.
+COUNT_STEPS = """
+import functools, os, shutil, signal
+counter, last = os.open(os.environ["STEPS"], os.O_RDWR | os.O_CREAT | os.O_APPEND), int(os.environ.get("KILL_AT", 0))
+def counted(function):
+    @functools.wraps(function)
+    def step(*arguments, **options):
+        write(counter, b".")
+        if last and os.fstat(counter).st_size >= last:
+            os.killpg(0, signal.SIGKILL)
+        return function(*arguments, **options)
+    return step
+write = os.write
+for name in "write pwrite ftruncate fsync rename replace unlink rmdir mkdir".split():
+    setattr(os, name, counted(getattr(os, name)))
+"""
+
+
+@pytest.fixture(scope="module")
+def small_release(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("small")
+    synthetic_release.write_subject(folder, "0018", performances=PERFORMANCES, frames=6, size=(64, 76), cameras=(0, 25, 48))
+    return folder
+
+
+def new_workspace(folder, release, **extraction):
+    workspace = Workspace(folder, release)
+    workspace.write_config(extraction={"performances": PERFORMANCES, **extraction})
+    (folder / "hook").mkdir()
+    (folder / "hook" / "sitecustomize.py").write_text(COUNT_STEPS)
+    return workspace
+
+
+def run_until(workspace, kill_at):
+    """Run the script until that step (0: to its end); gives the number of steps."""
+    steps = workspace.folder / "steps"
+    environment = {"PYTHONPATH": str(workspace.folder / "hook"), "STEPS": str(steps), "KILL_AT": str(kill_at)}
+    run = workspace.start(environment=environment, start_new_session=True)
+    output = run.communicate(timeout=120)[0]
+    assert run.returncode == (-signal.SIGKILL if kill_at else 0), output
+    count = steps.stat().st_size
+    steps.unlink()
+    return count
+
+
+def check_promises(workspace, reference):
+    """What has to hold at every moment: a completed row has its whole folder; without the row, the SMC is still there."""
+    states = workspace.states if workspace.manifest.exists() else {}
+    for performance in PERFORMANCES:
+        folder = workspace.path("0018", performance)
+        if states.get(("0018", performance)) == "completed":
+            assert {f"{performance}/{name}" for name in tree(folder)} == {n for n in reference if n.startswith(f"{performance}/")}
+            assert all(reference[f"{performance}/{name}"] == value for name, value in tree(folder).items())
+        elif folder.exists():
+            assert (workspace.folder / "temp_smc/0018" / workspace.smc("0018", performance).name).exists()
+
+
+def test_a_run_killed_at_any_of_its_steps_is_mended_by_the_next(small_release, tmp_path):
+    undisturbed = new_workspace(tmp_path / "undisturbed", small_release)
+    total = run_until(undisturbed, 0)
+    reference = tree(undisturbed.path("0018"))
+    assert total > MOMENTS
+
+    def kill_and_run_again(moment):
+        workspace = new_workspace(tmp_path / str(moment), small_release)
+        run_until(workspace, 1 + moment * total // MOMENTS)
+        check_promises(workspace, reference)
+        workspace.run()
+        assert tree(workspace.path("0018")) == reference, f"after a kill at step {moment} of {MOMENTS}"
+        assert workspace.leftovers() == [] and workspace.states == undisturbed.states
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(kill_and_run_again, range(MOMENTS)))
+
+
+def test_a_redo_killed_at_any_of_its_steps_never_loses_what_was_done(small_release, tmp_path):
+    """Adding a camera replaces folders that have their completed row: there is one at every moment."""
+    finished = new_workspace(tmp_path / "finished", small_release)
+    finished.run()
+    reference = tree(finished.path("0018"))
+    one = new_workspace(tmp_path / "one", small_release, cameras=[25])
+    one.run()
+    before = tree(one.path("0018"))
+
+    def kill_and_run_again(moment):
+        workspace = new_workspace(tmp_path / f"more{moment}", small_release, cameras=[25])
+        workspace.run()
+        workspace.write_config(extraction={"cameras": "all"})
+        run_until(workspace, 1 + moment * 8)
+        for performance in PERFORMANCES:
+            there = {f"{performance}/{name}": value for name, value in tree(workspace.path("0018", performance)).items()}
+            assert any(there == {n: v for n, v in whole.items() if n.startswith(f"{performance}/")} for whole in (before, reference))
+        workspace.run()
+        assert tree(workspace.path("0018")) == reference and workspace.leftovers() == []
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(kill_and_run_again, range(8)))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("moment", ["download", "extraction"])
+def test_a_signal_ends_the_run_and_rclone_within_5_seconds_and_cleans_up(tmp_path, number, code, moment):
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s3_all"], frames=200, size=(128, 153))
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    slow = ["--bwlimit", "500k"] if moment == "download" else []
+    workspace.write_config(extraction={"performances": ["s3_all"]}, google_drive={"rclone_flags": ["--config", "rclone.conf", *slow]})
+    run = workspace.start(start_new_session=True)
+    if moment == "download":
+        wait_for(lambda: any((workspace.folder / "temp_smc").rglob("*.smc*")))
+    else:
+        wait_for(lambda: workspace.path("0018", "s3_all.partial", "images").exists())
+    run.send_signal(number)
+    output = run.communicate(timeout=5)[0]
+    assert run.returncode == code and "run the same command again" in output and "Traceback" not in output
+    wait_for(lambda: subprocess.run(["pgrep", "-s", str(run.pid)], capture_output=True).returncode == 1, 2)
+    left = [path for path in workspace.leftovers() if path.is_file()]
+    assert all(path.name == "0018_s3_all_raw.smc" for path in left) and len(left) <= 1
+    workspace.write_config(google_drive={"rclone_flags": ["--config", "rclone.conf"]})
+    workspace.run()
+    assert workspace.states == {("0018", "s3_all"): "completed"} and workspace.leftovers() == []
+
+
+def test_ctrl_c_in_a_terminal_ends_the_run_with_130(tmp_path, release):
+    workspace = Workspace(tmp_path / "work", release)
+    workspace.write_config(google_drive={"rclone_flags": ["--config", "rclone.conf", "--bwlimit", "100k"]})
+    command = workspace.command()
+    terminal = pexpect.spawn(command[0], list(map(str, command[1:])), dimensions=(40, 120), encoding="utf-8")
+    terminal.expect("0018 download", timeout=20)
+    wait_for(lambda: any((workspace.folder / "temp_smc").rglob("*.smc*")))
+    terminal.sendintr()
+    terminal.expect(pexpect.EOF, timeout=5)
+    terminal.close()
+    assert terminal.exitstatus == 130 and "Traceback" not in terminal.before
+
+
+def test_a_script_killed_alone_takes_rclone_with_it(tmp_path, release):
+    workspace = Workspace(tmp_path / "work", release)
+    workspace.write_config(google_drive={"rclone_flags": ["--config", "rclone.conf", "--bwlimit", "100k"]})
+    run = workspace.start(start_new_session=True)
+    wait_for(lambda: any((workspace.folder / "temp_smc").rglob("*.smc*")))
+    os.kill(run.pid, signal.SIGKILL)
+    run.communicate(timeout=5)
+    wait_for(lambda: subprocess.run(["pgrep", "-s", str(run.pid)], capture_output=True).returncode == 1, 5)
+
+
+def test_an_smc_that_is_whole_in_temp_is_not_downloaded_again(tmp_path, release):
+    workspace = Workspace(tmp_path / "work", release)
+    workspace.write_config(extraction={"performances": ["s1_all"]})
+    held = workspace.folder / "temp_smc/0018/0018_s1_all_raw.smc"
+    held.parent.mkdir(parents=True)
+    held.write_bytes(workspace.smc("0018", "s1_all").read_bytes())
+    workspace.run()
+    log = next((workspace.folder / "logs").iterdir()).read_text()
+    assert "Copied" not in log and workspace.states == {("0018", "s1_all"): "completed"} and workspace.leftovers() == []
+
+
+def test_what_a_crash_left_of_a_finished_subject_is_cleaned_up(tmp_path, release):
+    workspace = Workspace(tmp_path / "work", release)
+    workspace.write_config(extraction={"performances": ["s1_all"]})
+    workspace.run()
+    before = workspace.tree()
+    for path in ("temp_smc/0018/0018_s1_all_raw.smc", "temp_smc/0018/0018_s2_all_raw.smc.3f2a.partial", "subjects/0018/s1_all.partial/x", ".MANIFEST.csv.locks/0018"):
+        path = workspace.folder / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"left over")
+    workspace.run()
+    assert workspace.leftovers() == [] and workspace.tree() == before and len(workspace.rows) == 1
