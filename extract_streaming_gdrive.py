@@ -64,6 +64,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 RCLONE_FLAGS = "--drive-acknowledge-abuse --transfers 4 --checkers 8 --retries 10 --low-level-retries 20".split()
 RCLONE_AT_ONCE = "--retries 1 --low-level-retries 1 --contimeout 15s --timeout 60s".split()  # for the first look
+RCLONE_PATIENT = "--low-level-retries 8".split()  # for a listing: about five minutes, where 20 make fifteen without a word
 RCLONE_LOG = "--use-json-log --log-level INFO --stats 500ms --stats-log-level NOTICE --stats-one-line=false".split()
 FAILURES_IN_A_ROW = 3  # quota or network failures after which the rest would fail too
 QUOTA_LASTS = timedelta(hours=24)
@@ -673,7 +674,7 @@ class Remote:
         """{performance: its files} of a subject, of the performances asked for; the absent ones are not in it."""
         names = f"*{subject}_{{{','.join(performances)}}}_raw.smc"
         found: dict[str, list[RemoteFile]] = {}
-        for entry in sorted(self.entries(subject, "--files-only", "--hash", "--hash-type", "md5", "--include", names), key=lambda e: -len(e["Name"])):
+        for entry in sorted(self.entries(subject, *RCLONE_PATIENT, "--files-only", "--hash", "--hash-type", "md5", "--include", names), key=lambda e: -len(e["Name"])):
             match = SMC_NAME.fullmatch(entry["Name"])
             if match and match["subject"] == subject and match["performance"] in performances:
                 modified = calendar.timegm(time.strptime(entry["ModTime"][:19], "%Y-%m-%dT%H:%M:%S"))
@@ -725,13 +726,13 @@ class Remote:
         """(status, error) of a job after a call of rclone, None if its files are there."""
         if all(is_whole(self.config, file, certain=errors["exit"] == 0) for file in job.files):
             return None
-        error = next((errors[file.path] for file in job.files if file.path in errors), errors.get("", "rclone did not say why"))
-        if "no space left on device" in error or "disk quota exceeded" in error:
-            free = gb(free_bytes(self.config.temp_dir))
-            raise StopEarly(f"the disk of {self.config.temp_dir} is full ({free} free): {job} needs {gb(job.bytes)}. Make room and run again")
-        if is_quota(error):
+        error = next((errors[file.path] for file in job.files if file.path in errors), "")
+        if any(words in error for words in ("no space left on device", "disk quota exceeded", "file too big for remaining disk space")):
+            raise StopEarly(f"{job} with {gb(job.bytes)} does not fit on the disk of {self.config.temp_dir}, which has "
+                            f"{gb(free_bytes(self.config.temp_dir))} free. Make room, then run the same command again")  # fmt: skip
+        if "downloadQuotaExceeded" in error:
             return "quota_exceeded", "Drive's download quota for this file is used up; it is renewed after about a day"
-        return "download_failed", error
+        return "download_failed", error or errors.get("") or "rclone did not bring it, and did not say why"
 
     def copy(self, files: list[RemoteFile], before: int, show) -> tuple[dict, int]:
         """One call of rclone. Gives ({path: last error, "": last error without a path, "exit": code}, bytes so far)."""
@@ -749,7 +750,8 @@ class Remote:
                 else:
                     log.debug("rclone: %s %s", entry.get("object", ""), entry.get("msg", "").strip())
                     if entry.get("level") in ("error", "critical", "fatal"):
-                        errors[entry.get("object", "")] = printable(" ".join(entry["msg"].split()), 300)
+                        name = re.sub(r"(\.smc)\..*", r"\1", entry.get("object", ""))  # while it is written, it has a longer name
+                        errors[name] = printable(" ".join(entry["msg"].split()), 300)
         return {**errors, "exit": process.returncode}, before + done
 
 
@@ -766,10 +768,6 @@ def plain_error(stderr: bytes) -> str:
     """The last thing that rclone said, without its time and level."""
     lines = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
     return re.sub(r"^\S+ \S+ *(?:[A-Z]+ *:)? *", "", printable(lines[-1], 400)) if lines else "it said nothing"
-
-
-def is_quota(error: str) -> bool:
-    return "downloadQuotaExceeded" in error or "download quota" in error.lower()
 
 
 def local_path(config: Config, file: RemoteFile) -> Path:
