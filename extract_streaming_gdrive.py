@@ -751,7 +751,7 @@ class Remote:
                     log.debug("rclone: %s %s", entry.get("object", ""), entry.get("msg", "").strip())
                     if entry.get("level") in ("error", "critical", "fatal"):
                         name = re.sub(r"(\.smc)\..*", r"\1", entry.get("object", ""))  # while it is written, it has a longer name
-                        errors[name] = printable(" ".join(entry["msg"].split()), 300)
+                        errors[name] = plain(entry["msg"])
         return {**errors, "exit": process.returncode}, before + done
 
 
@@ -765,9 +765,16 @@ def json_or_text(line: bytes) -> dict:
 
 
 def plain_error(stderr: bytes) -> str:
-    """The last thing that rclone said, without its time and level."""
+    """The last thing that rclone said."""
     lines = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-    return re.sub(r"^\S+ \S+ *(?:[A-Z]+ *:)? *", "", printable(lines[-1], 400)) if lines else "it said nothing"
+    return plain(lines[-1]) if lines else "it said nothing"
+
+
+def plain(said: str) -> str:
+    """A message of rclone without its time and level, the chain of its functions, and addresses half a screen long."""
+    said = re.sub(r"^\d\S+ \d\S+ *(?:[A-Z]+ *: *)*", "", " ".join(said.split()))
+    said = re.sub(r"Failed to \w+(?: with \d+ errors)?: |last error was: |error in ListJSON: |couldn't list directory: ", "", said)
+    return printable(re.sub(r'(?:Get|Post) "https?://[^"]*": ', "", said), 300)
 
 
 def local_path(config: Config, file: RemoteFile) -> Path:

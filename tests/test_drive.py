@@ -1,0 +1,199 @@
+"""The script against a Google Drive on loopback, through rclone's own drive backend: quotas, a bad network, wrong set-ups."""
+
+import re
+import shutil
+import time
+
+import pytest
+import synthetic_release
+from conftest import Workspace
+from fake_drive import FakeDrive
+
+SPEECH = list(synthetic_release.SPEECH)
+
+
+@pytest.fixture(scope="module")
+def drive_release(tmp_path_factory):
+    """Four subjects with six small performances each; not to be changed."""
+    folder = tmp_path_factory.mktemp("drive")
+    synthetic_release.write_release(folder, ("0018", "0019", "0026", "0030"), frames=4, size=(64, 76), cameras=(0, 25))
+    return folder
+
+
+class DriveWorkspace(Workspace):
+    def __init__(self, folder, drive, release):
+        super().__init__(folder, release)
+        self.drive = drive
+        self.write_config(google_drive={"remote_name": drive.remote_name, "root_folder_id": drive.root_id, "rclone_flags": []})
+
+    def run(self, *arguments, **options):
+        return super().run(*arguments, **{"environment": self.drive.environment(), **options})
+
+    def start(self, *arguments, **options):
+        return super().start(*arguments, **{"environment": self.drive.environment(), **options})
+
+    def pictures_are_right(self, subject="0018"):
+        """Compare with an extraction of the same release from a local folder."""
+        local = Workspace(self.folder.parent / "local", self.release)
+        local.write_config(extraction=self.settings["extraction"])
+        Workspace.run(local)
+        return self.tree() == local.tree()
+
+
+@pytest.fixture
+def drive(drive_release):
+    with FakeDrive(drive_release) as drive:
+        yield drive
+
+
+@pytest.fixture
+def workspace(tmp_path, drive, drive_release):
+    return DriveWorkspace(tmp_path / "work", drive, drive_release)
+
+
+def test_a_subject_comes_off_drive_with_the_flags_of_the_contract(workspace, drive):
+    workspace.run()
+    assert set(workspace.states.values()) == {"completed"} and workspace.pictures_are_right()
+    assert drive.count(kind="media", status=200) == 6
+    log = next((workspace.folder / "logs").iterdir()).read_text()
+    for flags in (f"--drive-root-folder-id {drive.root_id}", "--drive-acknowledge-abuse", "--transfers 4 --checkers 8 --retries 10 --low-level-retries 20"):
+        assert flags in log
+    source = workspace.info("0018", "s1_all")["source"][0]
+    assert re.fullmatch("[0-9a-f]{32}", source["md5"]) and source["bytes"] == workspace.smc("0018", "s1_all").stat().st_size
+
+
+def test_a_used_up_quota_leaves_the_others_alone_and_costs_one_request(workspace, drive):
+    drive.fault("0018/0018_s2_all_raw.smc", "downloadQuotaExceeded")
+    workspace.write_config(extraction={"subjects": ["0018", "0019"]})
+    run = workspace.run(expect=1)
+    states = workspace.states
+    assert states.pop(("0018", "s2_all")) == "quota_exceeded" and set(states.values()) == {"completed"} and len(states) == 11
+    assert drive.count(kind="media", name="0018_s2_all_raw.smc") == 1 and run.seconds < 30
+    assert "quota" in run.err
+
+
+def test_after_three_used_up_quotas_in_a_row_the_run_stops_and_says_when_to_rerun(workspace, drive):
+    drive.fault("*.smc", "downloadQuotaExceeded")
+    workspace.write_config(extraction={"subjects": ["0018", "0019", "0026", "0030"]})
+    run = workspace.run(expect=3)
+    assert 3 <= list(workspace.states.values()).count("quota_exceeded") <= 6
+    assert {subject for subject, _ in workspace.states} == {"0018"}
+    assert re.search(r"since \d{4}-\d\d-\d\dT\S+.*again after \d{4}-\d\d-\d\d", run.err)
+    assert drive.count(kind="media") <= 8 and run.seconds < 20
+
+
+def test_quota_failures_that_are_not_in_a_row_do_not_stop_the_run(workspace, drive):
+    for subject, performance in (("0018", "s1_all"), ("0018", "s4_all"), ("0019", "s2_all"), ("0026", "s5_all")):
+        drive.fault(f"{subject}/{subject}_{performance}_raw.smc", "downloadQuotaExceeded")
+    workspace.write_config(extraction={"subjects": ["0018", "0019", "0026"]})
+    workspace.run(expect=1)
+    assert list(workspace.states.values()).count("quota_exceeded") == 4 and list(workspace.states.values()).count("completed") == 14
+
+
+def test_a_quota_that_is_renewed_is_mended_by_a_rerun(workspace, drive):
+    fault = drive.fault("0018/0018_s3_all_raw.smc", "downloadQuotaExceeded")
+    workspace.run(expect=1)
+    fault.clear()
+    drive.forget_requests()
+    workspace.run()
+    assert set(workspace.states.values()) == {"completed"} and workspace.pictures_are_right()
+    assert drive.count(kind="media") == 1
+
+
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("userRateLimitExceeded", {"times": 2}),
+        ("500", {"times": 2}),
+        ("cut", {"times": 3, "after_bytes": 5000}),
+        ("corrupt", {"times": 1}),
+        ("truncated", {"times": 1}),
+        ("slow", {"delay": 0.5}),
+    ],
+)
+def test_a_bad_network_ends_well_with_the_right_bytes(workspace, drive, kind, options):
+    fault = drive.fault("0018/0018_s3_all_raw.smc", kind, **options)
+    workspace.run()
+    assert fault.hits and set(workspace.states.values()) == {"completed"} and workspace.pictures_are_right()
+    assert workspace.leftovers() == []
+
+
+def test_bytes_that_stay_corrupt_fail_the_download_and_nothing_else(workspace, drive):
+    drive.fault("0018/0018_s1_all_raw.smc", "corrupt")
+    run = workspace.run(expect=1)
+    states = workspace.states
+    assert states.pop(("0018", "s1_all")) == "download_failed" and set(states.values()) == {"completed"}
+    assert "corrupted on transfer" in workspace.rows[-1]["error"] + workspace.rows[0]["error"] and "0018 s1_all" in run.err
+    assert workspace.leftovers() == []
+
+
+def test_an_outage_in_the_middle_is_waited_out(workspace, drive):
+    gate = drive.gate("0018/0018_s3_all_raw.smc", after_bytes=10000)
+    run = workspace.start()
+    gate.wait()
+    drive.stop()
+    time.sleep(1)
+    drive.start()
+    gate.release()
+    output = run.communicate(timeout=100)[0]
+    assert run.returncode == 0, output
+    assert workspace.pictures_are_right()
+
+
+def test_a_remote_that_is_gone_is_one_clear_message_at_once(workspace, drive):
+    drive.stop()
+    run = workspace.run(expect=1)
+    assert run.seconds < 15 and "cannot be listed" in run.err and len(run.err.splitlines()) == 1
+    assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
+
+
+def test_a_wrong_folder_id_is_one_clear_message_at_once(workspace, drive):
+    workspace.write_config(google_drive={"root_folder_id": "1wrongwrongwrong"})
+    run = workspace.run(expect=2)
+    assert run.seconds < 15 and "root_folder_id" in run.err and "1wrongwrongwrong" in run.err and len(run.err.splitlines()) == 1
+    assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
+
+
+def test_an_expired_token_is_one_clear_message_at_once(tmp_path, drive_release):
+    with FakeDrive(drive_release, expired_token=True) as drive:
+        run = DriveWorkspace(tmp_path / "work", drive, drive_release).run(expect=1)
+    assert "token" in run.err and "reconnect" in run.err and len(run.err.splitlines()) == 1
+
+
+def test_a_subject_that_is_not_shared_fails_alone(workspace, drive):
+    drive.fault("0018", "404", on="list")
+    workspace.write_config(extraction={"subjects": ["0018", "0019"], "performances": ["s1_all"]})
+    run = workspace.run(expect=1)
+    assert workspace.states == {("0018", "s1_all"): "download_failed", ("0019", "s1_all"): "completed"}, run.err
+
+
+def test_a_subject_that_is_not_on_drive_is_absent(workspace):
+    workspace.write_config(extraction={"subjects": ["0077"], "performances": ["s1_all"]})
+    workspace.run()
+    assert workspace.states == {("0077", "s1_all"): "absent"}
+
+
+def test_copies_are_extracted_like_the_plain_ones_and_the_plain_one_wins(tmp_path, drive_release):
+    release = tmp_path / "release"
+    synthetic_release.write_subject(release, "0018", performances=["s1_all", "s2_all"], frames=2, size=(64, 76), copy_of=True)
+    shutil.copy(drive_release / "0018/0018_s2_all_raw.smc", release / "0018")
+    with FakeDrive(release) as drive:
+        workspace = DriveWorkspace(tmp_path / "work", drive, release)
+        workspace.run("--performance", "s1_all", "s2_all")
+    names = [workspace.info("0018", p)["source"][0]["name"] for p in ("s1_all", "s2_all")]
+    assert names == ["Copy of 0018_s1_all_raw.smc", "0018_s2_all_raw.smc"] and workspace.leftovers() == []
+
+
+def test_names_on_the_remote_never_become_options_or_paths(tmp_path, drive_release):
+    release = tmp_path / "release"
+    (release / "0018").mkdir(parents=True)
+    shutil.copy(drive_release / "0018/0018_s1_all_raw.smc", release / "0018")
+    for name in ("--config=x", "0018_s2_all_raw.smc\n0018_s3_all_raw.smc", "0018_..s4_all_raw.smc", "-v", "$(touch x)", "0019_s5_all_raw.smc"):
+        (release / "0018" / name).write_bytes(b"bait")
+    (release / "-rf").mkdir()
+    with FakeDrive(release) as drive:
+        workspace = DriveWorkspace(tmp_path / "work", drive, release)
+        workspace.write_config(extraction={"subjects": "all"})
+        workspace.run()
+    assert [p for (_, p), state in workspace.states.items() if state == "completed"] == ["s1_all"]
+    assert workspace.leftovers() == [] and {s for s, _ in workspace.states} == {"0018"}
