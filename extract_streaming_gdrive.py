@@ -27,9 +27,11 @@ import ctypes
 import difflib
 import errno
 import fcntl
+import glob
 import io
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -300,7 +302,7 @@ SETTINGS = {
         "output_dir": (file_name, REQUIRED),
         "manifest": (file_name, "MANIFEST.csv"),
         "log_dir": (file_name, "logs"),
-        "max_temp_size_gb": (number(float, 0.001), 50.0),
+        "max_temp_size_gb": (number(float, 1e-6), 50.0),
         "min_free_gb": (number(float, 0), 100.0),
     },
     "processing": {
@@ -818,7 +820,7 @@ class SubjectLocks:
 
     def stale(self) -> list[str]:
         """Subjects of which a process that was killed has left the file."""
-        return [path.name for path in self.folder.glob("[0-9]*")] if self.folder.is_dir() else []
+        return [path.name for path in paths_like(self.folder, "[0-9]*")]
 
     def release(self, subject: str):
         self.held.pop(subject).close()
@@ -884,7 +886,7 @@ class TempSpace:
     def of_others(self) -> dict[str, int]:
         """The reservations of the other processes that live; those of dead ones are removed."""
         found = {}
-        for path in self.config.temp_dir.glob(".*.reserved"):
+        for path in paths_like(self.config.temp_dir, ".*.reserved"):
             if path != self.mine:
                 with locked(path, wait=False, remove=True) as descriptor:
                     if descriptor is None:
@@ -897,7 +899,7 @@ class TempSpace:
         found: dict[str, int] = {}
         for path in temp_files(self.config):
             name = path.relative_to(self.config.temp_dir).as_posix().partition(".smc")[0] + ".smc"
-            found[name] = max(found.get(name, 0), path.lstat().st_size)
+            found[name] = max(found.get(name, 0), size_on_disk(path))
         return found
 
     def note(self, more: dict[str, int]):
@@ -926,7 +928,12 @@ class TempSpace:
 
 def temp_files(config: Config, subject: str = "[0-9][0-9][0-9][0-9]") -> list[Path]:
     """What rclone has brought for a subject, or for all: whole SMC files and its own begun ones."""
-    return [path for path in config.temp_dir.glob(f"{subject}/*.smc*") if SMC_NAME.match(path.name)]
+    return [path for path in paths_like(config.temp_dir, f"{subject}/*.smc*") if SMC_NAME.match(path.name)]
+
+
+def paths_like(folder: Path, wildcard: str) -> list[Path]:
+    """Paths below a folder that match; what other processes remove meanwhile doesn't matter (to Path.glob it would)."""
+    return [Path(path) for path in glob.glob(f"{glob.escape(str(folder))}/{wildcard}")]
 
 
 def size_on_disk(path: Path) -> int:
@@ -955,8 +962,8 @@ def to_do(config: Config, manifest: Manifest, subject: str) -> list[str]:
 
 def debris(config: Config, subject: str) -> list[Path]:
     """Folders in which a run that was killed was at work."""
-    folder = config.output_dir / subject
-    return [path for suffix in (".partial", ".old") for path in folder.glob(f"*{suffix}") if PLAIN_NAME.fullmatch(path.stem)]
+    paths = paths_like(config.output_dir / subject, "*.partial") + paths_like(config.output_dir / subject, "*.old")
+    return [path for path in paths if PLAIN_NAME.fullmatch(path.stem)]
 
 
 def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
@@ -995,7 +1002,7 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
         if not job.files:
             job.failure = failure
         elif job.bytes > config.max_temp_size_gb * GB:
-            job.failure = ("download_failed", f"it has {gb(job.bytes)}: set storage.max_temp_size_gb to at least {job.bytes / GB:.3g}")
+            job.failure = ("download_failed", f"it has {gb(job.bytes)}: set storage.max_temp_size_gb to at least {math.ceil(job.bytes / 1e6) / 1000:g}")
         jobs.append(job)
     return jobs
 

@@ -1,6 +1,7 @@
 """What the tests share: a small synthetic release, and a workspace in which to run the script on it as a user does."""
 
 import csv
+import glob
 import hashlib
 import json
 import os
@@ -127,3 +128,14 @@ def wait_for(condition, seconds=30):
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.005)
+
+
+def sizes_in_temp(workspace):
+    """Bytes that the SMC files in temp_dir have together just now, while a run comes and goes with them."""
+    total = 0
+    for path in glob.glob(f"{workspace.folder}/temp_smc/**/*.smc*", recursive=True):
+        try:
+            total += os.stat(path).st_size
+        except FileNotFoundError:
+            pass
+    return total

@@ -1,0 +1,71 @@
+"""Several processes with one config share the subjects, with nothing but lock files between them."""
+
+import collections
+import os
+import signal
+
+import pytest
+import synthetic_release
+from conftest import Workspace, sizes_in_temp, wait_for
+
+SUBJECTS = [f"{n:04d}" for n in range(100, 112)]
+
+
+@pytest.fixture(scope="module")
+def twelve_subjects(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("twelve")
+    synthetic_release.write_release(folder, SUBJECTS, performances=["s1_all", "s3_all"], frames=4, size=(64, 76), cameras=(0, 25))
+    return folder
+
+
+@pytest.fixture
+def workspace(tmp_path, twelve_subjects):
+    workspace = Workspace(tmp_path / "work", twelve_subjects)
+    workspace.write_config(extraction={"subjects": SUBJECTS, "performances": ["s1_all", "s3_all"]})
+    return workspace
+
+
+def done_once(workspace):
+    counts = collections.Counter((row["subject"], row["performance"]) for row in workspace.rows)
+    return set(counts) == {(s, p) for s in SUBJECTS for p in ("s1_all", "s3_all")} and set(counts.values()) == {1}
+
+
+def test_four_processes_do_each_subject_once_and_all_exit_0(workspace):
+    runs = [workspace.start() for _ in range(4)]
+    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0] * 4, outputs
+    assert done_once(workspace) and set(workspace.states.values()) == {"completed"}
+    assert all(None not in row.values() and len(row) == 14 for row in workspace.rows)
+    assert workspace.leftovers() == [] and sum("completed      0" in " ".join(o.split()) for o in outputs) < 4
+
+
+def test_the_subject_of_a_killed_process_is_finished_by_the_others(workspace):
+    victim = workspace.start(start_new_session=True)
+    wait_for(lambda: workspace.manifest.exists() and "0100,s1_all" in workspace.manifest.read_text())
+    runs = [workspace.start() for _ in range(3)]
+    wait_for(lambda: len(workspace.rows) > 3)
+    os.killpg(victim.pid, signal.SIGKILL)
+    outputs = [run.communicate(timeout=120)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0] * 3, outputs
+    assert set(workspace.states.values()) == {"completed"} and len(workspace.states) == 24
+    assert workspace.leftovers() == []
+
+
+def test_processes_together_keep_temp_below_its_limit(workspace):
+    size = max(path.stat().st_size for path in workspace.release.rglob("*.smc"))
+    workspace.write_config(storage={"max_temp_size_gb": 1.5 * size / 1e9})
+    runs = [workspace.start() for _ in range(3)]
+    most = 0
+    while any(run.poll() is None for run in runs):
+        most = max(most, sizes_in_temp(workspace))
+    assert [run.returncode for run in runs] == [0] * 3, [run.stdout.read() for run in runs]
+    assert 0 < most <= 1.5 * size and done_once(workspace)
+
+
+def test_a_file_system_without_locks_is_named_instead_of_pretending(workspace, tmp_path):
+    """flock is made to answer as it does on a Lustre mounted without -o flock."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import errno, fcntl, os\ndef flock(*a): raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))\nfcntl.flock = flock\n"
+    )
+    run = workspace.run(expect=2, environment={"PYTHONPATH": str(tmp_path)})
+    assert "without file locks" in run.err and "-o flock" in run.err and not workspace.manifest.exists()
