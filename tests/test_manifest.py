@@ -1,8 +1,6 @@
 """MANIFEST.csv: the record of what is done, whoever wrote it and whatever a crash did to it."""
 
 import csv
-import subprocess
-import time
 
 import pytest
 
@@ -106,8 +104,9 @@ def test_a_finished_run_over_500_subjects_is_over_at_once(workspace):
     workspace.manifest.write_text(f"{HEADER}\n{rows}")
     before = workspace.manifest.stat()
     run = workspace.run()
-    assert run.seconds < 3 and "3000 of 3000" in run.out
-    assert workspace.run("--status").seconds < 3
+    start_up = workspace.run("--help").seconds
+    assert run.seconds < 3 * start_up and "3000 of 3000" in run.out
+    assert workspace.run("--status").seconds < 3 * start_up
     assert workspace.manifest.stat().st_mtime_ns == before.st_mtime_ns
 
 

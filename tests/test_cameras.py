@@ -1,0 +1,439 @@
+"""Where the cameras stand, the best subset, the picture, and the page in a real browser."""
+import html
+import itertools
+import json
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import extract_streaming_gdrive as c  # noqa: E402
+
+VIEWS_38 = [0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27, 28, 29, 31, 32, 33, 35, 37, 39, 40, 41, 43,
+            45, 47, 48, 49, 53, 55, 57, 59]
+
+
+def places():
+    """Azimuth, elevation (degrees) and distance (m) of 60 cameras; lower numbers on the person's left, that is, right."""
+    columns = [(160 - 20 * (n // 3), (30, 3, -24)[n % 3], 1.25) for n in range(51)]
+    return np.array(columns + [(180, 31, 1.3)] + [(150 - 40 * k, -3, 1.07) for k in range(8)], float)
+
+
+def rig(where=None, world=np.eye(4)):
+    """A calibration of cameras that look at one point from there; world (4, 4): moves the frame in which the camera that
+    is in front stands at +z, with y up, and the person's left at +x."""
+    calibration = {}
+    for n, (azimuth, elevation, distance) in enumerate(places() if where is None else where):
+        a, e = np.radians([azimuth, elevation])
+        outward = np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
+        right = np.array([np.cos(a), 0, -np.sin(a)])
+        pose = np.eye(4)
+        pose[:3, :3] = np.column_stack([right, np.cross(-outward, right), -outward])
+        pose[:3, 3] = distance * outward
+        calibration[f"{n:02d}"] = {"K": np.eye(3), "D": np.zeros(5), "RT": (world @ pose).tolist()}
+    return calibration
+
+
+def moved(axes, origin):
+    world = np.eye(4)
+    world[:3, :3], world[:3, 3] = axes, origin
+    return world
+
+
+Y_DOWN = moved(np.diag([1, -1, -1]), (0, 0, 0))
+Z_UP = moved([[1, 0, 0], [0, 0, -1], [0, 1, 0]], (5, -3, 100))
+SLANTED = moved(cv2.Rodrigues(np.array([0.4, -1.1, 2.0]))[0], (-20, 7, 3))
+WORLDS = pytest.mark.parametrize("world", [np.eye(4), Y_DOWN, Z_UP, SLANTED], ids=["y up", "y down", "z up, moved", "slanted"])
+
+
+# ---------------------------------------------------------------- geometry
+
+@WORLDS
+def test_azimuth_elevation_and_distance_of_a_known_rig_in_any_world_frame(world):
+    ids, directions, distances, up = c.rig_directions(rig(world=world))
+    azimuth, elevation = c.azimuth_elevation(ids, directions, up)
+    assert ids == list(range(60))
+    assert np.allclose(np.column_stack([azimuth, elevation, distances]), places(), atol=1e-6)
+    assert np.allclose(up, world[:3, 1])
+
+
+def test_cameras_to_the_viewers_right_see_the_persons_left_ear():
+    calibration = rig()
+    ids, directions, _, up = c.rig_directions(calibration)
+    azimuth, _ = c.azimuth_elevation(ids, directions, up)
+    front = np.array(calibration["25"]["RT"])
+    in_front_camera = np.array([np.linalg.solve(front, np.array(calibration[f"{i:02d}"]["RT"])[:, 3]) for i in ids])
+    beside = (abs(azimuth) > 1) & (abs(azimuth) < 179)
+    assert np.array_equal(np.sign(in_front_camera[beside, 0]), np.sign(azimuth[beside]))
+
+
+def test_the_up_direction_of_half_a_rig_is_not_tilted_by_the_pitch_of_its_cameras():
+    where = [place for place in places() if abs(place[0]) <= 60 and place[1] != -24]
+    _, directions, _, up = c.rig_directions(rig(where, SLANTED))
+    assert np.allclose(up, SLANTED[:3, 1])
+
+
+def test_parallel_axes_and_a_missing_front_camera_are_said_clearly():
+    with pytest.raises(ValueError, match="meet in no point"):
+        c.rig_directions({"25": rig()["25"]})
+    with pytest.raises(ValueError, match="no camera 25"):
+        c.rig_layout({camera: entry for camera, entry in rig().items() if camera != "25"})
+
+
+def test_coverage_is_the_angle_to_the_direction_that_is_worst_off():
+    _, directions, _, _ = c.rig_directions(rig([(azimuth, 0, 1) for azimuth in range(0, 360, 10)]))
+    assert c.coverage(directions, [0, 9, 18, 27]) == pytest.approx((40, 80 / 36 * 10))
+    assert c.coverage(directions, [0])[0] == pytest.approx(180)
+    assert c.coverage(directions, []) == (180, 180)
+
+
+# ---------------------------------------------------------------- suggestions
+
+@pytest.mark.parametrize("seed", range(12))
+def test_suggestions_are_the_optimum_that_brute_force_finds(seed):
+    random = np.random.default_rng(seed)
+    directions = random.normal(size=(16, 3)) * (1, 0.4, 1)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    available = sorted(random.choice(16, 11, replace=False).tolist())
+    always = available[3]
+    for n in range(1, 12):
+        sets = [s for s in itertools.combinations(available, n) if always in s]
+        best = min(c.coverage(directions, s)[0] for s in sets)
+        found = c.suggest_cameras(directions, available, n, always)
+        assert found == sorted(set(found)) and len(found) == n and always in found and set(found) <= set(available)
+        assert c.coverage(directions, found)[0] == pytest.approx(best, abs=1e-5)
+
+
+@WORLDS
+def test_suggestions_do_not_depend_on_the_world_frame(world):
+    reference = c.rig_directions(rig())[1]
+    directions = c.rig_directions(rig(world=world))[1]
+    for n in (4, 8, 13, 20):
+        assert c.suggest_cameras(directions, VIEWS_38, n) == c.suggest_cameras(reference, VIEWS_38, n)
+
+
+@pytest.mark.parametrize("views", [VIEWS_38, range(60)], ids=["38 views", "60 views"])
+def test_every_size_is_quick_repeatable_and_never_worse_than_a_smaller_one(views):
+    directions = c.rig_directions(rig())[1]
+    last = 180.0
+    for n in range(1, len(views) + 1):
+        start = time.perf_counter()
+        found = c.suggest_cameras(directions, views, n)
+        assert time.perf_counter() - start < 2
+        assert found == c.suggest_cameras(directions, list(reversed(views)), n)
+        assert len(found) == n and 25 in found
+        assert c.coverage(directions, found)[0] <= last + 1e-5
+        last = c.coverage(directions, found)[0]
+
+
+def test_impossible_numbers_are_refused():
+    directions = c.rig_directions(rig())[1]
+    for n, message in ((0, "at least 1"), (-3, "at least 1"), (39, "39 cameras were asked for; 38 have pictures")):
+        with pytest.raises(ValueError, match=message):
+            c.suggest_cameras(directions, VIEWS_38, n)
+
+
+# ---------------------------------------------------------------- layout and picture
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory):
+    """A coloured picture per view, JPEG and one PNG, and one file that is no picture."""
+    folder, views = tmp_path_factory.mktemp("views"), {}
+    for n in VIEWS_38:
+        views[n] = folder / f"{n:02d}{'.png' if n == 3 else '.jpg'}"
+        cv2.imwrite(str(views[n]), np.full((512, 612, 3), (4 * n, 90, 250 - 4 * n), np.uint8))
+    views[59].write_bytes(b"\xff\xd8 no picture")
+    return c.read_tiles(views)
+
+
+def test_the_layout_has_the_front_in_the_middle_rings_downward_and_the_closer_cameras_apart():
+    layout = c.rig_layout(rig())
+    assert layout.row_labels == ["ring +30°", "ring +3°", "closer -3°", "ring -24°"]
+    assert [i for i in layout.ids if layout.row[i] == 2] == list(range(52, 60))
+    assert [i for i in layout.ids if layout.row[i] == 0] == list(range(0, 51, 3)) + [51]
+    assert layout.slot[24] == layout.slot[25] == layout.slot[26] == 16 and layout.width == 36
+    assert layout.slot[22] == 18 and layout.slot[28] == 14 and layout.slot[51] == 34      # 22 on the right; 51 at the end
+    assert layout.slot[55] == 19                                                           # half way from 20° to 40°
+    assert len(set(zip(layout.row, layout.slot))) == 60
+    assert np.allclose(layout.spot[25] / np.hypot(*layout.spot[25]), (0, 1))              # at the bottom of the map
+
+
+def test_tiles_are_small_and_a_file_that_is_no_picture_has_none(tiles):
+    assert tiles[59] is None
+    assert {tile.shape for n, tile in tiles.items() if n != 59} == {(335, 400, 3)}
+
+
+def test_the_picture_shows_the_views_and_frames_the_selected_ones(tiles):
+    selected = [0, 25, 6, 59]                                                 # 6 has no picture, 59 an unreadable one
+    plain, framed = (c.camera_grid(tiles, rig(), s, "0018 s3_all, frame 0") for s in ([], selected))
+    assert framed.shape[1] == 4000 and 1500 < framed.shape[0] < 2600 and framed.dtype == np.uint8
+    grid = slice(0, framed.shape[0] - 1150)
+    blue = lambda picture: int((abs(picture[grid].astype(int) - c.CHOSEN).sum(2) < 6).sum())
+    assert blue(plain) < 200 and blue(framed) > 2 * 7000
+    jpeg = cv2.imencode(".jpg", framed, [cv2.IMWRITE_JPEG_QUALITY, 88])[1]
+    assert 100_000 < jpeg.size < 4_000_000
+
+
+@pytest.mark.parametrize("where", [places(), places()[[24, 25, 26]], places()[:26]])
+def test_the_picture_and_the_page_work_with_one_view(tiles, where):
+    if len(where) == 3:                                                       # a small rig, its front camera named 25
+        calibration = dict(zip(("24", "25", "26"), rig(where).values()))
+    else:
+        calibration = rig(where)
+    one = {25: tiles[25]}
+    assert c.camera_grid(one, calibration, [25], "0018 s1_all").shape[1] == 4000
+    assert "cameras" in c.camera_page(one, calibration, [25], "0018 s1_all")
+
+
+def test_a_view_without_calibration_is_named(tiles):
+    with pytest.raises(ValueError, match="no calibration for camera 59"):
+        c.camera_grid(tiles, rig(places()[:59]), [], "0018 s3_all")
+
+
+def test_the_full_size_picture_and_page_cost_less_than_decoding_the_views(tmp_path):
+    noise = np.random.default_rng(0).normal(120, 8, (2048, 2448, 1)).clip(0, 255).astype(np.uint8)
+    encoded = cv2.imencode(".jpg", cv2.cvtColor(noise, cv2.COLOR_GRAY2BGR), [cv2.IMWRITE_JPEG_QUALITY, 60])[1]
+    views = {n: tmp_path / f"{n}.jpg" for n in VIEWS_38}
+    for path in views.values():
+        path.write_bytes(encoded.tobytes())
+    start = time.process_time()
+    full = c.read_tiles(views)
+    cv2.imwrite(str(tmp_path / "grid.jpg"), c.camera_grid(full, rig(), VIEWS_38, "0018 s3_all"))
+    page = c.camera_page(full, rig(), VIEWS_38, "0018 s3_all")
+    ours, start = time.process_time() - start, time.process_time()
+    for _ in views:
+        cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    assert ours < time.process_time() - start
+    assert len(page) < 3_000_000
+
+
+def test_the_page_stays_below_its_limit_with_pictures_that_compress_badly():
+    noise = np.random.default_rng(0).integers(0, 256, (335, 400, 3), np.uint8)
+    assert len(c.camera_page({n: noise for n in range(60)}, rig(), [25], "noise")) < 3_000_000
+
+
+def test_text_in_the_page_is_escaped(tiles):
+    page = c.camera_page(tiles, rig(), [25], "</title><script>bad()</script>@DATA@", "a & b")
+    assert "<script>bad" not in page and html.escape("</title><script>bad()</script>@DATA@") in page and "a &amp; b" in page
+    data = re.search(r'<script type="application/json" id="rig">(.*?)</script>', page, re.S)[1]
+    assert "<" not in data and len(json.loads(data)["cameras"]) == 60
+    assert not re.search(r"(src|href)=.?(https?:|//)|url\(", page.replace("http://www.w3.org", ""))
+
+
+# ---------------------------------------------------------------- the page in a browser
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not chromedriver:
+        pytest.skip("no chromium and chromedriver here (Debian: chromium, chromium-driver)")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+                 "--disable-background-networking", "--disable-component-update", "--window-size=1366,768"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=chromedriver))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(browser, tiles, tmp_path):
+    """The page open in the browser, 0 and 25 selected; at the end its console must be empty."""
+    path = tmp_path / "0018_s3_all.html"
+    path.write_text(c.camera_page(tiles, rig(), [0, 6, 25], "0018 s3_all", "frame 0"), encoding="utf-8")
+    browser.get(path.as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+
+
+def tile(page, camera):
+    return page.find_element("css selector", f'button.tile[data-camera="{camera}"]')
+
+
+def expect(page, chosen):
+    """The page shows this selection, with the coverage that Python computes."""
+    read = lambda name: page.find_element("id", name)
+    pressed = page.find_elements("css selector", '.tile[aria-pressed="true"]')
+    assert sorted(int(element.get_attribute("data-camera")) for element in pressed) == sorted(chosen)
+    assert read("count").text == str(len(chosen))
+    assert read("line").get_attribute("value") == f"cameras: {sorted(chosen)}"
+    directions = c.rig_directions(rig())[1]
+    assert read("coverage").text == (f"{c.coverage(directions, chosen)[0]:.1f}°" if chosen else "none")
+    assert len(page.find_elements("css selector", ".dot.on")) == len(chosen)
+    if chosen:
+        worst, _, hole = c.largest_hole(c.rig_layout(rig()).angles, sorted(chosen))
+        assert len(page.find_elements("css selector", "#hole circle")) == len(hole)
+        assert read("where").text == f"(hole at camera {worst})"
+
+
+def test_a_click_on_a_view_toggles_it(page):
+    expect(page, [0, 25])                        # 6 is selected and has no picture
+    tile(page, 40).click()
+    expect(page, [0, 25, 40])
+    tile(page, 0).click()
+    expect(page, [25, 40])
+    page.find_elements("css selector", ".dot.view")[0].click()              # camera 0 on the map
+    expect(page, [0, 25, 40])
+
+
+def test_the_buttons_choose_all_none_and_the_scripts_suggestions(page):
+    directions = c.rig_directions(rig())[1]
+    readable = [n for n in VIEWS_38 if n != 59]
+    for n in (4, 8, 12, 16, 20):
+        button = page.find_element("css selector", f'#suggestions button[data-n="{n}"]')
+        button.click()
+        best = c.suggest_cameras(directions, readable, n)
+        expect(page, best)
+        assert button.text == f"{n} ({c.coverage(directions, best)[0]:.1f}°)"
+        assert button.get_attribute("aria-pressed") == "true"
+    page.find_element("id", "all").click()
+    expect(page, readable)
+    page.find_element("id", "none").click()
+    expect(page, [])
+    assert not page.find_elements("css selector", "#hole circle, #edge circle")
+
+
+def test_the_keyboard_is_enough(page):
+    from selenium.webdriver.common.keys import Keys
+    press = lambda *keys: [page.switch_to.active_element.send_keys(key) for key in keys]
+    focused = lambda: page.switch_to.active_element.get_attribute("data-camera")
+    page.execute_script("arguments[0].focus()", tile(page, 25))
+    press(Keys.ARROW_LEFT)
+    assert focused() == "28"
+    press(Keys.SPACE)
+    expect(page, [0, 25, 28])
+    assert "Camera 28" in page.find_element("id", "caption").text            # the one in focus is the one enlarged
+    press(Keys.ARROW_UP)
+    assert focused() == "27"
+    press(Keys.ENTER, Keys.ARROW_RIGHT)
+    assert focused() == "24"
+    expect(page, [0, 25, 27, 28])
+    press(Keys.TAB)
+    assert focused() == "25"
+    outline = page.execute_script("return getComputedStyle(document.activeElement).outlineStyle")
+    assert outline == "solid"
+
+
+def test_hovering_enlarges_a_view(page):
+    from selenium.webdriver import ActionChains
+    ActionChains(page).move_to_element(tile(page, 33)).perform()
+    assert page.find_element("id", "caption").text == "Camera 33: azimuth -60°, elevation +30°"
+    large = page.find_element("id", "large")
+    assert large.get_attribute("src") == tile(page, 33).find_element("tag name", "img").get_attribute("src")
+    assert large.size["width"] > 3.5 * tile(page, 33).size["width"]
+
+
+@pytest.mark.parametrize("clipboard", ["allowed", "refused"])
+def test_the_line_is_copied(page, clipboard):
+    page.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+    page.execute_script("return navigator.clipboard.writeText('before')")
+    if clipboard == "refused":
+        page.execute_script("navigator.clipboard.writeText = () => Promise.reject(new Error('refused'))")
+    page.find_element("id", "copy").click()
+    copied = page.execute_script("return new Promise(done => setTimeout(done, 200)).then(() => navigator.clipboard.readText())")
+    assert copied == "cameras: [0, 25]"
+    assert page.find_element("id", "copy").text == "Copied"
+
+
+def test_it_fits_on_a_laptop_screen_and_nothing_scrolls_sideways(page):
+    page.set_window_size(1366, 768)
+    size = page.execute_script("return [document.documentElement.scrollWidth, innerWidth, grid.scrollWidth - grid.clientWidth,"
+                               " grid.getBoundingClientRect().bottom, innerHeight]")
+    assert size[0] <= size[1] and size[2] == 0 and size[3] < size[4]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_follows_the_colour_scheme(page, scheme):
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    background = page.execute_script("return getComputedStyle(document.body).backgroundColor")
+    red = int(re.search(r"\d+", background)[0])
+    assert red > 200 if scheme == "light" else red < 60
+
+
+# ---------------------------------------------------------------- the commands
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory):
+    """A workspace with s1_all (camera 25) and s3_all (38 views) extracted; not to be changed."""
+    import synthetic_release
+    from conftest import Workspace
+
+    folder = tmp_path_factory.mktemp("cameras")
+    synthetic_release.write_subject(folder / "release", "0018", performances=["s1_all", "s3_all"], frames=4, size=(128, 153), gaps={3: [1]})
+    workspace = Workspace(folder / "work", folder / "release")
+    workspace.write_config(extraction={"performances": ["s1_all", "s3_all"]})
+    workspace.run()
+    return workspace
+
+
+def test_camera_grid_writes_a_picture_and_a_page_beside_the_config(extracted):
+    run = extracted.run("--camera-grid", "0018/s3_all")
+    picture, page = (extracted.folder / "previews" / f"0018_s3_all.{ending}" for ending in ("jpg", "html"))
+    assert str(picture) in run.out and str(page) in run.out and "38 views" in run.out
+    assert cv2.imread(str(picture)).shape[1] == 4000
+    text = page.read_text()
+    data = json.loads(re.search(r'<script type="application/json" id="rig">(.*?)</script>', text, re.S)[1])
+    assert len(text) < 3_000_000 and sum("image" in camera for camera in data["cameras"]) == 38 and len(data["cameras"]) == 60
+    assert "1 view of 0018 s1_all" in extracted.run("--camera-grid", "0018/s1_all").out
+
+
+def test_camera_grid_shows_the_frame_that_is_asked_for(extracted):
+    assert "37 views of 0018 s3_all, frame 1" in extracted.run("--camera-grid", "0018/s3_all", "--frame", "1").out
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--camera-grid", "0018/s2_all"], "extract 0018/s2_all first"),
+        (["--camera-grid", "0077/s3_all"], "extract 0077/s3_all first"),
+        (["--camera-grid", "../s3_all"], "0018/s3_all"),
+        (["--camera-grid", "0018/s3_all", "--frame", "9"], "from 0 to 1"),
+        (["--suggest-cameras", "0"], "at least 1"),
+        (["--suggest-cameras", "39"], "38 have pictures"),
+        (["--suggest-cameras", "many"], "many"),
+    ],
+)
+def test_what_cannot_be_shown_is_a_clear_message(extracted, arguments, expected):
+    assert expected in extracted.run(*arguments, expect=2).err
+
+
+def test_suggest_cameras_prints_the_coverage_and_the_line_to_paste(extracted):
+    run = extracted.run("--suggest-cameras", "8")
+    line = [int(n) for n in re.search(r"cameras: \[(.*)\]", run.out)[1].split(",")]
+    calibration = json.loads(extracted.path("0018", "s3_all", "calibration", "cameras.json").read_text())["cameras"]
+    _, directions, _, _ = c.rig_directions(calibration)
+    largest, mean = c.coverage(directions, line)
+    assert len(line) == 8 and 25 in line and set(line) <= set(VIEWS_38)
+    assert f"{largest:.1f}°" in run.out and f"{mean:.1f}°" in run.out and "config.yaml now" in run.out
+
+
+def test_a_suggestion_given_with_the_grid_is_what_is_framed(extracted):
+    run = extracted.run("--camera-grid", "0018/s3_all", "--suggest-cameras", "4")
+    line = [int(n) for n in re.search(r"cameras: \[(.*)\]", run.out)[1].split(",")]
+    text = (extracted.folder / "previews/0018_s3_all.html").read_text()
+    data = json.loads(re.search(r'<script type="application/json" id="rig">(.*?)</script>', text, re.S)[1])
+    assert [data["cameras"][i]["id"] for i in data["selected"]] == line
+
+
+def test_before_anything_is_extracted_there_is_nothing_to_suggest(workspace):
+    assert "extract one subject" in workspace.run("--suggest-cameras", "4", expect=2).err
+
+
+def test_the_run_doubts_cameras_without_25_and_cameras_that_no_performance_has(workspace):
+    workspace.write_config(extraction={"cameras": [0, 6, 12], "performances": ["s1_all", "s3_all"]})
+    run = workspace.run()
+    first = run.err.splitlines()[:2]
+    assert "camera 25, the only one in s1_all" in first[0] and "names 6 12" in first[1]
+    summary = run.out[run.out.index("Summary") :]
+    assert "camera 25, the only one" in summary and "names 6 12" in summary
+    workspace.write_config(extraction={"cameras": {"s3_all": [0], "default": "all"}})
+    assert "camera 25" not in workspace.run().err
