@@ -84,7 +84,7 @@ QUOTA_LASTS = timedelta(hours=24)
 PLAIN_PROGRESS_S = 60  # between two lines about a download where there is no terminal
 BATCH_BYTES = 4 << 20  # pictures go to the writing threads in batches of that size
 STUCK_CPU_S = 10  # a healthy file needs a thousandth of that between two pictures
-MEMORY_LIMIT = 900 << 20  # for unpacking; damaged files can ask for any amount
+MEMORY_LIMIT = 700 << 20  # that unpacking may take; damaged files can ask for any amount
 
 SUBJECT = re.compile(r"[0-9]{4}")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -1105,6 +1105,7 @@ class Extraction:
         self.job, self.config, self.reader, self.report = job, config, reader, report
         self.folder = config.part(job.subject, job.performance)
         self.threads = ThreadPoolExecutor(config.workers)
+        list(self.threads.map(time.sleep, [0.001] * config.workers))  # starting a thread later, short of memory, would never end
         self.decoder = Decoder() if config.verify == "full" else None
         self.bytes = 0
         self.frames: dict[str, int] = {}
@@ -1478,8 +1479,7 @@ def extract_in_child(pipe, job: Job, config: Config):
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit_memory()
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)  # what libraries print: see Decoder
 
@@ -1499,6 +1499,14 @@ def extract_in_child(pipe, job: Job, config: Config):
     except Exception as error:
         log.debug(traceback.format_exc())
         pipe.send(("error", SMCError(f"{job.files[0].name}: {type(error).__name__}: {printable(str(error), 200)}")))
+
+
+def limit_memory():
+    """Let this process take MEMORY_LIMIT more memory than it has now, where the system (Linux) can say how much that is."""
+    with contextlib.suppress(OSError):
+        held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_DATA, (held + MEMORY_LIMIT, held + MEMORY_LIMIT))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def finish(job: Job, config: Config, manifest: Manifest) -> tuple[dict, dict | None]:

@@ -1,0 +1,174 @@
+"""How fast is the extraction? Beside `tar x` of the same pictures, the same disk in the same run.
+
+    python tests/benchmark.py [--frames N] [--views N] [--runs N] [--dir FOLDER]     the table
+    python tests/benchmark.py --growth                                             time per frame at 500, 5000, 20 000 frames
+
+Each line is the median of runs in turn, each in a process of its own, with the input in the page cache and the disk idle.
+Seconds end when the data is on disk (one sync each, `cp` too); CPU seconds are user and system time together.
+
+The floor: the kernel creates a file per picture and copies the bytes into the page cache, and the disk takes them. `tar x` does
+just that, in C, so its time is the reference. What we add is opening each HDF5 data set (28 µs), checking the picture's
+header and end, and a few calls of Python per file; what we save is tar's reading in blocks of 10 kB.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import h5py
+import numpy as np
+
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent)]
+
+import extract_streaming_gdrive as tool  # noqa: E402
+import synthetic_release  # noqa: E402
+
+SMC = "release/0018/0018_s3_all_raw.smc"
+SAMPLE = 60  # frames that are decoded and encoded again; the figures are scaled to all
+
+
+def job_and_config(folder, verify="fast", cameras=None):
+    (folder / "config.yaml").write_text(
+        "google_drive: {remote_name: none}\nextraction: {subjects: ['0018'], performances: [s3_all]}\n"
+        f"storage: {{temp_dir: release, output_dir: subjects, min_free_gb: 0}}\nprocessing: {{verify: {verify}}}\n"
+    )
+    smc = folder / SMC
+    remote = tool.RemoteFile("0018/0018_s3_all_raw.smc", smc.stat().st_size, None, 0)
+    return tool.Job("0018", "s3_all", [remote], cameras, tool.DEFAULT_MODALITIES), tool.load_config(str(folder / "config.yaml"))
+
+
+def ours(folder, verify="fast", cameras=None):
+    job, config = job_and_config(folder, verify, cameras)
+    tool.extract_apart(job, config, lambda **_: None)
+    tool.put_in_place(config.part("0018", "s3_all"), config.folder("0018", "s3_all"))
+
+
+def tar(folder):
+    (folder / "tar").mkdir()
+    subprocess.run(["tar", "xf", folder / "pictures.tar", "-C", folder / "tar"], check=True)
+    tool.sync_disk(folder)
+
+
+def cp(folder):
+    subprocess.run(["cp", folder / SMC, folder / "copy.smc"], check=True)
+    tool.sync_disk(folder)
+
+
+def reencode(folder):
+    """What the usual scripts do, with the first frames."""
+    (folder / "reencoded").mkdir()
+    with h5py.File(folder / SMC) as smc:
+        names = [(c, f) for c, camera in smc["Camera"].items() if "color" in camera for f in camera["color"]]
+        for camera, frame in names[:: max(1, len(names) // SAMPLE)][:SAMPLE]:
+            pixels = cv2.imdecode(smc[f"Camera/{camera}/color/{frame}"][()], cv2.IMREAD_COLOR)
+            cv2.imwrite(str(folder / f"reencoded/{camera}_{frame}.jpg"), pixels, [cv2.IMWRITE_JPEG_QUALITY, 95])
+
+
+WAYS = {
+    "ours, verify fast": (ours, "subjects"),
+    "ours, verify full": (lambda folder: ours(folder, "full"), "subjects"),
+    "tar x": (tar, "tar"),
+    "cp of the SMC": (cp, "copy.smc"),
+    "decode, re-encode": (reencode, "reencoded"),
+}
+
+
+def measure(way, folder):
+    """Run one way in this process; prints seconds, CPU seconds, peak memory in MB, and bytes written, as JSON."""
+    function, output = WAYS[way]
+    cpu = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    begin, cpu_before = time.monotonic(), cpu()
+    function(folder)
+    seconds, cpu_seconds = time.monotonic() - begin, cpu() - cpu_before
+    memory = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+    paths = [folder / output, *(folder / output).rglob("*")]
+    print(json.dumps([seconds, cpu_seconds, memory, sum(p.stat().st_size for p in paths if p.is_file())]))
+
+
+def run(way, folder):
+    os.sync()
+    figures = json.loads(subprocess.run([sys.executable, __file__, "--one", way, "--dir", folder], check=True, capture_output=True, text=True).stdout)
+    path = folder / WAYS[way][1]
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return figures
+
+
+def make(folder, views, frames):
+    """The SMC of a synthetic s3_all, and a tar of the same files as the extraction writes."""
+    smc = folder / SMC
+    smc.parent.mkdir(parents=True)
+    synthetic_release.write_smc(smc, performance="s3_all", cameras=synthetic_release.S3_VIEWS[:views], frame_ids=range(frames), size=(2048, 2448),
+                                jpeg_bytes=330_000, distinct=1, audio_seconds=frames / 15)  # fmt: skip
+    ours(folder)
+    subprocess.run(["tar", "cf", folder / "pictures.tar", "-C", folder / "subjects/0018", "s3_all"], check=True)
+    shutil.rmtree(folder / "subjects")
+    print(f"s3_all with {views} views of {frames} frames, {smc.stat().st_size / 1e9:.2f} GB, on {folder}", flush=True)
+
+
+def table(folder, views, frames, runs):
+    make(folder, views, frames)
+    figures = {way: [] for way in WAYS}
+    for _ in range(runs):
+        for way in WAYS:
+            seconds, cpu, memory, size = run(way, folder)
+            scale = views * frames / SAMPLE if way.startswith("decode") else 1
+            figures[way].append((seconds * scale, cpu * scale, memory, size * scale))
+    median = lambda values: statistics.median(values)
+    print(f"\n{'':20} {'s':>7} {'CPU s':>7} {'MB/s':>6} {'peak MB':>8} {'GB':>6} {'s / tar x':>10} {'CPU / tar x':>12}")
+    for way, runs_of_way in figures.items():
+        seconds, cpu, memory, size = (median(values) for values in zip(*runs_of_way))
+        ratios = [median(a[k] / b[k] for a, b in zip(runs_of_way, figures["tar x"])) for k in (0, 1)]
+        print(f"{way:20} {seconds:7.2f} {cpu:7.2f} {size / seconds / 1e6:6.0f} {memory:8.0f} {size / 1e9:6.2f} {ratios[0]:10.2f} {ratios[1]:12.2f}")
+    ratio = lambda a, b: median(x[1] / y[1] for x, y in zip(figures[a], figures[b]))
+    print(f"\nCPU of decode, re-encode / ours, verify fast: {ratio('decode, re-encode', 'ours, verify fast'):.1f}")
+    print(f"CPU of ours, verify full / decode, re-encode: {ratio('ours, verify full', 'decode, re-encode'):.2f}")
+
+
+def growth(folder):
+    """Time per frame with the number of frames in one file, and with cameras that are not selected."""
+    for frames, cameras in ((500, 1), (5000, 1), (20000, 1), (5000, 8)):
+        smc = folder / SMC
+        smc.parent.mkdir(parents=True, exist_ok=True)
+        picture = cv2.imencode(".jpg", np.zeros((64, 76, 3), np.uint8))[1].ravel()
+        with h5py.File(smc, "w") as file:
+            file.create_group("Camera").attrs.update({"num_frame": frames, "num_device": 60, "resolution": [64, 76]})
+            for camera in range(25, 25 + cameras):
+                group = file.create_group(f"Camera/{camera:02d}/color")
+                for frame in range(frames):
+                    group.create_dataset(str(frame), data=picture)
+        times = []
+        for _ in range(5):
+            begin = time.monotonic()
+            ours(folder, cameras={25})
+            times.append(time.monotonic() - begin)
+            shutil.rmtree(folder / "subjects")
+        print(f"{frames:6} frames of camera 25, {cameras} cameras in the file: {statistics.median(times) / frames * 1e6:6.0f} µs a frame", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--frames", type=int, default=112)
+    parser.add_argument("--views", type=int, default=38)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--dir", type=Path)
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        return measure(arguments.one, arguments.dir)
+    with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
+        growth(Path(folder)) if arguments.growth else table(Path(folder), arguments.views, arguments.frames, arguments.runs)
+
+
+if __name__ == "__main__":
+    main()
