@@ -55,6 +55,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
@@ -560,10 +561,10 @@ def swapped(one: Path, other: Path) -> bool:
 
 def clear(path: Path):
     """Remove a file, a folder or a link (not what it points to), if it is there."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-    elif path.exists():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
 
 
 def die_with_parent():
@@ -973,12 +974,16 @@ def to_do(config: Config, manifest: Manifest, subject: str) -> list[str]:
 
 def debris(config: Config, subject: str) -> list[Path]:
     """Folders in which a run that was killed was at work."""
-    paths = paths_like(config.output_dir / subject, "*.partial") + paths_like(config.output_dir / subject, "*.old")
-    return [path for path in paths if PLAIN_NAME.fullmatch(path.stem)]
+    folder = config.output_dir / subject
+    if folder.is_symlink():  # see plan
+        return []
+    return [path for path in paths_like(folder, "*.partial") + paths_like(folder, "*.old") if PLAIN_NAME.fullmatch(path.stem)]
 
 
 def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
     """Remove what a run that was ended has left of a subject, but for whole SMC files that are wanted (None: all)."""
+    if (config.temp_dir / subject).is_symlink():  # not followed: rclone will make a folder
+        clear(config.temp_dir / subject)
     for path in debris(config, subject):
         if path.suffix == ".old" and not os.path.lexists(path.with_suffix("")):
             os.rename(path, path.with_suffix(""))  # killed between two renames: see put_in_place
@@ -1242,7 +1247,10 @@ class Decoder:
         self.read = 0
 
     def decodes(self, data: bytes) -> bool:
-        return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None
+        try:
+            return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None
+        except cv2.error:  # it claims more pixels than OpenCV has room for
+            return False
 
     def complained(self) -> bool:
         """Whether anything was said since the last time."""
@@ -1447,13 +1455,30 @@ def numbers_text(numbers: Iterable[int]) -> str:
 
 
 def extract_apart(job: Job, config: Config, show: Callable) -> dict:
-    """`extract` in a process of its own: libhdf5 can crash, spin or ask for any amount of memory over a damaged file, and must
-    not take the run with it. Raises SMCError where the file is at fault, OSError where the disk is.
+    """`extract` in a process of its own, which also keeps the disk from being filled. Raises what `apart` does.
 
     show: called with what `extract` reports."""
+
+    def work(report):
+        def check_and_report(pictures: int = 0, total: int | None = None):
+            if free_bytes(config.output_dir) < config.min_free_gb * GB:
+                raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {config.min_free_gb:g} GB free")
+            report(pictures=pictures, total=total)
+
+        check_and_report()
+        return extract(job, config, check_and_report)
+
+    return apart(job.files[0].name, work, show)
+
+
+def apart(name: str, work: Callable, show: Callable):
+    """What work(report) gives, run in a process of its own: libhdf5 can crash, spin or ask for any amount of memory over a
+    damaged file, and must not take the run with it. Raises SMCError where the file is at fault, OSError where the disk is.
+
+    name: of the file, for messages. show: called with the arguments of each call of `report`, which are named."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=extract_in_child, args=(theirs, job, config), daemon=True)
+    process = context.Process(target=work_in_child, args=(theirs, name, work), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -1468,14 +1493,14 @@ def extract_apart(job: Job, config: Config, show: Callable) -> dict:
                     raise value
         process.join()
         causes = {-signal.SIGPROF: "reading it does not come to an end", -signal.SIGKILL: "it was killed from outside, perhaps for want of memory"}
-        raise SMCError(f"{job.files[0].name}: {causes.get(process.exitcode, 'reading it crashed the HDF5 library')}; the file is probably damaged")
+        raise SMCError(f"{name}: {causes.get(process.exitcode, 'reading it crashed the HDF5 library')}; the file is probably damaged")
     finally:
         process.kill()
         process.join()
         ours.close()
 
 
-def extract_in_child(pipe, job: Job, config: Config):
+def work_in_child(pipe, name: str, work: Callable):
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1483,22 +1508,20 @@ def extract_in_child(pipe, job: Job, config: Config):
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)  # what libraries print: see Decoder
 
-    def report(pictures: int = 0, total: int | None = None):
+    def report(**progress):
         signal.setitimer(signal.ITIMER_PROF, STUCK_CPU_S)  # ends the process unless it is set again in time
-        if free_bytes(config.output_dir) < config.min_free_gb * GB:
-            raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {config.min_free_gb:g} GB free")
-        pipe.send(("report", {"pictures": pictures, "total": total}))
+        pipe.send(("report", progress))
 
     try:
         report()
-        pipe.send(("done", extract(job, config, report)))
+        pipe.send(("done", work(report)))
     except (SMCError, OSError) as error:
         pipe.send(("error", error))
     except MemoryError:
-        pipe.send(("error", SMCError(f"{job.files[0].name}: it asks for more than {gb(MEMORY_LIMIT)} of memory; it is probably damaged")))
+        pipe.send(("error", SMCError(f"{name}: it asks for more than {gb(MEMORY_LIMIT)} of memory; it is probably damaged")))
     except Exception as error:
         log.debug(traceback.format_exc())
-        pipe.send(("error", SMCError(f"{job.files[0].name}: {type(error).__name__}: {printable(str(error), 200)}")))
+        pipe.send(("error", SMCError(f"{name}: {type(error).__name__}: {printable(str(error), 200)}")))
 
 
 def limit_memory():
@@ -1618,7 +1641,7 @@ def download_progress(subject: str, jobs: list[Job]):
 def extraction_progress(job: Job):
     """Shows an extraction as a bar. Gives what to call with the pictures written and their total."""
 
-    def show(pictures: int, total: int | None):
+    def show(pictures: int = 0, total: int | None = None):
         if total is not None:
             progress.total = total
         progress.update(pictures)
@@ -1763,12 +1786,21 @@ def inspect(paths: list[str]) -> int:
     failed = False
     for path in paths:
         try:
-            with SMCReader(path) as reader:
-                log.info("%s", "\n".join(inspection(path, reader)))
+            log.info("%s", "\n".join(apart(os.path.basename(path), partial(inspect_one, path), show=lambda: None)))
         except SMCError as error:
             log.error("%s", error)
             failed = True
     return int(failed)
+
+
+def inspect_one(path: str, report: Callable) -> list[str]:
+    """The lines about one file, as they can be shown: nothing that a file says of itself gets to the terminal as it is."""
+    lines = []
+    with SMCReader(path) as reader:
+        for line in inspection(path, reader):
+            report()
+            lines.append(printable(line, 500))
+    return lines
 
 
 def inspection(path: str, reader: SMCReader) -> Iterator[str]:

@@ -17,7 +17,9 @@ everything fitted in `…_anno.smc`. `SMCReader(raw, anno)` presents the two as 
 
 Files come from a network, so nothing in them is trusted: only what lies in the file itself is read (soft and external
 links, external storage and virtual data sets are refused), sizes are checked before memory is asked for, and a group
-whose name is no camera or frame number is left alone and named in `oddities`.
+whose name is no camera or frame number is left alone and named in `oddities`. HDF5's own library can still spin or crash
+over a damaged file (a string attribute in a zeroed heap is enough): who must not be stopped by that calls this module in
+a process of its own, with a limit on its time.
 
 Conventions: cameras are numbered 0…59 and written with two digits; `RT` maps camera to world coordinates, in metres,
 with OpenCV axes (x right, y down, z forward); key points of a picture are (x, y) in pixels.
@@ -40,6 +42,9 @@ MAX_PICTURE_BYTES = 64 << 20  # an encoded picture has 0.33 MB; the raw pixels o
 MAX_PICTURE_PIXELS = 1 << 26
 MAX_ARRAY_BYTES = 256 << 20  # the longest audio seen, 85 s, has 32 MB
 MAX_ATTRIBUTE_BYTES = 64 << 10
+MAX_EXPANSION = 10  # of the encoded pictures in a chunked, compressed file: there is hardly anything left to compress
+MAX_FRAMES = 100_000  # the longest performance seen has 2529
+MAX_ODDITIES = 50
 
 CAMERA_NAME = re.compile(r"[0-5][0-9]")
 FRAME_NAME = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -144,12 +149,18 @@ class SMCReader:
         self.actor_info = {name: self._attribute("", name, kind) for name, kind in kinds.items()}
         self.Camera_info = {name: self._attribute("Camera", name, int) for name in ("num_device", "num_frame")}
         resolution = self._attribute("Camera", "resolution", np.ndarray)
-        self.Camera_info["resolution"] = resolution if resolution is not None and resolution.shape == (2,) else None
+        self.Camera_info["resolution"] = resolution
+        if resolution is not None and resolution.shape != (2,):
+            self.Camera_info["resolution"] = None
+            self._files[0].note(f"Camera has a resolution of {resolution.size} numbers")
+        if self.Camera_info["num_frame"] is not None and not 0 < self.Camera_info["num_frame"] <= MAX_FRAMES:
+            self._files[0].note(f"Camera has {self.Camera_info['num_frame']} for the number of frames")
         if len(self._files) == 2:
             for group, name, kind in (("", "actor_id", str), ("", "performance_part", str), ("Camera", "num_frame", int)):
                 raw, anno = (file.attribute(group, name, kind) for file in self._files)
                 if None not in (raw, anno) and raw != anno:
-                    self.oddities.append(f"{name} is {raw!r} in {self._files[0].name} and {anno!r} in {self._files[1].name}")
+                    said = f"{name} is {printable(str(raw))}, but {printable(str(anno))} in {self._files[1].name}"
+                    self._files[0].note(said)
 
     def _attribute(self, group, name, kind):
         values = (file.attribute(group, name, kind) for file in self._files)
@@ -203,9 +214,9 @@ class SMCReader:
 
     @property
     def num_frame(self) -> int:
-        """Frames of the performance: the attribute, or the longest camera where that is missing or no count."""
+        """Frames of the performance: the attribute, or the longest camera where that is missing or cannot be."""
         stated = self.Camera_info["num_frame"]
-        if stated is not None and stated > 0:
+        if stated is not None and 0 < stated <= MAX_FRAMES:
             return stated
         return max((len(self.frame_numbers("images", camera)) for camera in self.cameras()), default=0)
 
@@ -224,8 +235,7 @@ class SMCReader:
     def encoded(self, modality: str, camera: int | str | None = None, frame: int | str | None = None) -> bytes:
         """The stored bytes of one picture: modality images or masks (camera, frame), uv_textures (frame) or
         scan_masks (camera)."""
-        name = camera_name(camera) if modality == "scan_masks" else str(int(frame))
-        file, group = self._required(modality, camera)
+        file, group, name = self._picture(modality, camera, frame)
         return file.encoded(group, name)
 
     def iter_encoded(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[int, bytes]]:
@@ -253,8 +263,7 @@ class SMCReader:
         modality = {"color": "images", "mask": "masks"}.get(Image_type)
         if modality is None:
             raise ValueError(f"no Image_type {Image_type!r}: there are 'color' and 'mask'")
-        one = lambda frame: self._decode(self.encoded(modality, Camera_id, frame), modality == "masks")
-        return self._frames(one, Frame_id, modality, Camera_id)
+        return self._frames(lambda frame: self._decoded(modality, Camera_id, frame), Frame_id, modality, Camera_id)
 
     def get_Calibration(self, Camera_id) -> dict:
         """{"K" (3, 3) intrinsics in pixels, "D" (5,) distortion k1 k2 p1 p2 k3, "RT" (4, 4) camera to world, metres}
@@ -278,8 +287,10 @@ class SMCReader:
         """{"audio": (N, channels) float32 in [-1, 1), "sample_rate": int in Hz}."""
         info = self.audio_info()
         file, group = self._required("audio")
-        audio = file.array(group, "audio", (None, None)).astype(np.float32, copy=False)
-        return {"audio": audio, "sample_rate": info["sample_rate"]}
+        audio = file.array(group, "audio", (None, None))
+        if audio.dtype.kind != "f":
+            raise file.error(f"Camera/00/audio/audio holds {audio.dtype}, no floating-point numbers")
+        return {"audio": audio.astype(np.float32, copy=False), "sample_rate": info["sample_rate"]}
 
     def audio_info(self) -> dict | None:
         """{"sample_rate" Hz, "channels", "samples", "duration_s"} without reading the samples; None without audio."""
@@ -297,29 +308,33 @@ class SMCReader:
         """(106, 2) float64 pixels (x, y) of a frame; a list of frames or None stacks them (N, 106, 2). Cameras 18…32
         have them, and only frames in which a face was found."""
         file, group = self._required("keypoints2d", Camera_id)
-        return self._frames(lambda frame: file.array(group, str(int(frame)), (106, 2)), Frame_id, "keypoints2d", Camera_id)
+        one = lambda frame: file.array(group, str(int(frame)), (106, 2)).astype(np.float64, copy=False)
+        return self._frames(one, Frame_id, "keypoints2d", Camera_id)
 
     def get_Keypoints3d(self, Frame_id=None) -> np.ndarray:
         """(73, 3) float64 of a frame; a list of frames or None stacks them (N, 73, 3)."""
         file, group = self._required("keypoints3d")
-        return self._frames(lambda frame: file.array(group, str(int(frame)), (73, 3)), Frame_id, "keypoints3d")
+        one = lambda frame: file.array(group, str(int(frame)), (73, 3)).astype(np.float64, copy=False)
+        return self._frames(one, Frame_id, "keypoints3d")
 
     def get_FLAME(self, Frame_id=None) -> dict:
         """{name: array} of the FLAME parameters of a frame: global_pose, neck_pose, jaw_pose, left_eye_pose,
         right_eye_pose, trans (3,), shape (100,), exp (50,), verts (5023, 3), albedos (3, 256, 256) and what else there
         is. For a list of frames or None each array has the frames stacked along a new first axis."""
+        file, group = self._required("flame")
         if isinstance(Frame_id, (int, str, np.integer)):
-            file, group = self._required("flame")
             frame = file.group_in(group, str(int(Frame_id)))
             if frame is None:
                 raise file.error(f"there is no FLAME/{int(Frame_id)}")
             return {name: file.array(frame, name, None) for name in file.names(frame, PARAMETER_NAME)}
         frames = [self.get_FLAME(frame) for frame in (self.frame_numbers("flame") if Frame_id is None else Frame_id)]
-        return {name: np.stack([frame[name] for frame in frames]) for name in (frames[0] if frames else ())}
+        if any(frame.keys() != frames[0].keys() for frame in frames):
+            raise file.error("the frames of FLAME have different parameters")
+        return {name: self._stack([frame[name] for frame in frames], "flame") for name in (frames[0] if frames else ())}
 
     def get_uv(self, Frame_id=None, disable_tqdm=True) -> np.ndarray:
         """Decoded UV texture (256, 256, 3) uint8 BGR of a frame; a list of frames or None stacks them."""
-        return self._frames(lambda frame: self._decode(self.encoded("uv_textures", frame=frame)), Frame_id, "uv_textures")
+        return self._frames(lambda frame: self._decoded("uv_textures", frame=frame), Frame_id, "uv_textures")
 
     def get_scanmesh(self) -> dict:
         """{"vertex": (n, 3) float64, "vertex_indices": (m, 3) int} of the scanned mesh."""
@@ -327,13 +342,16 @@ class SMCReader:
         indices = file.array(group, "vertex_indices", (None, 3))
         if indices.dtype.kind not in "iu":
             raise file.error(f"Scan/vertex_indices holds {indices.dtype}, no whole numbers")
-        return {"vertex": file.array(group, "vertex", (None, 3)).astype(np.float64), "vertex_indices": indices}
+        vertex = file.array(group, "vertex", (None, 3)).astype(np.float64, copy=False)
+        if indices.size and not 0 <= indices.min() <= indices.max() < len(vertex):
+            raise file.error(f"Scan/vertex_indices goes from {indices.min()} to {indices.max()}, of {len(vertex)} vertices")
+        return {"vertex": vertex, "vertex_indices": indices}
 
     def get_scanmask(self, Camera_id=None) -> np.ndarray:
         """Decoded mask of the scan (H, W) uint8 from a camera; None stacks those of all cameras."""
         if Camera_id is None:
-            return np.stack([self.get_scanmask(camera) for camera in self.cameras("scan_masks")])
-        return self._decode(self.encoded("scan_masks", Camera_id), grey=True)
+            return self._stack([self.get_scanmask(camera) for camera in self.cameras("scan_masks")], "scan_masks")
+        return self._decoded("scan_masks", Camera_id)
 
     # ---- shared by the methods above
 
@@ -354,33 +372,58 @@ class SMCReader:
     def _required(self, modality, camera=None):
         file, group = self._open(modality, camera)
         if group is None:
-            raise file.error(f"there is no {GROUPS[modality].format(camera_name(camera) if camera is not None else '')}")
+            raise file.error(f"there is no {self._place(modality, camera)}")
         return file, group
+
+    @staticmethod
+    def _place(modality, camera=None) -> str:
+        return GROUPS[modality].format(camera_name(camera) if camera is not None else "")
 
     def _frames(self, one, frame, modality, camera=None) -> np.ndarray:
         """one(frame), or the stack of it for a list of frames or None."""
         if isinstance(frame, (int, str, np.integer)):
             return one(frame)
-        return np.stack([one(f) for f in (self.frame_numbers(modality, camera) if frame is None else frame)])
+        frames = self.frame_numbers(modality, camera) if frame is None else frame
+        return self._stack([one(number) for number in frames], modality, camera)
 
-    def _decode(self, data: bytes, grey: bool = False) -> np.ndarray:
+    def _stack(self, arrays, modality, camera=None) -> np.ndarray:
+        file, _ = self._required(modality, camera)
+        if len({array.shape for array in arrays}) != 1:
+            what = "entries of different shapes" if arrays else "no entry to be read"
+            raise file.error(f"{self._place(modality, camera)} has {what}")
+        return np.stack(arrays)
+
+    def _picture(self, modality, camera, frame):
+        """(file, group, name) of an encoded picture; see `encoded`."""
+        name = camera_name(camera) if modality == "scan_masks" else str(int(frame))
+        return (*self._required(modality, camera), name)
+
+    def _decoded(self, modality, camera=None, frame=None) -> np.ndarray:
+        """The pixels (H, W, 3) uint8 BGR of a picture; of a mask (H, W), the maximum over channels."""
         import cv2  # costs 50 ms that those who only copy bytes need not spend
 
+        file, group, name = self._picture(modality, camera, frame)
+        data = file.encoded(group, name)
         picture = probe_picture(data)
-        if picture.height * picture.width > MAX_PICTURE_PIXELS:
-            raise self._files[0].error(f"a picture claims {picture.width} x {picture.height} pixels")
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
-        if pixels is None:
-            raise self._files[0].error(f"a picture of {len(data)} bytes cannot be decoded")
-        return pixels.max(axis=2) if grey else pixels
+        with file.reading(group, name, what="cannot be decoded"):
+            if picture.format is None:
+                raise ValueError(f"its {len(data)} bytes are neither JPEG nor PNG")
+            if picture.height * picture.width > MAX_PICTURE_PIXELS:
+                raise ValueError(f"it claims {picture.width} x {picture.height} pixels")
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            if pixels is None:
+                raise ValueError(f"its {len(data)} bytes are damaged")
+        return pixels.max(axis=2) if modality in ("masks", "scan_masks") else pixels
 
 
 class _Extent(NamedTuple):
-    """Where a picture lies: `offset` in the file, or None where it is chunked and HDF5 has to put it together."""
+    """Where a picture lies: `offset` in the file, or None where it is chunked and HDF5 has to put it together from
+    `stored` bytes."""
 
     name: str
     offset: int | None
     size: int
+    stored: int
 
 
 class _File:
@@ -393,7 +436,7 @@ class _File:
         self.h5 = None
         if not hasattr(source, "read") and not os.path.isfile(source):
             raise self.error("there is no such file")
-        with self._reading("the file", what="is no SMC file, or is cut short or damaged"):
+        with self.reading("the file", what="is no SMC file, or is cut short or damaged"):
             # The file is ours alone, and file systems of clusters often lack the locks that HDF5 would take.
             options = {} if hasattr(source, "read") else {"locking": False}
             self.h5 = h5py.File(source, "r", **options)
@@ -409,21 +452,21 @@ class _File:
         return SMCError(f"{self.name}: {what}")
 
     @contextlib.contextmanager
-    def _reading(self, *place, what="cannot be read"):
+    def reading(self, *place, what="cannot be read"):
         """HDF5 reports damage as almost any exception: all of them become an SMCError about a place in the file."""
         try:
             yield
         except SMCError:
             raise
         except Exception as error:
-            reason = printable(" ".join(str(error).split()) or type(error).__name__, 200)
-            raise self.error(f"{self._where(*place)} {what}: {reason}") from error
+            reason = printable(" ".join(str(error).strip("'").split()) or type(error).__name__, 200)
+            raise self.error(f"{self.where(*place)} {what}: {reason}") from error
 
     # ---- groups
 
     def group(self, path: str):
         """The group at a path of plain names ("" is the root), or None where it or one above it is missing."""
-        with self._reading("the root group"):
+        with self.reading("the root group"):
             group = h5g.open(self.h5.id, b"/")
         for name in filter(None, path.split("/")):
             group = group and self.group_in(group, name)
@@ -433,12 +476,12 @@ class _File:
         """The group of that name in a group, or None."""
         found = self._object(parent, name)
         if found is not None and not isinstance(found, h5g.GroupID):
-            raise self.error(f"{self._where(parent, name)} is no group")
+            raise self.error(f"{self.where(parent, name)} is no group")
         return found
 
     def _object(self, parent, name: str):
         """What the hard link of that name points to, or None."""
-        with self._reading(parent, name):
+        with self.reading(parent, name):
             key = name.encode()
             if not parent.links.exists(key):
                 return None
@@ -447,9 +490,9 @@ class _File:
 
     def _refuse_soft(self, parent, name, kind):
         if kind != h5l.TYPE_HARD:
-            raise self.error(f"{self._where(parent, name)} is a link to another place; such links are not followed")
+            raise self.error(f"{self.where(parent, name)} is a link to another place; such links are not followed")
 
-    def _where(self, parent, name: str = "") -> str:
+    def where(self, parent, name: str = "") -> str:
         """The path of something in the file, fit for a message."""
         if isinstance(parent, str):
             return parent
@@ -461,7 +504,7 @@ class _File:
         """Whether a group is there and not empty, whatever the number of its entries."""
         if group is None:
             return False
-        with self._reading(group):
+        with self.reading(group):
             return group.get_num_objs() > 0
 
     def links(self, group) -> list[str]:
@@ -469,7 +512,7 @@ class _File:
         if group is None:
             return []
         found: list[tuple[str, int]] = []
-        with self._reading(group):
+        with self.reading(group):
             group.links.iterate(lambda name, info: found.append((name.decode("utf-8", "replace"), info.type)), info=True)
         for name, kind in found:
             self._refuse_soft(group, name, kind)
@@ -481,7 +524,7 @@ class _File:
         strange = [printable(name) for name in names if not pattern.fullmatch(name)]
         if strange:
             more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-            self.note(f"{self._where(group)} has entries that are left out: {', '.join(strange[:3])}{more}")
+            self.note(f"{self.where(group)} has entries that are left out: {', '.join(strange[:3])}{more}")
         return [name for name in names if pattern.fullmatch(name)]
 
     def numbers(self, group, pattern) -> list[int]:
@@ -491,7 +534,7 @@ class _File:
     def note(self, what: str):
         """Remember an oddity, once."""
         note = f"{self.name}: {what}"
-        if note not in self.oddities:
+        if len(self.oddities) < MAX_ODDITIES and note not in self.oddities:
             self.oddities.append(note)
 
     # ---- attributes and arrays
@@ -502,7 +545,7 @@ class _File:
         if group is None:
             return None
         try:
-            with self._reading(f"the attribute {name}"):
+            with self.reading(f"the attribute {name}"):
                 if not h5a.exists(group, name.encode()):
                     return None
                 if h5a.open(group, name.encode()).get_storage_size() > MAX_ATTRIBUTE_BYTES:
@@ -519,33 +562,38 @@ class _File:
     def array(self, group, name: str, shape: tuple | None) -> np.ndarray:
         """A numeric data set, whole, in its stored type; `shape` as above, None for any."""
         data = self._dataset(group, name, shape)
-        with self._reading(group, name):
+        with self.reading(group, name):
             array = np.empty(data.shape, data.dtype)
             data.read(h5s.ALL, h5s.ALL, array)
             return array
 
     def _dataset(self, group, name, shape):
-        where = self._where(group, name)
+        where = self.where(group, name)
         data = self._object(group, name)
         if not isinstance(data, h5d.DatasetID):
             raise self.error(f"there is no {where}" if data is None else f"{where} is no data set")
-        with self._reading(group, name):
+        with self.reading(group, name):
+            self._refuse_elsewhere(data)
             found, dtype = data.shape, data.dtype
             if dtype.kind not in "fiub":
                 raise ValueError(f"it holds {dtype}, no numbers")
             if shape is not None and (len(found) != len(shape) or any(s not in (None, n) for s, n in zip(shape, found))):
                 raise ValueError(f"its shape is {found}, not {shape}".replace("None", "n"))
-            self._check_storage(data, int(np.prod(found, dtype=object)) * dtype.itemsize, MAX_ARRAY_BYTES)
+            self._check_size(data, int(np.prod(found, dtype=object)) * dtype.itemsize, MAX_ARRAY_BYTES)
         return data
 
     @staticmethod
-    def _check_storage(data, size, limit):
-        """Refuse data that lies elsewhere, or claims more than it has or than anybody needs."""
+    def _refuse_elsewhere(data):
+        """Refuse data outside the file, before anything is asked that would make HDF5 look there."""
         properties = data.get_create_plist()
         if properties.get_layout() == h5d.VIRTUAL or (
             properties.get_layout() == h5d.CONTIGUOUS and properties.get_external_count()
         ):
             raise ValueError("its data lies in another file")
+
+    @staticmethod
+    def _check_size(data, size, limit):
+        """Refuse data that claims more than it has or than anybody needs."""
         if size > limit:
             raise ValueError(f"it claims {size} bytes")
         if size and not data.get_storage_size():
@@ -557,22 +605,24 @@ class _File:
         """(number, extent) of the pictures of a group, in the order in which they lie in the file."""
         names = self.names(group, pattern)
         found = [(int(name), self._extent(group, name)) for name in names]
-        if sum(extent.size for _, extent in found if extent.offset is not None) > self.bytes:
-            raise self.error(f"the pictures of {self._where(group)} lie over each other")
+        claimed, stored = (sum(getattr(extent, kind) for _, extent in found) for kind in ("size", "stored"))
+        if stored > self.bytes or claimed > MAX_EXPANSION * self.bytes:
+            raise self.error(f"the pictures of {self.where(group)} claim {claimed} bytes, which cannot be in {self.bytes}")
         return sorted(found, key=lambda item: (item[1].offset or 0, item[0]))
 
     def _extent(self, group, name: str) -> _Extent:
-        with self._reading(group, name):
+        with self.reading(group, name):
             data = h5d.open(group, name.encode())
+            self._refuse_elsewhere(data)
             kind = data.get_type()
             size = data.get_space().get_simple_extent_npoints()
             if kind.get_class() != h5t.INTEGER or kind.get_size() != 1 or data.shape not in ((size,), (size, 1)):
                 raise ValueError("it is no list of bytes")
-            self._check_storage(data, size, MAX_PICTURE_BYTES)
-            offset = data.get_offset() if size else 0
-            if offset is not None and data.get_storage_size() != size:
-                raise ValueError("its size contradicts itself")
-            return _Extent(name, offset, size)
+            self._check_size(data, size, MAX_PICTURE_BYTES)
+            offset, stored = data.get_offset() if size else 0, data.get_storage_size()
+            if offset is not None and (stored != size or offset + size > self.bytes):
+                raise ValueError("its place contradicts its size")
+            return _Extent(name, offset, size, stored)
 
     def read_extent(self, group, extent: _Extent) -> bytes:
         """The bytes of one picture."""
@@ -584,13 +634,13 @@ class _File:
         else:
             data = os.pread(self.descriptor, extent.size, extent.offset)
         if len(data) != extent.size:
-            raise self.error(f"{self._where(group, extent.name)} has {len(data)} of its {extent.size} bytes")
+            raise self.error(f"{self.where(group, extent.name)} has {len(data)} of its {extent.size} bytes")
         return data
 
     def encoded(self, group, name: str) -> bytes:
         """The bytes of the picture of that name."""
         if self._object(group, name) is None:
-            raise self.error(f"there is no {self._where(group, name)}")
+            raise self.error(f"there is no {self.where(group, name)}")
         return self.read_extent(group, self._extent(group, name))
 
 
@@ -603,6 +653,8 @@ def _as_kind(value, kind: type):
         return value.astype(np.int64)
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.item()
+    if isinstance(value, str):
+        value = value.encode("utf-8", "surrogateescape")  # which is how h5py marks bytes that are no UTF-8
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if not isinstance(value, (str, int, float)):

@@ -1,0 +1,372 @@
+"""Damaged and hostile SMC files through the extraction, as a user runs it: nothing crashes, leaks or goes astray."""
+import csv
+import json
+import os
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+import synthetic_release as synthetic
+from hostile import mutations, plain_pictures, snapshot
+
+SCRIPT = Path(__file__).parents[1] / "extract_streaming_gdrive.py"
+OURS = ("subjects", "temp_smc", "MANIFEST.csv", "logs")  # all that a run may write to, but for the folder of its locks
+SECRET = b"the secret of this host"
+MODALITIES = "images, masks, audio, calibration, keypoints2d, keypoints3d, flame, uv_textures, scan, scan_masks"
+CONFIG = """\
+google_drive:
+  remote_name: demo
+  rclone_flags: ["--config", "rclone.conf"]
+extraction:
+  subjects: all
+  performances: [{performances}]
+  modalities: [{modalities}]
+storage:
+  temp_dir: temp_smc
+  output_dir: subjects
+  min_free_gb: 0
+processing:
+  verify: {verify}
+"""
+
+
+class Place:
+    """A folder with a release, a config and what a run leaves there."""
+
+    def __init__(self, folder):
+        self.folder, self.release, self.output = folder, folder / "release", folder / "subjects"
+        self.performances = {}
+        self.release.mkdir()
+        (folder / "rclone.conf").write_text(f"[demo]\ntype = alias\nremote = {self.release}\n")
+
+    def smc(self, subject, performance):
+        """Where an SMC file of the release is to be put."""
+        self.performances[performance] = None
+        (self.release / subject).mkdir(exist_ok=True)
+        return self.release / subject / f"{subject}_{performance}_raw.smc"
+
+    def run(self, verify="fast"):
+        """Run the script; exit code, what it said and its memory (kB) are kept."""
+        text = CONFIG.format(performances=", ".join(self.performances), modalities=MODALITIES, verify=verify)
+        (self.folder / "config.yaml").write_text(text)
+        before = snapshot(self.folder, without=OURS)
+        command = [sys.executable, SCRIPT, "--config", self.folder / "config.yaml"]
+        with open(self.folder.parent / "said", "w+") as said:
+            process = subprocess.Popen(command, cwd=self.folder.parent, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = self.code = os.waitstatus_to_exitcode(status)
+            said.seek(0)
+            self.said, self.memory = said.read(), usage.ru_maxrss
+        assert snapshot(self.folder, without=OURS) == before
+        assert "Traceback" not in self.said and all(c.isprintable() or c == "\n" for c in self.said), self.said
+        return self
+
+    def rows(self):
+        """{(subject, performance): row} of the manifest, and what has to be true of every run's."""
+        with open(self.folder / "MANIFEST.csv", newline="") as file:
+            rows = {(row["subject"], row["performance"]): row for row in csv.DictReader(file)}
+        for row in rows.values():
+            assert row["status"] in ("completed", "failed", "absent"), row
+            assert (row["status"] == "failed") <= bool(row["error"])
+            assert float(row["extract_s"]) < 20, row
+        folders = {(path.parent.name, path.name) for path in self.output.glob("*/*") if not path.is_symlink()}
+        assert folders == {key for key, row in rows.items() if row["status"] == "completed"}
+        assert list((self.folder / "temp_smc").rglob("*.smc*")) == [] and self.memory < 1_000_000
+        return rows
+
+
+@pytest.fixture
+def place(tmp_path):
+    (tmp_path / "here").mkdir()
+    return Place(tmp_path / "here")
+
+
+def pictures_written(folder):
+    return {f"{path.relative_to(folder).parent}/{path.stem}": path.read_bytes() for kind in ("images", "masks") for path in folder.glob(f"{kind}/*/*")}
+
+
+def check_completed(folder, row, source):
+    """A completed performance is whole, as its info.json and its row say, and holds what plain h5py reads in the SMC."""
+    info = json.loads((folder / "metadata/info.json").read_text())
+    written = pictures_written(folder)
+    for modality in ("images", "masks"):
+        assert {name: data for name, data in written.items() if name.startswith(modality)} == {
+            name: data for name, data in source.items() if name.startswith(modality)
+        }
+    assert info["frames"] == {path.name[4:]: len(list(path.iterdir())) for path in folder.glob("images/*")}
+    assert int(row["frames"]) == sum(info["frames"].values())
+    assert sorted(path.name for path in folder.iterdir()) == sorted(info["modalities"] + ["metadata"])
+    assert all(any(path.iterdir()) for path in folder.rglob("*") if path.is_dir())
+
+
+# ---- damage
+
+SEED = int(os.environ.get("MUTATIONS_SEED", 9))  # another one for more of them
+
+SMALL = dict(cameras=(0, 25), frame_ids=range(3), size=(24, 30), audio_seconds=0.02, masks=(25,), keypoints2d=(25,))
+BASES = {
+    "plain": dict(SMALL, keypoints3d=True, calibration=True),
+    "gzip": dict(SMALL, keypoints3d=True, calibration=False, storage="gzip", column_shape=True, scan=True, scan_masks=(0, 3)),
+    "chunked": dict(SMALL, calibration=False, storage="chunked"),
+}
+
+
+def test_five_hundred_damaged_files_each_end_as_completed_or_failed(tmp_path):
+    (tmp_path / "here").mkdir()
+    place = Place(tmp_path / "here")
+    for number, (name, options) in enumerate(BASES.items()):
+        base = tmp_path / f"{name}.smc"
+        synthetic.write_smc(base, "1000", "m000", **options)
+        for k, (_, content) in enumerate(mutations(base, 170, seed=SEED)):
+            place.smc(f"{1000 + number}", f"m{k:03d}").write_bytes(content)
+    place.run()
+    rows = place.rows()
+    assert len(rows) == 510 and place.code == 1
+    completed = [key for key, row in rows.items() if row["status"] == "completed"]
+    assert 100 < len(completed) < 400
+    with ProcessPoolExecutor(2) as apart:  # libhdf5 could crash
+        for key, source in zip(completed, apart.map(plain_pictures, [place.smc(*key) for key in completed], timeout=60)):
+            check_completed(place.output.joinpath(*key), rows[key], source)
+
+
+# ---- hostile constructions
+
+
+def small(path, **options):
+    """A small healthy SMC file at a path."""
+    subject, performance = path.stem[:4], path.stem[5:].rpartition("_")[0]
+    options = {**dict(cameras=(3, 25), frame_ids=range(3), size=(24, 30), audio_seconds=0.1, calibration=False, masks=(25,)), **options}
+    synthetic.write_smc(path, subject, performance, **options)
+    return path
+
+
+def soft(file, secret):
+    file["Camera/25/color/0"] = h5py.SoftLink("/Camera/25/color/2")
+
+
+def external(file, secret):
+    file["Camera/25/color/0"] = h5py.ExternalLink(str(secret), "here")
+
+
+def external_storage(file, secret):
+    file["Camera/25/color"].create_dataset("0", (len(SECRET),), np.uint8, external=[(str(secret), secret.read_bytes().find(SECRET), len(SECRET))])
+
+
+def virtual(file, secret):
+    layout = h5py.VirtualLayout((len(SECRET),), np.uint8)
+    layout[:] = h5py.VirtualSource(str(secret), "here", (len(SECRET),))
+    file["Camera/25/color"].create_virtual_dataset("0", layout)
+
+
+def at_the_top(file, secret):
+    file["Keypoints3d"] = h5py.ExternalLink(str(secret), "/")
+
+
+def test_nothing_of_another_file_gets_into_the_output(place):
+    secret = place.folder / "secret.h5"
+    with h5py.File(secret, "w") as file:
+        file["here"] = file["0"] = np.frombuffer(SECRET, np.uint8)
+    for trick in (soft, external, external_storage, virtual, at_the_top):
+        with h5py.File(small(place.smc("1000", trick.__name__)), "r+") as file:
+            del file["Camera/25/color/0"]
+            trick(file, secret)
+    rows = place.run().rows()
+    assert {row["status"] for row in rows.values()} == {"failed"} and len(rows) == 5
+    assert all("another place" in row["error"] or "another file" in row["error"] for row in rows.values())
+    for path in place.folder.rglob("*"):
+        assert path == secret or not path.is_file() or "release" in path.parts or SECRET not in path.read_bytes()
+
+
+def odd_names(file):
+    for group in (file["Camera"], file["Camera/25/color"], file["Camera/25/mask"], file):
+        for name in ("..", "025", "1e3", "5\n", "a" * 60_000, "\x1b[2J", "٣"):
+            group.create_group(name)
+    file["Camera/25/color/../../../../../x"] = file["/etc/passwd"] = 1
+
+
+def many_cameras(file):
+    for number in range(60, 10_000):
+        file.create_group(f"Camera/{number}/color")
+
+
+def odd_attributes(file):
+    for place, value in ((file, np.zeros(3)), (file["Camera"], "\x1b[2J" * 100)):
+        for name in place.attrs:
+            place.attrs[name] = value
+    file.attrs["actor_id"] = b"\xff\x1b]0;title\x07"
+    file.attrs["performance_part"] = "x" * 60_000
+    file["Camera"].attrs["num_frame"] = 2**62
+
+
+def empty_pictures(file):
+    del file["Camera/25/color/0"], file["Camera/25/mask/0"]
+    file["Camera/25/color/0"] = file["Camera/25/mask/0"] = np.zeros(0, np.uint8)
+
+
+def parameter_names(file):
+    for name in ("../../x", "file", "x" * 64_000, "self", "exp"):
+        file.require_group("FLAME/0").attrs["num_frame"] = 1
+        if "/" in name:
+            file["FLAME/0"].create_group("..")
+        else:
+            file[f"FLAME/0/{name}"] = np.zeros(3)
+
+
+def parameter_groups(file):
+    file["FLAME/0/a/b"] = np.zeros(3)
+
+
+def two_terabytes(file):
+    del file["Camera/25/color/0"]
+    file["Camera/25/color"].create_dataset("0", (2**41,), np.uint8)
+
+
+def two_terabytes_of_audio(file):
+    del file["Camera/00/audio/audio"]
+    file["Camera/00/audio"].create_dataset("audio", (2**38, 2), np.float32, chunks=(1000, 2))
+
+
+def links_without_end(file):
+    color = file["Camera/25/color"]
+    for frame in range(3, 100_000):
+        h5py.h5o.link(color.id, color.id, b"%d" % frame)
+
+
+def one_picture_many_times(file):
+    color = file["Camera/25/color"]
+    one = color["0"].id
+    for frame in range(3, 100_000):
+        h5py.h5o.link(one, color.id, b"%d" % frame)
+
+
+def unpacking_to_more(file):
+    for frame in range(3, 20):
+        file.create_dataset(f"Camera/25/color/{frame}", data=np.zeros(1_000_000, np.uint8), chunks=True, compression="gzip")
+
+
+def a_picture_for_a_group(file):
+    del file["Camera/25/color"]
+    file["Camera/25/color"] = np.zeros(5, np.uint8)
+
+
+def endless_heap(file):
+    """HDF5 never comes back from a string in a heap of zeros."""
+    path = Path(file.filename)
+    file.close()
+    content = bytearray(path.read_bytes())
+    at = content.find(b"GCOL")
+    content[at + 16 : at + 4096] = bytes(4080)
+    path.write_bytes(content)
+
+
+SKIPPED = (odd_names, many_cameras, odd_attributes, empty_pictures, parameter_names)
+REFUSED = (parameter_groups, two_terabytes, two_terabytes_of_audio, links_without_end, one_picture_many_times, unpacking_to_more, a_picture_for_a_group, endless_heap)  # fmt: skip
+
+
+def test_hostile_files_are_refused_or_what_is_odd_in_them_is_skipped_with_a_message(place):
+    for trick in SKIPPED + REFUSED:
+        with h5py.File(small(place.smc("1000", trick.__name__)), "r+") as file:
+            trick(file)
+    rows = {performance: row for (_, performance), row in place.run().rows().items()}
+    for trick in SKIPPED:
+        assert rows[trick.__name__]["status"] == "completed", rows[trick.__name__]
+        folder = place.output / "1000" / trick.__name__
+        check_completed(folder, rows[trick.__name__], plain_pictures(place.smc("1000", trick.__name__)))
+        assert json.loads((folder / "metadata/info.json").read_text())["cameras_available"] == [3, 25]
+    for trick in REFUSED:
+        assert rows[trick.__name__]["status"] == "failed", rows[trick.__name__]
+    for name in ("odd_names", "many_cameras", "odd_attributes", "parameter_names"):
+        assert f"  - 1000_{name}_raw.smc: " in place.said
+    with np.load(place.output / "1000/parameter_names/flame/frame_000000.npz") as frame:
+        assert set(frame.files) == {"file", "self", "exp"}
+    assert not list(place.folder.rglob("x")) and "missing" in rows["empty_pictures"]["error"]
+
+
+@pytest.mark.parametrize("side", [30_000, 60_000])
+def test_a_picture_that_claims_too_many_pixels_to_decode_is_a_damaged_one(place, side):
+    with h5py.File(small(place.smc("1000", "s1_all")), "r+") as file:
+        picture = bytearray(file["Camera/25/mask/0"][()].tobytes())
+        picture[16:24] = side.to_bytes(4, "big") * 2
+        picture[29:33] = zlib.crc32(picture[12:29]).to_bytes(4, "big")
+        del file["Camera/25/mask/0"]
+        file["Camera/25/mask/0"] = np.frombuffer(picture, np.uint8)
+        del file["Camera"].attrs["resolution"]
+    row = place.run(verify="full").rows()["1000", "s1_all"]
+    assert (row["status"], row["error"]) == ("completed", "1 damaged picture, listed in info.json")
+    info = json.loads((place.output / "1000/s1_all/metadata/info.json").read_text())
+    assert info["damaged_frames"] == {"masks": {"25": [0]}}
+
+
+# ---- inspection
+
+
+def test_inspecting_damaged_files_says_what_is_wrong_and_goes_on(tmp_path):
+    for trick in (odd_names, odd_attributes, endless_heap, two_terabytes):
+        path = small(tmp_path / f"1000_{trick.__name__}_raw.smc")
+        with h5py.File(path, "r+") as file:
+            trick(file)
+    for number, (_, content) in enumerate(mutations(small(tmp_path / "1000_s1_all_raw.smc"), 40, seed=3)):
+        (tmp_path / f"damaged_{number}.smc").write_bytes(content)
+    paths = sorted(tmp_path.glob("*.smc"))
+    done = subprocess.run([sys.executable, SCRIPT, "--inspect", *paths], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert all(c.isprintable() or c == "\n" for c in done.stdout + done.stderr)
+    for path in paths:
+        assert (f"{path.name}: " in done.stdout) != (f"{path.name}: " in done.stderr), path
+    assert "endless_heap_raw.smc: reading it does not come to an end" in done.stderr
+    assert list(tmp_path.iterdir()) and sorted(tmp_path.iterdir()) == paths
+
+
+# ---- symbolic links
+
+
+@pytest.fixture
+def precious(place):
+    """A folder that is nobody's business, beside the output."""
+    folder = place.folder / "precious"
+    for name in ("s1_all.partial/file", "s1_all/images/cam_25/frame_000000.jpg", "file", "1000_s1_all_raw.smc", "1000_s2_all_raw.smc.abc.partial"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"precious")
+    return folder
+
+
+def test_a_link_in_the_place_of_the_subject_is_refused(place, precious):
+    small(place.smc("1000", "s1_all"))
+    place.output.mkdir()
+    (place.output / "1000").symlink_to(precious)
+    place.run()
+    with open(place.folder / "MANIFEST.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["status"] == "failed" and "is a symbolic link" in row["error"] and place.code == 1
+    assert (place.output / "1000").is_symlink()
+
+
+@pytest.mark.parametrize("link", ["subjects/1000/s1_all", "subjects/1000/s1_all.partial", "subjects/1000/s1_all.old", "temp_smc/1000", "temp_smc/1000/1000_s1_all_raw.smc"])  # fmt: skip
+@pytest.mark.parametrize("target", ["precious", "precious/file", "nowhere"])
+def test_a_link_in_the_place_of_an_output_or_temp_file_is_replaced_and_not_followed(place, precious, link, target):
+    source = small(place.smc("1000", "s1_all"))
+    if link.endswith(".smc") and target == "precious/file":  # as long and as old as the file on the remote
+        (place.folder / target).write_bytes(bytes(source.stat().st_size))
+        os.utime(place.folder / target, ns=(source.stat().st_mtime_ns,) * 2)
+    (place.folder / link).parent.mkdir(parents=True)
+    (place.folder / link).symlink_to(place.folder / target)
+    rows = place.run().rows()
+    assert place.code == 0, place.said
+    folder = place.output / "1000/s1_all"
+    check_completed(folder, rows["1000", "s1_all"], plain_pictures(source))
+    assert not any(path.is_symlink() for path in (folder, *folder.rglob("*"), *place.output.rglob("*"), *(place.folder / "temp_smc").rglob("*")))
+    assert not (place.folder / "nowhere").exists()
+
+
+@pytest.mark.parametrize("name", ["subjects/1000/s1_all.partial", "temp_smc/1000/1000_s1_all_raw.smc"])
+def test_a_pipe_in_the_place_of_an_output_or_temp_file_is_removed(place, name):
+    small(place.smc("1000", "s1_all"))
+    (place.folder / name).parent.mkdir(parents=True)
+    os.mkfifo(place.folder / name)
+    assert place.run().rows()["1000", "s1_all"]["status"] == "completed"

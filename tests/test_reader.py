@@ -1,0 +1,657 @@
+"""The reader of SMC files: what it returns, and what it refuses."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import renderme_360_reader_new
+import synthetic_release as synthetic
+from renderme_360_reader_new import SMCError, SMCReader, camera_name, probe_picture
+
+SIZE = (32, 38)
+FRAMES = [0, 2, 5, 10]  # "10" comes before "2" among names
+EVERYTHING = dict(cameras=(3, 25), frame_ids=FRAMES, size=SIZE, masks=(3, 25), mask_channels=3, audio_seconds=4 / 30,
+                  keypoints2d=(25, 30), keypoints3d=True, scan=True, scan_masks=(0, 25), uv_textures=True)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def smc(tmp_path_factory):
+    """An SMC file with everything but FLAME, which is large."""
+    path = tmp_path_factory.mktemp("reader") / "0018_e0_raw.smc"
+    synthetic.write_smc(path, "0018", "e0", **EVERYTHING)
+    return path
+
+
+@pytest.fixture
+def reader(smc):
+    with SMCReader(smc) as reader:
+        yield reader
+
+
+@pytest.fixture
+def copy(smc, tmp_path):
+    """The path of a copy of that file, to be spoilt."""
+    path = tmp_path / "0018_e0_raw.smc"
+    path.write_bytes(smc.read_bytes())
+    return path
+
+
+def put(group, name, content):
+    """Put a data set of bytes in the place of another."""
+    if name in group:
+        del group[name]
+    group[name] = np.frombuffer(content, np.uint8)
+
+
+def error(path, read):
+    """The message with which reading fails."""
+    with pytest.raises(SMCError) as caught:
+        with SMCReader(path) as reader:
+            read(reader)
+    message = str(caught.value)
+    assert message.startswith(Path(path).name + ": ") and message.isprintable()
+    return message
+
+
+def read_everything(reader):
+    """Ask for what the file has, as the extraction does."""
+    for modality in ("images", "masks"):
+        for camera in reader.cameras(modality):
+            list(reader.iter_encoded(modality, camera))
+    for modality in ("uv_textures", "scan_masks"):
+        list(reader.iter_encoded(modality))
+    for get in (reader.get_audio, reader.get_Calibration_all, reader.get_Keypoints3d, reader.get_scanmesh):
+        get()
+
+
+# ---- the published reader's names and returns
+
+
+def test_actor_and_camera_info_are_plain_values(reader):
+    assert (reader.actor_id, reader.performance_part, reader.capture_date) == ("0018", "e0", "2022-08-20")
+    assert reader.get_actor_info() == reader.actor_info == {"age": 38, "color": "yellow", "gender": "male", "height": 172.5, "weight": 64.0}
+    assert [type(value) for value in reader.actor_info.values()] == [int, str, str, float, float]
+    info = reader.get_Camera_info()
+    assert info is reader.Camera_info and (info["num_device"], info["num_frame"]) == (60, 4)
+    assert info["resolution"].tolist() == list(SIZE)
+    assert isinstance(reader.smc, h5py.File) and reader.smc.attrs["actor_id"] == "0018"
+
+
+def test_a_picture_is_bgr_as_opencv_decodes_it(reader):
+    picture = reader.get_img(25, "color", 5)
+    stored = reader.smc["Camera/25/color/5"][()]
+    assert picture.shape == (*SIZE, 3) and picture.dtype == np.uint8
+    assert np.array_equal(picture, cv2.imdecode(stored, cv2.IMREAD_COLOR))
+
+
+@pytest.mark.parametrize("camera", [3, "3", "03", np.int64(3)])
+def test_a_camera_is_accepted_as_number_and_name(reader, camera):
+    assert np.array_equal(reader.get_img(camera, "color", 0), reader.get_img("03", "color", 0))
+    assert reader.frame_numbers("images", camera) == FRAMES
+
+
+@pytest.mark.parametrize("camera", [60, -1, "x", "", "3.0", 3.0, None, "٣", "../03"])
+def test_what_is_no_camera_is_a_value_error(reader, camera):
+    with pytest.raises(ValueError, match="cameras are 0 to 59"):
+        camera_name(camera)
+
+
+def test_a_list_of_frames_is_stacked_in_its_order_and_none_is_all_in_frame_order(reader):
+    one = {frame: reader.get_img("25", "color", frame) for frame in FRAMES}
+    assert np.array_equal(reader.get_img("25", "color", [10, 0]), np.stack([one[10], one[0]]))
+    assert np.array_equal(reader.get_img("25", "color", ["5"]), one[5][None])
+    assert np.array_equal(reader.get_img("25", "color"), np.stack([one[frame] for frame in FRAMES]))
+    assert np.array_equal(reader.get_img("25", "color", None, disable_tqdm=False), reader.get_img("25", "color"))
+    assert reader.get_Keypoints3d([5, 0]).shape == (2, 73, 3)
+    assert reader.get_Keypoints2d(25).shape == (len(reader.frame_numbers("keypoints2d", 25)), 106, 2)
+    assert reader.get_uv().shape == (4, 256, 256, 3) and reader.get_uv(2).shape == (256, 256, 3)
+
+
+def test_a_mask_is_the_maximum_over_its_channels(copy):
+    three = np.zeros((*SIZE, 3), np.uint8)
+    three[1, 2], three[3, 4], three[5, 6] = (9, 0, 0), (1, 200, 3), (0, 0, 77)
+    with h5py.File(copy, "r+") as file:
+        put(file["Camera/25/mask"], "0", cv2.imencode(".png", three)[1].tobytes())
+        put(file["Camera/25/mask"], "2", cv2.imencode(".png", three.max(2))[1].tobytes())
+    with SMCReader(copy) as reader:
+        for frame in (0, 2):
+            mask = reader.get_img(25, "mask", frame)
+            assert mask.dtype == np.uint8 and np.array_equal(mask, three.max(2))
+        assert reader.get_img(3, "mask").shape == (4, *SIZE)
+        assert reader.get_scanmask(0).shape == SIZE and reader.get_scanmask().shape == (2, *SIZE)
+
+
+def test_an_image_type_that_is_none_is_a_value_error(reader):
+    with pytest.raises(ValueError, match="Image_type 'depth'"):
+        reader.get_img(25, "depth", 0)
+
+
+def test_calibration_audio_keypoints_and_mesh_are_the_stored_numbers(reader):
+    file, rig = reader.smc, synthetic.rig(SIZE)
+    everything = reader.get_Calibration_all()
+    assert list(everything) == list(rig)
+    for name, shape in {"K": (3, 3), "D": (5,), "RT": (4, 4)}.items():
+        assert everything["07"][name].shape == shape and everything["07"][name].dtype == np.float64
+        assert np.array_equal(everything["07"][name], rig["07"][name]) and np.array_equal(reader.get_Calibration(7)[name], rig["07"][name])
+    audio = reader.get_audio()
+    assert audio["sample_rate"] == 48000 and type(audio["sample_rate"]) is int
+    assert audio["audio"].dtype == np.float32 and np.array_equal(audio["audio"], file["Camera/00/audio/audio"][()])
+    assert np.array_equal(reader.get_Keypoints2d("25", 0), file["Keypoints2d/25/0"][()])
+    assert np.array_equal(reader.get_Keypoints3d(5), file["Keypoints3d/5"][()])
+    mesh = reader.get_scanmesh()
+    assert all(np.array_equal(mesh[name], file["Scan"][name][()]) for name in ("vertex", "vertex_indices"))
+    assert mesh["vertex"].dtype == np.float64 and mesh["vertex_indices"].dtype.kind == "i"
+
+
+def test_flame_is_a_dict_of_arrays_for_a_frame_and_of_stacks_for_more(copy):
+    with h5py.File(copy, "r+") as file:
+        for frame in FRAMES:
+            file[f"FLAME/{frame}/exp"] = np.full(50, frame, np.float32)
+            file[f"FLAME/{frame}/file"] = np.zeros(3)  # a name that is an argument of numpy.savez
+    with SMCReader(copy) as reader:
+        assert reader.get_FLAME(5)["exp"].tolist() == [5] * 50
+        assert reader.get_FLAME()["exp"][:, 0].tolist() == FRAMES and reader.get_FLAME([5, 0])["exp"][:, 0].tolist() == [5, 0]
+        assert set(reader.get_FLAME([0])) == {"exp", "file"}
+
+
+# ---- what lies in the file
+
+
+def test_cameras_are_those_with_data_whatever_num_device_says(copy):
+    with h5py.File(copy, "r+") as file:
+        file["Camera"].attrs["num_device"] = 7
+        file.create_group("Camera/40/color")  # empty
+        file.create_group("Camera/41")
+    with SMCReader(copy) as reader:
+        assert reader.Camera_info["num_device"] == 7
+        assert reader.cameras() == reader.cameras("masks") == [3, 25]
+        assert reader.cameras("keypoints2d") == [25, 30] and reader.cameras("scan_masks") == [0, 25]
+        assert reader.frame_numbers("images", 40) == reader.frame_numbers("images", 0) == [] and reader.count("images", 25) == 4
+        assert list(reader.iter_encoded("images", 40)) == []
+
+
+def test_has_and_unknown_groups_tell_what_there_is(copy):
+    with h5py.File(copy, "r+") as file:
+        file.create_group("Hands3d")
+        file.create_group("FLAME")  # empty
+        del file["UV_texture"]
+    with SMCReader(copy) as reader:
+        assert [name for name in renderme_360_reader_new.GROUPS if not reader.has(name)] == ["flame", "uv_textures"]
+        assert reader.unknown_groups() == ["Hands3d"] and reader.oddities == []
+        assert reader.audio_info() == {"sample_rate": 48000, "channels": 2, "samples": 6400, "duration_s": 6400 / 48000}
+
+
+def test_frame_numbers_may_have_gaps(reader):
+    assert reader.frame_numbers("masks", 3) == reader.frame_numbers("keypoints3d") == reader.frame_numbers("uv_textures") == FRAMES
+    assert reader.num_frame == 4
+
+
+@pytest.mark.parametrize("stated", [0, -1, 2**62])
+def test_a_number_of_frames_that_cannot_be_gives_way_to_what_is_there(copy, stated):
+    with h5py.File(copy, "r+") as file:
+        file["Camera"].attrs["num_frame"] = stated
+    with SMCReader(copy) as reader:
+        assert reader.num_frame == 4 and reader.fps() == 30
+        assert any(str(stated) in oddity for oddity in reader.oddities)
+
+
+@pytest.mark.parametrize("frames, seconds, fps", [(1911, 63.70, 30), (486, 32.38, 15), (100, 4, 25), (30, None, None), (30, 0, None), (0, 1, 4)])
+def test_fps_comes_from_frames_and_audio(copy, frames, seconds, fps):
+    with h5py.File(copy, "r+") as file:
+        del file["Camera/00/audio"]
+        file["Camera"].attrs["num_frame"] = frames
+        if seconds is not None:
+            file["Camera/00/audio/audio"] = np.zeros((round(seconds * 1000), 2), np.float32)
+            file["Camera/00/audio/sample_rate"] = 1000
+    with SMCReader(copy) as reader:
+        assert reader.fps() == fps
+
+
+@pytest.mark.parametrize("storage", ["contiguous", "chunked", "gzip"])
+@pytest.mark.parametrize("column_shape", [False, True])
+def test_storage_and_shape_make_no_difference(tmp_path, smc, storage, column_shape):
+    path = tmp_path / "0018_e0_raw.smc"
+    synthetic.write_smc(path, "0018", "e0", **EVERYTHING, storage=storage, column_shape=column_shape)
+    with SMCReader(path) as reader, SMCReader(smc) as plain:
+        for modality in ("images", "masks"):
+            assert sorted(reader.iter_encoded(modality, 25)) == sorted(plain.iter_encoded(modality, 25))
+            assert reader.encoded(modality, "3", 10) == plain.encoded(modality, "3", 10)
+        assert dict(reader.iter_encoded("scan_masks")) == dict(plain.iter_encoded("scan_masks"))
+        assert reader.encoded("scan_masks", 25) == plain.encoded("scan_masks", 25)
+        assert dict(reader.iter_encoded("uv_textures")) == dict(plain.iter_encoded("uv_textures"))
+        assert np.array_equal(reader.get_audio()["audio"], plain.get_audio()["audio"])
+        assert np.array_equal(reader.get_Calibration(59)["RT"], plain.get_Calibration(59)["RT"])
+
+
+@pytest.mark.parametrize("options", [{}, {"userblock_size": 4096}, {"libver": "latest"}])
+def test_pictures_come_in_stored_order_as_the_stored_bytes(tmp_path, options):
+    order = [7, 3, 11, 0, 5, 100]
+    content = {frame: os.urandom(3000) for frame in order}
+    with h5py.File(tmp_path / "shuffled.smc", "w", **options) as file:
+        for frame in order:
+            file[f"Camera/25/color/{frame}"] = np.frombuffer(content[frame], np.uint8)
+    with SMCReader(tmp_path / "shuffled.smc") as reader:
+        assert list(reader.iter_encoded("images", 25)) == [(frame, content[frame]) for frame in order]
+        assert reader.frame_numbers("images", 25) == sorted(order)
+        assert all(reader.encoded("images", 25, frame) == content[frame] for frame in order)
+
+
+def test_an_open_file_object_serves_as_well_as_a_path(smc):
+    with open(smc, "rb") as source, SMCReader(source) as reader, SMCReader(smc) as plain:
+        assert list(reader.iter_encoded("images", 25)) == list(plain.iter_encoded("images", 25))
+        assert reader.oddities == []
+
+
+def test_memory_stays_small_over_a_big_file(tmp_path):
+    with h5py.File(tmp_path / "big.smc", "w") as file:
+        for frame in range(600):
+            file[f"Camera/25/color/{frame}"] = np.full(500_000, frame % 256, np.uint8)
+    code = (
+        "import resource, sys; from renderme_360_reader_new import SMCReader\n"
+        "used = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "before = used()\n"
+        "with SMCReader(sys.argv[1]) as reader: size = sum(len(data) for _, data in reader.iter_encoded('images', 25))\n"
+        "print(size, used() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "big.smc"], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    size, kilobytes = map(int, done.stdout.split())
+    assert size == 300_000_000 and kilobytes < 30_000
+
+
+def test_a_closed_reader_leaves_no_file_open(smc):
+    before = len(os.listdir("/proc/self/fd"))
+    with SMCReader(smc) as reader:
+        reader.get_img(25, "color", 0)
+    with pytest.raises(SMCError):
+        SMCReader(smc, smc.with_name("none.smc"))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_nothing_is_printed(smc, capfd):
+    error(smc, lambda reader: reader.get_img(9, "color", 0))
+    assert capfd.readouterr() == ("", "")
+
+
+# ---- two files as one
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """The paths of a raw and an anno file."""
+    common = dict(cameras=(3, 25), frame_ids=FRAMES, size=SIZE)
+    raw, anno = tmp_path / "0018_e0_raw.smc", tmp_path / "0018_e0_anno.smc"
+    synthetic.write_smc(raw, "0018", "e0", **common, audio_seconds=4 / 30, calibration=False)
+    synthetic.write_smc(anno, "0018", "e0", **common, images=False, masks=(3,), keypoints3d=True)
+    return raw, anno
+
+
+def test_a_pair_is_presented_as_one_performance(pair):
+    with SMCReader(*pair) as reader, SMCReader(pair[0]) as raw, SMCReader(pair[1]) as anno:
+        assert list(reader.iter_encoded("images", 25)) == list(raw.iter_encoded("images", 25))
+        assert list(reader.iter_encoded("masks", 3)) == list(anno.iter_encoded("masks", 3))
+        assert reader.cameras() == [3, 25] and reader.cameras("masks") == [3]
+        assert reader.has("audio") and reader.has("calibration") and reader.has("keypoints3d") and not reader.has("flame")
+        assert np.array_equal(reader.get_Calibration(25)["K"], anno.get_Calibration(25)["K"])
+        assert np.array_equal(reader.get_audio()["audio"], raw.get_audio()["audio"])
+        assert reader.fps() == 30 and reader.oddities == [] and reader.smc.filename == os.fspath(pair[0])
+
+
+def test_where_both_files_have_it_pictures_and_audio_come_from_raw_and_the_rest_from_anno(pair):
+    for path, mark in zip(pair, (b"raw", b"anno")):
+        with h5py.File(path, "r+") as file:
+            put(file, "Camera/25/color/0", mark)
+            put(file, "Camera/03/mask/0", mark)
+            for name in set(file) & {"Calibration"}:
+                del file[name]
+            file["Calibration/25/K"], file["Calibration/25/D"], file["Calibration/25/RT"] = np.full((3, 3), len(mark)), np.zeros(5), np.eye(4)
+            if "audio" not in file.require_group("Camera/00"):
+                file["Camera/00/audio/audio"], file["Camera/00/audio/sample_rate"] = np.zeros((5, 1), np.float32), 5
+    with SMCReader(*pair) as reader:
+        assert reader.encoded("images", 25, 0) == b"raw" and reader.encoded("masks", 3, 0) == b"anno"
+        assert reader.get_Calibration(25)["K"][0, 0] == 4 and reader.get_audio()["sample_rate"] == 48000
+
+
+def test_an_empty_group_of_one_file_does_not_hide_the_other_files(pair):
+    with h5py.File(pair[0], "r+") as raw, h5py.File(pair[1], "r+") as anno:
+        raw.copy("Camera/25/color", anno, "Camera_25")
+        del raw["Camera/03/color"], raw["Camera/25/color"]
+        raw.create_group("Camera/25/color")
+        anno.move("Camera_25", "Camera/25/color")
+        anno.move("Keypoints3d", "Elsewhere")
+        anno.create_group("Keypoints3d")
+        anno.copy("Elsewhere", raw, "Keypoints3d")
+    with SMCReader(*pair) as reader:
+        assert reader.cameras() == [25] and reader.frame_numbers("images", 25) == FRAMES
+        assert reader.get_Keypoints3d(0).shape == (73, 3)
+
+
+def test_files_of_a_pair_that_disagree_are_odd(pair):
+    with h5py.File(pair[1], "r+") as anno:
+        anno.attrs["actor_id"] = "0019\x1b[2J"
+        anno["Camera"].attrs["num_frame"] = 5
+    with SMCReader(*pair) as reader:
+        assert (reader.actor_id, reader.num_frame) == ("0018", 4)
+        assert len(reader.oddities) == 2 and all(oddity.isprintable() for oddity in reader.oddities)
+        assert "0018" in reader.oddities[0] and "0019" in reader.oddities[0]
+
+
+def test_an_error_names_the_file_of_the_pair_that_is_at_fault(pair):
+    with h5py.File(pair[1], "r+") as anno:
+        put(anno, "Camera/03/mask/0", b"no picture")
+    with SMCReader(*pair) as reader, pytest.raises(SMCError, match="^0018_e0_anno.smc: Camera/03/mask/0 cannot be decoded"):
+        reader.get_img(3, "mask", 0)
+
+
+# ---- damaged files
+
+
+@pytest.mark.parametrize("content", [b"", b"no HDF5", b"\x89HDF\r\n\x1a\n", bytes(10_000)])
+def test_what_is_no_hdf5_file_is_an_error(tmp_path, content):
+    (tmp_path / "0018_s1_all_raw.smc").write_bytes(content)
+    assert "no SMC file" in error(tmp_path / "0018_s1_all_raw.smc", lambda reader: None)
+
+
+def test_a_file_that_is_not_there_is_an_error(tmp_path):
+    for path in (tmp_path / "none.smc", tmp_path):
+        assert "there is no such file" in error(path, lambda reader: None)
+
+
+@pytest.mark.parametrize("left", [0.999, 0.5, 0.01])
+def test_a_file_that_is_cut_is_an_error(smc, tmp_path, left):
+    content = smc.read_bytes()
+    (tmp_path / "cut.smc").write_bytes(content[: int(left * len(content))])
+    assert "cut short or damaged" in error(tmp_path / "cut.smc", lambda reader: None)
+
+
+@pytest.mark.parametrize(
+    "path, read",
+    [
+        ("Camera/09/color", lambda reader: reader.get_img(9, "color", 0)),
+        ("Camera/25/color/1", lambda reader: reader.get_img(25, "color", 1)),
+        ("Camera/25/color/1", lambda reader: reader.get_img(25, "color", [0, 1])),
+        ("FLAME", lambda reader: reader.get_FLAME()),
+        ("Keypoints2d/03", lambda reader: reader.get_Keypoints2d(3)),
+        ("Keypoints3d/1", lambda reader: reader.get_Keypoints3d(1)),
+        ("ScanMask/09", lambda reader: reader.get_scanmask(9)),
+        ("UV_texture/1", lambda reader: reader.get_uv(1)),
+    ],
+)
+def test_what_is_not_in_the_file_is_named(smc, path, read):
+    assert f"there is no {path}" in error(smc, read)
+
+
+WRONG = {
+    "Calibration/25/K": (np.zeros((3, 4)), lambda reader: reader.get_Calibration(25)),
+    "Calibration/25/D": (np.array(["a"] * 5, "S1"), lambda reader: reader.get_Calibration_all()),
+    "Calibration/25/RT": (np.full((4, 4), np.nan), lambda reader: reader.get_Calibration(25)),
+    "Keypoints2d/25/0": (np.zeros((105, 2)), lambda reader: reader.get_Keypoints2d(25)),
+    "Keypoints3d/0": (np.zeros((73, 3), complex), lambda reader: reader.get_Keypoints3d(0)),
+    "Camera/00/audio/audio": (np.zeros((5, 2), np.int16), lambda reader: reader.get_audio()),
+    "Camera/00/audio/sample_rate": (np.nan, lambda reader: reader.fps()),
+    "Camera/25/color/0": (np.zeros(10, np.uint16), lambda reader: list(reader.iter_encoded("images", 25))),
+    "Camera/25/color/2": (np.zeros((10, 2), np.uint8), lambda reader: reader.encoded("images", 25, 2)),
+    "Camera/25/mask/0": (h5py.Empty("u1"), lambda reader: list(reader.iter_encoded("masks", 25))),
+    "Camera/25/mask": (np.zeros(3), lambda reader: reader.has("masks")),
+    "Scan/vertex": (np.zeros(3), lambda reader: reader.get_scanmesh()),
+    "Scan/vertex_indices": (np.zeros((3, 3)), lambda reader: reader.get_scanmesh()),
+    "Scan/vertex_indices ": (np.full((3, 3), 10**10), lambda reader: reader.get_scanmesh()),
+    "UV_texture/0": (np.zeros((3, 3, 3), np.uint8), lambda reader: reader.get_uv()),
+    "Keypoints3d": (5, lambda reader: reader.get_Keypoints3d()),
+}
+
+
+@pytest.mark.parametrize("path", WRONG)
+def test_a_wrong_shape_or_type_is_an_error_that_names_the_place(copy, path):
+    (value, read), path = WRONG[path], path.strip()
+    with h5py.File(copy, "r+") as file:
+        del file[path]
+        file[path] = value
+    assert path.rpartition("/")[0] in error(copy, read)
+
+
+@pytest.mark.parametrize("path", ["Camera", "Camera/25/color/0", "Calibration/25/K", "Keypoints3d/0", "FLAME/0"])
+def test_a_group_and_a_data_set_are_not_the_same(copy, path):
+    with h5py.File(copy, "r+") as file:
+        group = path in file and isinstance(file[path], h5py.Group) or path == "FLAME/0"
+        if path in file:
+            del file[path]
+        file[path] = 1
+        if not group:
+            del file[path]
+            file.create_group(path)
+    read = {"Cal": lambda r: r.get_Calibration(25), "Key": lambda r: r.get_Keypoints3d(), "FLA": lambda r: r.get_FLAME()}
+    assert path in error(copy, read.get(path[:3], lambda reader: list(reader.iter_encoded("images", 25))))
+
+
+def test_entries_that_cannot_be_stacked_are_an_error(copy):
+    small = cv2.imencode(".jpg", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    with h5py.File(copy, "r+") as file:
+        put(file, "Camera/25/color/2", small)
+        file["FLAME/0/exp"], file["FLAME/1/trans"] = np.zeros(50), np.zeros(3)
+    assert "different shapes" in error(copy, lambda reader: reader.get_img(25, "color"))
+    assert "different parameters" in error(copy, lambda reader: reader.get_FLAME())
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", b"\xff\xd8\xff\xd9", b"\x89PNG\r\n\x1a\n" + bytes(8) + b"\xff" * 20])
+def test_a_picture_that_cannot_be_decoded_is_an_error_and_its_bytes_can_be_had(copy, content):
+    with h5py.File(copy, "r+") as file:
+        put(file, "Camera/25/color/0", content)
+    with SMCReader(copy) as reader:
+        assert reader.encoded("images", 25, 0) == dict(reader.iter_encoded("images", 25))[0] == content
+    assert "Camera/25/color/0 cannot be decoded" in error(copy, lambda reader: reader.get_img(25, "color", 0))
+    assert not probe_picture(content).whole
+
+
+def test_the_probe_of_a_picture_tells_format_size_and_completeness():
+    for suffix in ("jpg", "png"):
+        data = cv2.imencode(f".{suffix}", np.zeros((20, 30), np.uint8))[1].tobytes()
+        assert probe_picture(data) == (suffix, 20, 30, True)
+        assert probe_picture(data[:-1]) == (suffix, 20, 30, False)
+        assert not any(probe_picture(data[:length]).whole for length in range(len(data)))
+
+
+# ---- hostile files
+
+
+@pytest.fixture
+def secret(tmp_path):
+    """An HDF5 file of the host with something that must not come out."""
+    path = tmp_path / "secret.h5"
+    with h5py.File(path, "w") as file:
+        file["here"] = np.frombuffer(b"\xff\xd8\xffSECRET", np.uint8)
+        file["color/0"] = file["here"]
+    return path
+
+
+def soft(file, secret):
+    file["Camera/25/color/0"] = h5py.SoftLink("/Camera/25/color/2")
+
+
+def external(file, secret):
+    file["Camera/25/color/0"] = h5py.ExternalLink(str(secret), "here")
+
+
+def external_group(file, secret):
+    del file["Camera/25/color"]
+    file["Camera/25/color"] = h5py.ExternalLink(str(secret), "color")
+
+
+def external_storage(file, secret):
+    file["Camera/25/color"].create_dataset("0", (9,), np.uint8, external=[(str(secret), 0, 9)])
+
+
+def virtual(file, secret):
+    layout = h5py.VirtualLayout((9,), np.uint8)
+    layout[:] = h5py.VirtualSource(str(secret), "here", (9,))
+    file["Camera/25/color"].create_virtual_dataset("0", layout)
+
+
+@pytest.mark.parametrize("trick", [soft, external, external_group, external_storage, virtual])
+def test_only_what_lies_in_the_file_is_read(copy, secret, trick):
+    with h5py.File(copy, "r+") as file:
+        del file["Camera/25/color/0"]
+        trick(file, secret)
+    for read in (
+        lambda reader: list(reader.iter_encoded("images", 25)),
+        lambda reader: reader.encoded("images", 25, 0),
+        lambda reader: reader.get_img(25, "color", 0),
+    ):
+        message = error(copy, read)
+        assert "Camera/25/color" in message and ("another place" in message or "another file" in message)
+
+
+@pytest.mark.parametrize("trick", [soft, external, external_storage, virtual])
+def test_numbers_too_are_read_only_from_the_file(copy, secret, trick):
+    with h5py.File(copy, "r+") as file:
+        del file["Camera/25/color/0"], file["Calibration/25/K"]
+        trick(file, secret)
+        file.move("Camera/25/color/0", "Calibration/25/K")
+    message = error(copy, lambda reader: reader.get_Calibration(25))
+    assert "Calibration/25/K" in message and ("another place" in message or "another file" in message)
+
+
+def test_the_source_of_a_virtual_data_set_is_not_even_looked_at(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # who opens it waits for ever
+    with h5py.File(tmp_path / "virtual.smc", "w", libver="latest") as file:
+        space = h5py.h5s.create_simple((5,), (h5py.h5s.UNLIMITED,))
+        space.select_hyperslab((0,), (h5py.h5s.UNLIMITED,), (5,), (5,))
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_virtual(space, os.fsencode(tmp_path / "pipe"), b"here", space)
+        h5py.h5d.create(file.create_group("Camera/25/color").id, b"0", h5py.h5t.STD_U8LE, space, properties)
+    code = "import sys; from renderme_360_reader_new import SMCReader; list(SMCReader(sys.argv[1]).iter_encoded('images', 25))"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "virtual.smc"], cwd=Path(__file__).parents[1], capture_output=True, timeout=20)
+    assert b"virtual.smc: Camera/25/color/0 cannot be read: its data lies in another file" in done.stderr
+
+
+def test_a_link_at_the_top_is_refused(copy, secret):
+    with h5py.File(copy, "r+") as file:
+        del file["Keypoints3d"]
+        file["Keypoints3d"] = h5py.ExternalLink(str(secret), "/")
+    assert "another place" in error(copy, lambda reader: reader.has("keypoints3d"))
+
+
+NAMES = ["..", "025", "1e3", "-1", "٣", "5 ", "+5", "a" * 60_000, "new\nline", "\x1b[2J", "１", "0x1"]
+
+
+def test_odd_names_are_never_used_and_noted(copy):
+    with h5py.File(copy, "r+") as file:
+        for group in ("Camera", "Camera/25/color", "Camera/25/mask", "ScanMask", "UV_texture", "Keypoints3d", "Calibration"):
+            for name in NAMES:
+                file[group].create_group(name)
+    with SMCReader(copy) as reader:
+        assert reader.cameras() == [3, 25] and reader.cameras("scan_masks") == [0, 25]
+        assert [number for number, _ in sorted(reader.iter_encoded("images", 25))] == reader.frame_numbers("masks", 25) == FRAMES
+        assert len(list(reader.iter_encoded("uv_textures"))) == 4 and len(reader.get_Calibration_all()) == 60
+        assert reader.get_Keypoints3d().shape == (4, 73, 3)
+        for group in ("Camera has", "Camera/25/color has", "ScanMask has", "Keypoints3d has"):
+            assert any(f"{group} entries that are left out" in oddity for oddity in reader.oddities)
+        assert all(oddity.isprintable() and len(oddity) < 500 for oddity in reader.oddities)
+        assert reader.unknown_groups() == []
+
+
+def test_parts_of_a_path_as_names_lead_nowhere(copy):
+    with h5py.File(copy, "r+") as file:
+        file["Camera/25/color/../../x"] = 1
+        file["/etc/passwd"] = 1
+    with SMCReader(copy) as reader:
+        assert reader.cameras() == [3, 25] and reader.frame_numbers("images", 25) == FRAMES
+        assert reader.unknown_groups() == ["etc"] and len(reader.oddities) == 1
+
+
+def test_parameters_of_flame_with_odd_names_are_left_out(copy):
+    with h5py.File(copy, "r+") as file:
+        for name in ("exp", "file", "..", "a b", "x" * 64_000, "é"):
+            file[f"FLAME/0/{name}"] = np.zeros(3)
+        file["FLAME/2/a/b"] = 1  # which is a group "a"
+    with SMCReader(copy) as reader:
+        assert set(reader.get_FLAME(0)) == {"exp", "file"} and len(reader.oddities) == 1
+    assert "FLAME/2/a is no data set" in error(copy, lambda reader: reader.get_FLAME(2))
+
+
+@pytest.mark.parametrize("name, value", [("actor_id", np.zeros(3)), ("age", "old"), ("height", np.inf), ("weight", h5py.Empty("f8")), ("gender", b"\xff\x1b"), ("color", "x" * 30_000)])  # fmt: skip
+def test_an_attribute_of_another_type_is_noted_and_not_fatal(copy, name, value):
+    with h5py.File(copy, "r+") as file:
+        file.attrs[name] = value
+    with SMCReader(copy) as reader:
+        info = {"actor_id": reader.actor_id, **reader.actor_info}
+        assert info[name] is None or (isinstance(info[name], str) and info[name].encode())
+        assert bool(reader.oddities) == (info[name] is None) and all(name in oddity for oddity in reader.oddities)
+        read_everything(reader)
+
+
+@pytest.mark.parametrize("value", ["text", 1.5, [1, 2, 3], h5py.Empty("i8"), [2048.0, 2448.0]])
+def test_a_resolution_that_is_none_is_noted_and_not_fatal(copy, value):
+    with h5py.File(copy, "r+") as file:
+        file["Camera"].attrs["resolution"] = value
+    with SMCReader(copy) as reader:
+        assert reader.Camera_info["resolution"] is None and "resolution" in reader.oddities[0]
+
+
+def test_missing_attributes_are_none(copy):
+    with h5py.File(copy, "r+") as file:
+        for place in (file, file["Camera"]):
+            for name in list(place.attrs):
+                del place.attrs[name]
+    with SMCReader(copy) as reader:
+        values = [reader.actor_id, reader.performance_part, reader.capture_date, *reader.actor_info.values(), *reader.Camera_info.values()]
+        assert set(values) == {None} and reader.oddities == [] and reader.num_frame == 4
+
+
+@pytest.mark.parametrize("shape, options", [((2**41,), {}), ((2**41, 1), {"chunks": (1 << 20, 1)}), ((2**30, 2**30), {"chunks": (10, 10)}), ((10**6,), {})])
+def test_a_data_set_that_claims_more_than_it_has_is_an_error(copy, shape, options):
+    with h5py.File(copy, "r+") as file:
+        del file["Camera/25/color/0"], file["Calibration/25/K"], file["Camera/00/audio/audio"]
+        file["Camera/25/color"].create_dataset("0", shape, np.uint8, **options)
+        file["Calibration/25"].create_dataset("K", shape, np.float64, **options)
+        file["Camera/00/audio"].create_dataset("audio", (shape[0], 2), np.float32)
+    assert copy.stat().st_size < 10_000_000
+    for read in (
+        lambda reader: list(reader.iter_encoded("images", 25)),
+        lambda reader: reader.get_img(25, "color", 0),
+        lambda reader: reader.get_Calibration(25),
+        lambda reader: reader.get_audio(),
+    ):
+        error(copy, read)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunks": (4096,), "compression": "gzip"}])
+def test_one_picture_linked_many_times_is_an_error(tmp_path, options):
+    with h5py.File(tmp_path / "links.smc", "w") as file:
+        color = file.create_group("Camera/25/color")
+        picture = color.create_dataset("0", data=np.frombuffer(os.urandom(300_000), np.uint8), **options)
+        for frame in range(1, 2000):
+            color[str(frame)] = picture
+    assert "claim 600000000 bytes" in error(tmp_path / "links.smc", lambda reader: list(reader.iter_encoded("images", 25)))
+
+
+def test_pictures_that_unpack_to_far_more_than_the_file_are_an_error(tmp_path):
+    with h5py.File(tmp_path / "bomb.smc", "w") as file:
+        for frame in range(20):
+            file.create_dataset(f"Camera/25/color/{frame}", data=np.zeros(5_000_000, np.uint8), chunks=(1_000_000,), compression="gzip")
+    assert "claim 100000000 bytes" in error(tmp_path / "bomb.smc", lambda reader: next(reader.iter_encoded("images", 25)))
+
+
+def test_ten_thousand_cameras_are_left_alone(tmp_path):
+    with h5py.File(tmp_path / "many.smc", "w") as file:
+        for number in range(10_000):
+            file.create_group(f"Camera/{number:02d}")
+        file["Camera/25/color/0"] = np.zeros(5, np.uint8)
+        file["Camera/60/color/0"] = file["Camera/9999/color/0"] = np.zeros(5, np.uint8)
+    with SMCReader(tmp_path / "many.smc") as reader:
+        assert reader.cameras() == [25]
+        assert len(reader.oddities) == 1 and "and 9937 more" in reader.oddities[0] and len(reader.oddities[0]) < 200
+
+
+def test_the_list_of_oddities_has_an_end(copy):
+    with h5py.File(copy, "r+") as file:
+        for frame in range(1000):
+            file.create_group(f"FLAME/{frame}/a b")
+    with SMCReader(copy) as reader:
+        assert all(reader.get_FLAME(frame) == {} for frame in range(1000))
+        assert len(reader.oddities) == renderme_360_reader_new.MAX_ODDITIES
