@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import synthetic_release
-from conftest import Workspace, sizes_in_temp, wait_for
+from conftest import SCRIPT, Workspace, sizes_in_temp, wait_for
 
 SUBJECTS = [f"{n:04d}" for n in range(100, 112)]
 
@@ -68,4 +68,21 @@ def test_a_file_system_without_locks_is_named_instead_of_pretending(workspace, t
         "import errno, fcntl, os\ndef flock(*a): raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))\nfcntl.flock = flock\n"
     )
     run = workspace.run(expect=2, environment={"PYTHONPATH": str(tmp_path)})
-    assert "without file locks" in run.err and "-o flock" in run.err and not workspace.manifest.exists()
+    assert "without file locks" in run.err and "-o flock" in run.err and not workspace.manifest.exists() and workspace.leftovers() == []
+
+
+def test_what_another_process_has_done_is_seen_although_stat_answers_from_a_cache(workspace, tmp_path):
+    """As an NFS client does: what os.stat says of the manifest is what it said first."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import functools, os\nreal, known = os.stat, {}\n"
+        "def stat(path, *a, **k):\n"
+        "    if str(path).endswith('MANIFEST.csv'):\n        return known.setdefault(str(path), real(path, *a, **k))\n"
+        "    return real(path, *a, **k)\nos.stat = stat\n"
+    )
+    workspace.write_config(extraction={"subjects": SUBJECTS[:1]})
+    workspace.manifest.write_text((SCRIPT.parent / "MANIFEST.csv").read_text())
+    first = workspace.start()
+    wait_for(lambda: len(workspace.rows) > 0)
+    second = workspace.start(environment={"PYTHONPATH": str(tmp_path)})
+    outputs = [run.communicate(timeout=60)[0] for run in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0] and len(workspace.rows) == 2, outputs
