@@ -74,6 +74,7 @@ SUGGESTED_COUNTS = (4, 8, 12, 16, 20)  # the buttons of the page that --camera-g
 DEFAULT_MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
 PER_CAMERA = {"images", "masks", "keypoints2d", "scan_masks"}
 GB = 1e9
+HALF = "absent from the remote, and looked for again: the file"  # of a pair, in the manifest's error column
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 RCLONE_FLAGS = "--drive-acknowledge-abuse --transfers 4 --checkers 8 --retries 10 --low-level-retries 20".split()
@@ -91,7 +92,7 @@ SUBJECT = re.compile(r"[0-9]{4}")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 REMOTE_NAME = re.compile(r"[\w.+@][\w.+@ -]*")
 FOLDER_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-SMC_NAME = re.compile(r"(?P<copy>(?:Copy of )*)(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9_-]+)_(?P<part>raw|anno)\.smc")
+SMC_NAME = re.compile(r"(?P<copy>(?:Copy of )*)(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<part>raw|anno)\.smc")
 
 log = logging.getLogger("extract")
 
@@ -299,13 +300,13 @@ SETTINGS = {
     "google_drive": {
         "root_folder_id": (folder_id, ""),
         "remote_name": (pattern(REMOTE_NAME, "is no name of an rclone remote (write it without the colon)"), REQUIRED),
-        "layout": (choice("single"), "single"),
+        "layout": (choice("single", "pair"), "single"),
         "download": (choice("full"), "full"),
         "rclone_flags": (list_of(text, '["--bwlimit", "20M"]', may_be_empty=True), []),
     },
     "extraction": {
         "subjects": (list_of(subject_id, '["0018", "0026"]', word_all=True), REQUIRED),
-        "performances": (list_of(performance_name, "[s1_all, s3_all]"), SPEECH),
+        "performances": (list_of(performance_name, "[s1_all, s3_all]", word_all=True), SPEECH),
         "cameras": (cameras, {}),
         "modalities": (list_of(lambda node: choice(*WRITERS)(node), "[images, audio]"), DEFAULT_MODALITIES),
     },
@@ -335,7 +336,7 @@ class Config:
     download: str
     rclone_flags: list[str]
     subjects: list[str] | None  # None: all that the remote has
-    performances: list[str]
+    performances: list[str] | None  # None: all that a subject has
     cameras: dict
     modalities: list[str]
     temp_dir: Path
@@ -352,6 +353,10 @@ class Config:
         """The cameras asked for in a performance, None for all."""
         chosen = self.cameras.get(performance, self.cameras.get("default"))
         return None if chosen is None else set(chosen)
+
+    def remote_folders(self, subject: str) -> list[str]:
+        """Where the remote has the files of a subject, and temp_dir then too."""
+        return [subject] if self.layout == "single" else [f"raw/{subject}", f"anno/{subject}"]
 
     def folder(self, subject: str, performance: str) -> Path:
         return self.output_dir / subject / performance
@@ -688,21 +693,28 @@ class Remote:
                 f"{self.config.path}: google_drive.remote_name: rclone has no remote {self.config.remote_name!r} (it has: {known}). "
                 "Make one with `rclone config`, or correct the name"
             )
-        return sorted(entry["Path"] for entry in self.entries("", "--dirs-only", *RCLONE_AT_ONCE) if SUBJECT.fullmatch(entry["Path"]))
+        folders = self.entries("", "--dirs-only", *RCLONE_AT_ONCE)
+        if self.config.layout == "pair":
+            folders = [entry for part in ("raw", "anno") for entry in self.entries(part, "--dirs-only", *RCLONE_AT_ONCE)]
+        return sorted({entry["Name"] for entry in folders if SUBJECT.fullmatch(entry["Name"])})
 
-    def files(self, subject: str, performances: list[str]) -> dict[str, list[RemoteFile]]:
-        """{performance: its files} of a subject, of the performances asked for; the absent ones are not in it."""
-        names = f"*{subject}_{{{','.join(performances)}}}_raw.smc"
-        found: dict[str, list[RemoteFile]] = {}
-        for entry in sorted(self.entries(subject, *RCLONE_PATIENT, "--files-only", "--hash", "--hash-type", "md5", "--include", names), key=lambda e: -len(e["Name"])):
-            match = SMC_NAME.fullmatch(entry["Name"])
-            if match and match["subject"] == subject and match["performance"] in performances:
+    def files(self, subject: str, performances: list[str] | None) -> dict[str, list[RemoteFile]]:
+        """{performance: its file, or its raw and its anno file} of a subject; those that are absent are not in it.
+
+        performances: None for all. With equal names otherwise, a plain one comes before a "Copy of …"."""
+        found: dict[tuple[str, str], RemoteFile] = {}
+        wildcard = f"{subject}_{{{','.join(performances)}}}_" if performances else f"{subject}_"
+        for folder in self.config.remote_folders(subject):
+            part = "anno" if folder.startswith("anno/") else "raw"
+            options = ("--files-only", "--hash", "--hash-type", "md5", "--include", f"*{wildcard}*{part}.smc")
+            for entry in sorted(self.entries(folder, *RCLONE_PATIENT, *options), key=lambda entry: -len(entry["Name"])):
+                match = SMC_NAME.fullmatch(entry["Name"])
+                if not match or match["subject"] != subject or match["part"] != part or performances and match["performance"] not in performances:
+                    continue
                 modified = calendar.timegm(time.strptime(entry["ModTime"][:19], "%Y-%m-%dT%H:%M:%S"))
-                # Longest names first, so that a plain one takes the place of its "Copy of …".
-                found[match["performance"]] = [
-                    RemoteFile(f"{subject}/{entry['Name']}", int(entry["Size"]), entry.get("Hashes", {}).get("md5"), modified)
-                ]
-        return found
+                file = RemoteFile(f"{folder}/{entry['Name']}", int(entry["Size"]), entry.get("Hashes", {}).get("md5"), modified)
+                found[match["performance"], part] = file
+        return {name: [found[name, part] for part in ("raw", "anno") if (name, part) in found] for name, _ in sorted(found)}
 
     def entries(self, folder: str, *options: str) -> list[dict]:
         """Entries of a folder, [] where there is no such folder. Raises RemoteError, or ConfigError for a wrong root."""
@@ -945,7 +957,8 @@ class TempSpace:
 
 def temp_files(config: Config, subject: str = "[0-9][0-9][0-9][0-9]") -> list[Path]:
     """What rclone has brought for a subject, or for all: whole SMC files and its own begun ones."""
-    return [path for path in paths_like(config.temp_dir, f"{subject}/*.smc*") if SMC_NAME.match(path.name)]
+    folders = config.remote_folders(subject)
+    return [path for folder in folders for path in paths_like(config.temp_dir, f"{folder}/*.smc*") if SMC_NAME.match(path.name)]
 
 
 def paths_like(folder: Path, wildcard: str) -> list[Path]:
@@ -968,13 +981,19 @@ def same_disk(one: Path, other: Path) -> bool:
     return one.stat().st_dev == other.stat().st_dev
 
 
-def to_do(config: Config, manifest: Manifest, subject: str) -> list[str]:
-    """The performances of a subject that are asked for and not done."""
-    return [
-        performance
-        for performance in config.performances
-        if config.redo or not is_done(manifest.rows.get((subject, performance)), config.asked_cameras(performance), config.modalities)
-    ]
+def to_do(config: Config, manifest: Manifest, subject: str, performances: list[str]) -> list[str]:
+    """Those of the performances that are not done, or of which one file of a pair was absent and may be there now."""
+
+    def open_still(row, performance):
+        done = is_done(row, config.asked_cameras(performance), config.modalities)
+        return config.redo or not done or HALF in row["error"]
+
+    return [performance for performance in performances if open_still(manifest.rows.get((subject, performance)), performance)]
+
+
+def asked_performances(config: Config, manifest: Manifest, subject: str) -> list[str]:
+    """The performances of a subject that the config asks for; if it asks for all, those that the manifest knows."""
+    return config.performances or sorted(performance for known, performance in manifest.rows if known == subject)
 
 
 def debris(config: Config, subject: str) -> list[Path]:
@@ -987,8 +1006,9 @@ def debris(config: Config, subject: str) -> list[Path]:
 
 def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
     """Remove what a run that was ended has left of a subject, but for whole SMC files that are wanted (None: all)."""
-    if (config.temp_dir / subject).is_symlink():  # not followed: rclone will make a folder
-        clear(config.temp_dir / subject)
+    for folder in config.remote_folders(subject):
+        if (config.temp_dir / folder).is_symlink():  # not followed: rclone will make a folder
+            clear(config.temp_dir / folder)
     for path in debris(config, subject):
         if path.suffix == ".old" and not os.path.lexists(path.with_suffix("")):
             os.rename(path, path.with_suffix(""))  # killed between two renames: see put_in_place
@@ -997,7 +1017,14 @@ def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
     for path in temp_files(config, subject):
         if path.suffix != ".smc" or path.is_symlink() or not path.is_file() or (wanted is not None and path not in wanted):
             clear(path)
-    remove_empty(config.temp_dir / subject)
+    remove_empty_temp(config, subject)
+
+
+def remove_empty_temp(config: Config, subject: str):
+    for folder in config.remote_folders(subject):
+        remove_empty(config.temp_dir / folder)
+        if folder != subject:
+            remove_empty((config.temp_dir / folder).parent)
 
 
 def remove_empty(folder: Path):
@@ -1008,17 +1035,20 @@ def remove_empty(folder: Path):
 def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> list[Job]:
     """What is to be done of a subject, from one look at its folder on the remote. Jobs that cannot be done (absent,
     too large, …) have their `failure` already."""
-    performances = to_do(config, manifest, subject)
     files, failure = {}, ("absent", "")
     try:
-        files = remote.files(subject, performances) if performances else {}
+        if config.performances is None or to_do(config, manifest, subject, config.performances):
+            files = remote.files(subject, config.performances)
         if os.path.islink(config.output_dir / subject):
             failure = ("failed", f"{config.output_dir / subject} is a symbolic link; nothing is written through links: remove or rename it")
-            files = {}
+            files = dict.fromkeys(files, [])
     except RemoteError as error:
         failure = ("download_failed", str(error))
     jobs = []
-    for performance in performances:
+    for performance in to_do(config, manifest, subject, config.performances or sorted(files)):
+        row = manifest.rows.get((subject, performance))
+        if not config.redo and len(files.get(performance, [])) < 2 and is_done(row, config.asked_cameras(performance), config.modalities):
+            continue  # the other file of the pair is absent still
         job = Job(subject, performance, files.get(performance, []), *with_earlier(config, manifest, subject, performance))
         if not job.files:
             job.failure = failure
@@ -1055,7 +1085,8 @@ def downloads(config: Config, manifest: Manifest, remote: Remote, locks: Subject
     while queue and not remote.stopped:
         subject = queue.popleft()
         manifest.refresh()
-        if not (to_do(config, manifest, subject) or debris(config, subject) or temp_files(config, subject) or subject in stale):
+        if not (config.performances is None or to_do(config, manifest, subject, config.performances) or debris(config, subject)
+                or temp_files(config, subject) or subject in stale):  # fmt: skip
             continue
         if not locks.take(subject):
             if subject not in passed:
@@ -1404,7 +1435,7 @@ def extract(job: Job, config: Config, report: Callable) -> dict:
             "bytes": task.bytes,
             "modalities": written,
             "notes": notes(task),
-            "oddities": reader.oddities + contradictions(task),
+            "oddities": oddities(task),
         }
 
 
@@ -1426,6 +1457,7 @@ def info(task: Extraction, written: list[str]) -> dict:
         "missing_frames": task.missing,
         "damaged_frames": task.damaged,
         "modalities": written,
+        "oddities": oddities(task),
         "source": [{"name": file.name, "bytes": file.bytes, **({"md5": file.md5} if file.md5 else {})} for file in job.files],
         "extracted_at": utc_now(),
     }
@@ -1445,9 +1477,11 @@ def notes(task: Extraction) -> list[str]:
     return found
 
 
-def contradictions(task: Extraction) -> list[str]:
-    """Where the file doesn't fit its name or the rates that are known: worth a warning, nobody has seen all the files."""
-    job, reader, found = task.job, task.reader, []
+def oddities(task: Extraction) -> list[str]:
+    """What the reader found strange, and where the file doesn't fit its name or the rates that are known: worth a warning, not
+    a refusal, for nobody has seen all the files."""
+    job, reader = task.job, task.reader
+    found = list(reader.oddities)
     for stated, name in ((reader.actor_id, job.subject), (reader.performance_part, job.performance)):
         if stated is not None and stated != name:
             found.append(f"{job.files[0].name}: it says that it is of {printable(stated)!r}")
@@ -1531,6 +1565,12 @@ def work_in_child(pipe, name: str, work: Callable):
         pipe.send(("error", SMCError(f"{name}: {type(error).__name__}: {printable(str(error), 200)}")))
 
 
+def half_note(config: Config, job: Job) -> list[str]:
+    """That one file of a pair is not there, which later runs look for again."""
+    missing = {"raw", "anno"} - {SMC_NAME.fullmatch(file.name)["part"] for file in job.files}
+    return [f"{HALF} {part}" for part in missing] if config.layout == "pair" else []
+
+
 def limit_memory():
     """Let this process take MEMORY_LIMIT more memory than it has now, where the system (Linux) can say how much that is."""
     with contextlib.suppress(OSError):
@@ -1562,7 +1602,7 @@ def finish(job: Job, config: Config, manifest: Manifest) -> tuple[dict, dict | N
             put_in_place(part, folder)
             row.update(
                 status="completed",
-                error="; ".join(result["notes"]),
+                error="; ".join(result["notes"] + half_note(config, job)),
                 frames=result["frames"],
                 size_gb=f"{result['bytes'] / GB:.6f}",
                 cameras_extracted=len(result["cameras"]),
@@ -1581,7 +1621,7 @@ def finish(job: Job, config: Config, manifest: Manifest) -> tuple[dict, dict | N
         manifest.append(row)
     for file in job.files:
         clear(local_path(config, file))
-    remove_empty(config.temp_dir / job.subject)
+    remove_empty_temp(config, job.subject)
     return row, result
 
 
@@ -1714,7 +1754,7 @@ class Summary:
         """The end of a run: counts, sizes, times, and each warning once."""
         manifest.refresh()
         config, count = self.config, self.counts.get
-        asked = [(subject, performance) for subject in config.subjects for performance in config.performances]
+        asked = [(s, p) for s in config.subjects for p in asked_performances(config, manifest, s)]
         done = [(s, p) for s, p in asked if is_done(manifest.rows.get((s, p)), config.asked_cameras(p), config.modalities)]
         gone = sum(not config.folder(*key).exists() for key in done)
         log.info("")
@@ -1742,31 +1782,36 @@ class Summary:
 
 def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
     """--dry-run: a line per performance, and the totals."""
-    download = kept = 0
+    download = done = 0
     for subject in config.subjects:
-        files = remote.files(subject, config.performances)
-        to_do_now = to_do(config, manifest, subject)
-        for performance in config.performances:
-            row, size = manifest.rows.get((subject, performance), {}), sum(file.bytes for file in files.get(performance, []))
-            if performance not in to_do_now:
-                state = "done"
-                kept += 1
-            elif performance not in files:
-                state = "absent from the remote"
-            else:
-                whole = all(is_whole(config, file, certain=False) for file in files[performance])
-                earlier = {"completed": "has to be done again for more cameras or modalities", "": "to be downloaded"}
-                state = "downloaded already, to be extracted" if whole else earlier.get(row.get("status", ""), f"to be downloaded (last time: {row.get('status', '')})")
-                download += 0 if whole else size
+        jobs = {job.performance: job for job in plan(config, manifest, remote, subject)}
+        for performance in config.performances or sorted({*asked_performances(config, manifest, subject), *jobs}):
+            job, row = jobs.get(performance), manifest.rows.get((subject, performance), {})
+            size = job.bytes if job else as_number(row.get("smc_bytes"))
+            state = state_of(config, job, row.get("status"))
+            download += size * state.startswith("to be downloaded")
+            done += job is None
             log.info("%s  %-10s %10s   %s", subject, performance, gb(size) if size else "-", state)
-    log.info("%s to be downloaded; %d performances are done", gb(download), kept)
+    log.info("%s to be downloaded; %d performances are done", gb(download), done)
     return 0
+
+
+def state_of(config: Config, job: Job | None, earlier: str | None) -> str:
+    """What --dry-run says of a performance; earlier: the status of its last row."""
+    if job is None:
+        return "done"
+    if job.failure:
+        return "absent from the remote" if job.failure[0] == "absent" else job.failure[1]
+    if all(is_whole(config, file, certain=False) for file in job.files):
+        return "downloaded already, to be extracted"
+    why = {None: "", "completed": " again, for what is asked for now"}.get(earlier, f" (last time: {str(earlier).replace('_', ' ')})")
+    return "to be downloaded" + why
 
 
 def show_status(config: Config, manifest: Manifest) -> int:
     """--status: how far it is, from the manifest alone."""
     subjects = config.subjects or sorted({subject for subject, _ in manifest.rows})
-    rows = {(s, p): manifest.rows.get((s, p)) for s in subjects for p in config.performances}
+    rows = {(s, p): manifest.rows.get((s, p)) for s in subjects for p in asked_performances(config, manifest, s)}
     counts: dict[str, int] = {}
     for (_, performance), row in rows.items():
         status = row["status"] if row else "to do"
@@ -1784,8 +1829,8 @@ def show_status(config: Config, manifest: Manifest) -> int:
     log.info("%s extracted from %s of SMC files", gb(sizes * GB), gb(smc))
     if done and times:
         log.info("%s/s; about %s left for one process", gb(smc / times), duration(left * times / len(done)))
-    if config.subjects is None:
-        log.info("(the config says subjects: all; counted are those that the manifest names)")
+    if config.subjects is None or config.performances is None:
+        log.info("(the config says all; counted are those that the manifest names)")
     return 0
 
 
@@ -2502,7 +2547,7 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
             calibration = read_calibration(config.folder(subject, performance))
             available, source = sorted(views), f"{subject}/{performance}"
         else:
-            rows = [row for row in manifest.completed.values() if row["performance"] in config.performances]
+            rows = manifest.completed.values()
             available = sorted(set().union(*(number_set(row.get("cameras_available")) for row in rows)))
             calibration, performance, source = any_calibration(config, manifest), "s3_all", "what was extracted"
         asked = config.asked_cameras(performance)
@@ -2593,9 +2638,9 @@ def show_grid(config: Config, views: dict, calibration: dict, selected: list[int
 
 def doubts_about_cameras(config: Config, manifest: Manifest) -> list[str]:
     """What looks like a mistake in the config's cameras, before anything is downloaded for it."""
-    speech = [performance for performance in config.performances if performance in SPEECH]
-    if config.layout != "single" or len(speech) < len(config.performances):
+    if config.layout != "single" or not set(config.performances or ["all"]) <= set(SPEECH):
         return []  # the other files have 60 views
+    speech = config.performances
     doubts = []
     front = [p for p in speech if p != "s3_all" and config.asked_cameras(p) is not None and FRONT_CAMERA not in config.asked_cameras(p)]
     if front and "images" in config.modalities:
@@ -2697,7 +2742,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def look_at_remote(config: Config, manifest: Manifest, remote: Remote) -> Config:
     """Make sure that the remote can be used, before anything is touched, unless there is nothing to do there."""
-    if config.subjects is None or any(to_do(config, manifest, subject) for subject in config.subjects):
+    if config.subjects is None or config.performances is None or any(
+        to_do(config, manifest, subject, config.performances) for subject in config.subjects
+    ):
         there = remote.subjects()
         return config if config.subjects is not None else replace(config, subjects=there)
     return config

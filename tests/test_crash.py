@@ -12,7 +12,6 @@ import synthetic_release
 from conftest import Workspace, tree, wait_for
 
 PERFORMANCES = ["s1_all", "s3_all"]
-MOMENTS = 64
 
 # Python runs this before the script. Each step that changes something on disk is counted, in the script and in the process
 # that it forks; before the one whose number is KILL_AT, the whole process group dies, rclone with it.
@@ -40,9 +39,17 @@ def small_release(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def small_pair_release(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    synthetic_release.write_subject(folder, "0018", layout="pair", performances=PERFORMANCES, frames=2, size=(64, 76), cameras=(0, 25))
+    return folder
+
+
 def new_workspace(folder, release, **extraction):
     workspace = Workspace(folder, release)
-    workspace.write_config(extraction={"performances": PERFORMANCES, **extraction})
+    layout = "pair" if (release / "raw").exists() else "single"
+    workspace.write_config(google_drive={"layout": layout}, extraction={"performances": PERFORMANCES, **extraction})
     (folder / "hook").mkdir()
     (folder / "hook" / "sitecustomize.py").write_text(COUNT_STEPS)
     return workspace
@@ -69,25 +76,28 @@ def check_promises(workspace, reference):
             assert {f"{performance}/{name}" for name in tree(folder)} == {n for n in reference if n.startswith(f"{performance}/")}
             assert all(reference[f"{performance}/{name}"] == value for name, value in tree(folder).items())
         elif folder.exists():
-            assert (workspace.folder / "temp_smc/0018" / workspace.smc("0018", performance).name).exists()
+            smcs = {path.name for path in workspace.release.rglob(f"0018_{performance}_*.smc")}
+            assert smcs == {path.name for path in (workspace.folder / "temp_smc").rglob(f"0018_{performance}_*.smc")}
 
 
-def test_a_run_killed_at_any_of_its_steps_is_mended_by_the_next(small_release, tmp_path):
+@pytest.mark.parametrize("layout, moments", [("small_release", 64), ("small_pair_release", 16)])
+def test_a_run_killed_at_any_of_its_steps_is_mended_by_the_next(layout, moments, request, tmp_path):
+    small_release = request.getfixturevalue(layout)
     undisturbed = new_workspace(tmp_path / "undisturbed", small_release)
     total = run_until(undisturbed, 0)
     reference = tree(undisturbed.path("0018"))
-    assert total > MOMENTS
+    assert total > moments
 
     def kill_and_run_again(moment):
         workspace = new_workspace(tmp_path / str(moment), small_release)
-        run_until(workspace, 1 + moment * total // MOMENTS)
+        run_until(workspace, 1 + moment * total // moments)
         check_promises(workspace, reference)
         workspace.run()
-        assert tree(workspace.path("0018")) == reference, f"after a kill at step {moment} of {MOMENTS}"
+        assert tree(workspace.path("0018")) == reference, f"after a kill at step {moment} of {moments}"
         assert workspace.leftovers() == [] and workspace.states == undisturbed.states
 
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(kill_and_run_again, range(MOMENTS)))
+        list(threads.map(kill_and_run_again, range(moments)))
 
 
 def test_a_redo_killed_at_any_of_its_steps_never_loses_what_was_done(small_release, tmp_path):
