@@ -39,6 +39,7 @@ import logging
 import math
 import multiprocessing
 import os
+import queue
 import re
 import resource
 import shutil
@@ -48,6 +49,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import traceback
 import zipfile
@@ -732,27 +734,38 @@ class Remote:
             return []
         raise RemoteError(f"the remote {self.root}{folder} cannot be listed: {reason}")
 
-    def download(self, jobs: list[Job], show: Callable[[int], None]):
-        """Bring the files of some jobs to temp_dir. rclone itself leaves out those that are whole there, tries again what
-        failed, and checks the md5. A job that failed has its `failure` afterwards.
+    def download(self, jobs: list[Job], show: Callable[[int], None]) -> Iterator[Job]:
+        """Bring the files of some jobs to temp_dir, and give each job as soon as its files are there or have failed (it has
+        its `failure` then). rclone itself tries again what failed, and checks the md5.
 
         show: called with the number of bytes that have come so far."""
-        begin, waiting, before = time.monotonic(), list(jobs), 0
+        mark, before = time.monotonic(), 0
+
+        def settled(job, failure=None):
+            nonlocal mark
+            job.failure, job.download_s, mark = failure, time.monotonic() - mark, time.monotonic()
+            return job
+
+        waiting = list(jobs)
         while waiting and not self.stopped and self.exhausted < FAILURES_IN_A_ROW:
-            errors, before = self.copy([file for job in waiting for file in job.files], before, show)
-            for job in waiting:
-                job.failure = self.failure(job, errors)
-                if job.failure is None:
+            errors: dict = {}
+            for done in self.copy([file for job in waiting for file in job.files], errors):
+                show(before + done)
+                for job in [job for job in waiting if all(is_whole(self.config, file, certain=False) for file in job.files)]:
+                    waiting.remove(job)
                     self.exhausted = 0
-                elif job.failure[0] == "quota_exceeded":
-                    self.exhausted, self.exhausted_since = self.exhausted + 1, self.exhausted_since if self.exhausted else utc_now()
+                    yield settled(job)
+            before += done
+            failures = {job.performance: self.failure(job, errors) for job in waiting}
+            refused = [job for job in waiting if failures[job.performance] and failures[job.performance][0] == "quota_exceeded"]
+            for job in refused:
+                self.exhausted, self.exhausted_since = self.exhausted + 1, self.exhausted_since if self.exhausted else utc_now()
             # A used-up quota ends rclone for all files at once: the others go on without that one.
-            hit = any(job.failure and job.failure[0] == "quota_exceeded" for job in waiting)
-            waiting = [job for job in waiting if hit and job.failure and job.failure[0] != "quota_exceeded"]
+            for job in refused or list(waiting):
+                waiting.remove(job)
+                yield settled(job, failures[job.performance])
         for job in waiting:
-            job.failure = ("", "not tried")
-        for job in jobs:
-            job.download_s = (time.monotonic() - begin) * job.bytes / max(1, sum(job.bytes for job in jobs))
+            yield settled(job, ("", "not tried"))
 
     def failure(self, job: Job, errors: dict) -> tuple[str, str] | None:
         """(status, error) of a job after a call of rclone, None if its files are there."""
@@ -766,25 +779,26 @@ class Remote:
             return "quota_exceeded", "Drive's download quota for this file is used up; it is renewed after about a day"
         return "download_failed", error or errors.get("") or "rclone did not bring it, and did not say why"
 
-    def copy(self, files: list[RemoteFile], before: int, show) -> tuple[dict, int]:
-        """One call of rclone. Gives ({path: last error, "": last error without a path, "exit": code}, bytes so far)."""
+    def copy(self, files: list[RemoteFile], errors: dict) -> Iterator[int]:
+        """One call of rclone. Gives the bytes that have come, time and again; at its end `errors` is {path: last error,
+        "": last error without a path, "exit": code}."""
         command = self.command("copy", "--files-from-raw", "-", *RCLONE_LOG, places=[self.root, str(self.config.temp_dir)])
-        process = self.start(command, stdin=subprocess.PIPE)
-        with process:
+        done = 0
+        with self.start(command, stdin=subprocess.PIPE) as process:
             process.stdin.write("".join(f"{file.path}\n" for file in files).encode())
             process.stdin.close()
-            errors, done = {}, 0
             for line in process.stderr:
                 entry = json_or_text(line)
                 if "stats" in entry:
                     done = int(entry["stats"].get("bytes", 0))
-                    show(before + done)
                 else:
                     log.debug("rclone: %s %s", entry.get("object", ""), entry.get("msg", "").strip())
                     if entry.get("level") in ("error", "critical", "fatal"):
                         name = re.sub(r"(\.smc)\..*", r"\1", entry.get("object", ""))  # while it is written, it has a longer name
                         errors[name] = plain(entry["msg"])
-        return {**errors, "exit": process.returncode}, before + done
+                yield done
+        errors["exit"] = process.returncode
+        yield done
 
 
 def json_or_text(line: bytes) -> dict:
@@ -1069,21 +1083,18 @@ def with_earlier(config: Config, manifest: Manifest, subject: str, performance: 
     return asked, [name for name in WRITERS if name in modalities]
 
 
-class Batch(NamedTuple):
-    """Jobs of a subject whose files have been downloaded together; `last` where no more of the subject follow."""
+def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks, space: TempSpace) -> Iterator[tuple[str, Job | None]]:
+    """(subject, job) as soon as the files of a job are there, or have failed; (subject, None) after the last of a subject.
 
-    subject: str
-    jobs: list[Job]
-    last: bool
-
-
-def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks, space: TempSpace) -> Iterator[Batch]:
-    """Subject after subject, as many performances at a time as temp_dir may hold. Those subjects that another process
-    holds come last: when it has let go of them, there is nothing left to do, or else it died."""
-    queue, passed, unreachable = deque(config.subjects), set(), 0
+    At most one subject ahead of the one that is being extracted, and no more than temp_dir may hold. Those subjects that
+    another process holds come last: when it has let go of them, there is nothing left to do, or else it died."""
+    waiting, passed, unreachable = deque(config.subjects), set(), 0
     stale = locks.stale()
-    while queue and not remote.stopped:
-        subject = queue.popleft()
+    while waiting and not remote.stopped:
+        if len(locks.held) > 1:
+            time.sleep(0.02)
+            continue
+        subject = waiting.popleft()
         manifest.refresh()
         if not (config.performances is None or to_do(config, manifest, subject, config.performances) or debris(config, subject)
                 or temp_files(config, subject) or subject in stale):  # fmt: skip
@@ -1092,25 +1103,29 @@ def downloads(config: Config, manifest: Manifest, remote: Remote, locks: Subject
             if subject not in passed:
                 log.info("%s: another process is working on it", subject)
             passed.add(subject)
-            queue.append(subject)
-            time.sleep(0.5 * (passed >= set(queue)))
+            waiting.append(subject)
+            time.sleep(0.5 * (passed >= set(waiting)))
             continue
         manifest.refresh()  # another process may have finished it just now
         jobs = plan(config, manifest, remote, subject)
         clean_up(config, subject, wanted={local_path(config, file) for job in jobs for file in job.files})
-        waiting = [job for job in jobs if job.failure is None]
-        yield Batch(subject, [job for job in jobs if job.failure], last=not waiting)
+        yield from ((subject, job) for job in jobs if job.failure)
+        yield from ((subject, job) for job in fetched(config, remote, space, subject, [job for job in jobs if not job.failure]))
+        yield subject, None
         unreachable = unreachable + 1 if jobs and all(job.failure and job.failure[0] == "download_failed" for job in jobs) else 0
         if unreachable == FAILURES_IN_A_ROW:
-            raise RemoteError(f"stopped: {unreachable} subjects in a row could not be reached. Run again when the remote can be")
-        while waiting and not remote.stopped:
-            batch = space.reserve(waiting, stopped=lambda: remote.stopped)
-            waiting = waiting[len(batch) :]
-            with download_progress(subject, batch) as show:
-                remote.download(batch, show)
-            yield Batch(subject, batch, last=not waiting)
-            if remote.exhausted >= FAILURES_IN_A_ROW:
-                raise StopEarly(quota_message(remote.exhausted_since))
+            raise RemoteError(f"Stopped: {unreachable} subjects in a row could not be reached. Run again when the remote can be")
+
+
+def fetched(config: Config, remote: Remote, space: TempSpace, subject: str, jobs: list[Job]) -> Iterator[Job]:
+    """The jobs of a subject, each when its files are there: with one call of rclone, or in turns where temp_dir cannot hold all."""
+    while jobs and not remote.stopped:
+        turn = space.reserve(jobs, stopped=lambda: remote.stopped)
+        jobs = jobs[len(turn) :]
+        with download_progress(subject, turn) as show:
+            yield from remote.download(turn, show)
+        if remote.exhausted >= FAILURES_IN_A_ROW:
+            raise StopEarly(quota_message(remote.exhausted_since))
 
 
 def quota_message(since: str) -> str:
@@ -1119,18 +1134,33 @@ def quota_message(since: str) -> str:
             f"a day: run the same command again after {again.isoformat(timespec='minutes')}")  # fmt: skip
 
 
-def one_ahead(items: Iterator, stop: Callable[[], None]) -> Iterator:
-    """The items of an iterator, of which the next is being made in a thread while the caller works on one.
+def in_background(items: Iterator, stop: Callable[[], None]) -> Iterator:
+    """The items of an iterator, which a thread makes while the caller works on those before.
 
-    stop: called before the thread is waited for, to end what it is at."""
-    with ThreadPoolExecutor(1) as thread:
+    stop: called at the end, before the thread is waited for, to end what it is at."""
+    made: queue.SimpleQueue = queue.SimpleQueue()
+
+    def make():
         try:
-            upcoming = thread.submit(next, items, None)
-            while (item := upcoming.result()) is not None:
-                upcoming = thread.submit(next, items, None)
-                yield item
-        finally:
-            stop()
+            for item in items:
+                made.put((item, None))
+            made.put((None, None))
+        except BaseException as error:  # raised again where the items are used
+            made.put((None, error))
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if error:
+                raise error
+            if item is None:
+                return
+            yield item
+    finally:
+        stop()
+        thread.join()
 
 
 # ---------------------------------------------------------------------------------------------- extraction
@@ -2723,13 +2753,14 @@ def main(argv: list[str] | None = None) -> int:
     for doubt in doubts_about_cameras(config, manifest):
         summary.warn(doubt)
     try:
-        with contextlib.closing(one_ahead(downloads(config, manifest, remote, locks, space), remote.stop)) as batches:
-            for batch in batches:  # the next one downloads meanwhile
-                for job in batch.jobs:
-                    summary.add(job, *finish(job, config, manifest))
-                    space.release(job)
-                if batch.last:
-                    locks.release(batch.subject)
+        # A thread downloads, one subject ahead at most, while this one extracts what is there.
+        with contextlib.closing(in_background(downloads(config, manifest, remote, locks, space), remote.stop)) as arriving:
+            for subject, job in arriving:
+                if job is None:
+                    locks.release(subject)
+                    continue
+                summary.add(job, *finish(job, config, manifest))
+                space.release(job)
     finally:
         for subject in locks.held:
             clean_up(config, subject)
