@@ -57,7 +57,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
-from functools import partial
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
 
@@ -74,7 +73,8 @@ S3_VIEWS = {0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27,
 FRONT_CAMERA = 25  # faces the person: azimuth 0, and always among the suggestions
 SUGGESTED_COUNTS = (4, 8, 12, 16, 20)  # the buttons of the page that --camera-grid writes
 DEFAULT_MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
-PER_CAMERA = {"images", "masks", "keypoints2d", "scan_masks"}
+PER_CAMERA = {"images", "masks", "keypoints2d", "scan_masks", "transforms"}
+KEYPOINT_CAMERAS = set(range(18, 33))
 GB = 1e9
 HALF = "absent from the remote, and looked for again: the file"  # of a pair, in the manifest's error column
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -1079,7 +1079,7 @@ def with_earlier(config: Config, manifest: Manifest, subject: str, performance: 
     if asked is not None:
         there = {int(path.name[4:6]) for kind in PER_CAMERA for path in folder.glob(f"{kind}/cam_[0-9][0-9]*")}
         asked |= number_set(row.get("cameras")) | there
-    modalities |= set((row.get("modalities") or "").split()) | {name for name in WRITERS if (folder / name).is_dir()}
+    modalities |= set((row.get("modalities") or "").split()) | set(modalities_in(folder))
     return asked, [name for name in WRITERS if name in modalities]
 
 
@@ -1218,12 +1218,17 @@ def write_pictures(task: Extraction, modality: str):
             task.damaged.setdefault(modality, {})[f"{camera:02d}"] = damaged
     if modality == "images":
         task.frames = {camera: len(numbers) for camera, numbers in stored.items()}
-    there = set().union(*stored.values())
-    # Key frames keep the numbers that they had in the whole recording: then a frame is missing if other cameras have it.
-    expected = set(range(task.reader.num_frame)) if max(there, default=0) < task.reader.num_frame else there
+    expected = expected_frames(task.reader, stored.values())
     for camera, numbers in stored.items():
         if expected - set(numbers):
             task.missing.setdefault(modality, {})[camera] = sorted(expected - set(numbers))
+
+
+def expected_frames(reader: SMCReader, of_cameras: Iterable[Iterable[int]]) -> set[int]:
+    """The frames that every camera should have, given those that each has. Key frames keep the numbers that they had in the
+    whole recording: then a frame is expected if any camera has it."""
+    there = set().union(*of_cameras)
+    return set(range(reader.num_frame)) if max(there, default=0) < reader.num_frame else there
 
 
 def write_uv_textures(task: Extraction, modality: str):
@@ -1411,6 +1416,68 @@ def write_scan(task: Extraction, modality: str):
     task.save("scan/mesh.ply", header.encode() + mesh["vertex"].astype("<f8").tobytes() + faces.tobytes())
 
 
+def write_transforms(task: Extraction, modality: str):
+    """transforms.json: pose, intrinsics and mask of every picture written, for NeRF and Gaussian-splatting tools. Damaged
+    pictures are left out: a loader would stop at them, or a trainer learn them.
+
+    Each picture has its own intrinsics, and none stand at the top, where loaders would take them for those of all cameras."""
+    calibration, images, masks = task.reader.get_Calibration_all(), good_pictures(task, "images"), good_pictures(task, "masks")
+    for camera in set(images) - set(calibration):
+        task.reader.oddities.append(f"{task.job}: camera {camera} has no calibration and is not in transforms.json")
+        del images[camera]
+    timesteps = {frame: index for index, frame in enumerate(sorted(set().union(*images.values())))}
+    if not images:
+        return
+    path = task.folder / "transforms.json"
+    top = {"camera_model": "OPENCV", "fps": task.reader.fps()}
+    if (task.folder / "audio/audio.wav").is_file():
+        top["audio_path"] = "audio/audio.wav"
+    top.update(camera_indices=list(range(len(images))), timestep_indices=list(timesteps.values()))
+    with open(path, "x") as file:
+        file.write(json.dumps(top, allow_nan=False)[:-1] + ', "frames": [')
+        separator = "\n"
+        for index, (camera, files) in enumerate(images.items()):
+            shared: dict[tuple, str] = {}  # what all pictures of a size have in common, which is most of the text
+            for frame, name in files.items():
+                size = tuple(task.resolution or probe_picture((task.folder / name).read_bytes())[1:3])
+                if size not in shared:
+                    shared[size] = json.dumps({"camera_index": index, "camera_id": camera, **view(calibration[camera], *size)}, allow_nan=False)
+                mask = masks.get(camera, {}).get(frame)
+                own = {"file_path": name, **({"mask_path": mask, "fg_mask_path": mask} if mask else {})}
+                own.update(timestep_index=timesteps[frame], timestep_id=f"{frame:06d}")
+                file.write(f"{separator}{json.dumps(own)[:-1]}, {shared[size][1:]}")
+                separator = ",\n"
+            task.report()
+        file.write("\n]}\n")
+    task.bytes += path.stat().st_size
+
+
+def good_pictures(task: Extraction, modality: str) -> dict[str, dict[int, str]]:
+    """{"25": {frame: "images/cam_25/frame_000000.jpg"}, …} of what is in the folder and not damaged, in order."""
+    found: dict[str, dict[int, str]] = {}
+    for folder in sorted((task.folder / modality).glob("cam_*")):
+        camera = folder.name[4:]
+        frames = {int(name[6:].partition(".")[0]): f"{modality}/{folder.name}/{name}" for name in os.listdir(folder)}
+        damaged = set(task.damaged.get(modality, {}).get(camera, ()))
+        good = {frame: frames[frame] for frame in sorted(frames) if frame not in damaged}
+        if good:
+            found[camera] = good
+    return found
+
+
+def view(camera: dict, height: int, width: int) -> dict:
+    """Intrinsics and pose of a camera as NeRF loaders name them. Their cameras have OpenGL's axes: x right, y up, z back."""
+    K, pose = camera["K"], camera["RT"].copy()
+    pose[:3, 1:3] *= -1
+    return {
+        **{"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2], "w": width, "h": height},
+        **dict(zip(("k1", "k2", "p1", "p2", "k3"), camera["D"])),
+        "camera_angle_x": 2 * math.atan(width / (2 * K[0, 0])),
+        "camera_angle_y": 2 * math.atan(height / (2 * K[1, 1])),
+        "transform_matrix": pose.tolist(),
+    }
+
+
 def npz_bytes(**arrays) -> bytes:
     """Arrays as numpy's .npz, never pickled. (np.savez can't take an array whose name is "file".)"""
     content = io.BytesIO()
@@ -1437,7 +1504,13 @@ WRITERS: dict[str, Callable[[Extraction, str], None]] = {
     "uv_textures": write_uv_textures,
     "scan": write_scan,
     "scan_masks": write_scan_masks,
+    "transforms": write_transforms,  # the last, from what the others have written
 }
+
+
+def modalities_in(folder: Path) -> list[str]:
+    """The modalities that a performance's folder has: each is a folder, or a JSON file."""
+    return [modality for modality in WRITERS if (folder / modality).is_dir() or (folder / f"{modality}.json").is_file()]
 
 
 def extract(job: Job, config: Config, report: Callable) -> dict:
@@ -1453,10 +1526,11 @@ def extract(job: Job, config: Config, report: Callable) -> dict:
             if reader.has(modality):
                 WRITERS[modality](task, modality)
                 report()
-        written = [modality for modality in WRITERS if (part / modality).is_dir()]
+        written = modalities_in(part)
         if not written:
             raise SMCError(f"{job.files[0].name}: it has none of what is asked for ({', '.join(job.modalities)})")
-        task.save("metadata/info.json", json_bytes(info(task, written)))
+        odd = reader.oddities + contradictions(reader, job.files[0].name, job.subject, job.performance)
+        task.save("metadata/info.json", json_bytes(info(task, written, odd)))
         sync_disk(part)
         return {
             "cameras": task.selected("images") if PER_CAMERA & set(job.modalities) else [],
@@ -1465,11 +1539,11 @@ def extract(job: Job, config: Config, report: Callable) -> dict:
             "bytes": task.bytes,
             "modalities": written,
             "notes": notes(task),
-            "oddities": oddities(task),
+            "oddities": odd,
         }
 
 
-def info(task: Extraction, written: list[str]) -> dict:
+def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
     """The content of metadata/info.json."""
     job, reader = task.job, task.reader
     actor = reader.actor_info
@@ -1487,7 +1561,7 @@ def info(task: Extraction, written: list[str]) -> dict:
         "missing_frames": task.missing,
         "damaged_frames": task.damaged,
         "modalities": written,
-        "oddities": oddities(task),
+        "oddities": odd,
         "source": [{"name": file.name, "bytes": file.bytes, **({"md5": file.md5} if file.md5 else {})} for file in job.files],
         "extracted_at": utc_now(),
     }
@@ -1504,19 +1578,19 @@ def notes(task: Extraction) -> list[str]:
         count = sum(len(numbers) for cameras in frames.values() for numbers in (cameras.values() if isinstance(cameras, dict) else [cameras]))
         if count:
             found.append(f"{count} {kind} picture{'s' * (count > 1)}, listed in info.json")
+    if "transforms" in task.job.modalities and "transforms" not in modalities_in(task.folder):
+        found.append("no transforms.json: " + ("no undamaged pictures were extracted" if task.reader.has("calibration") else "the file has no calibration"))
     return found
 
 
-def oddities(task: Extraction) -> list[str]:
-    """What the reader found strange, and where the file doesn't fit its name or the rates that are known: worth a warning, not
-    a refusal, for nobody has seen all the files."""
-    job, reader = task.job, task.reader
-    found = list(reader.oddities)
-    for stated, name in ((reader.actor_id, job.subject), (reader.performance_part, job.performance)):
-        if stated is not None and stated != name:
-            found.append(f"{job.files[0].name}: it says that it is of {printable(stated)!r}")
+def contradictions(reader: SMCReader, name: str, subject: str, performance: str) -> list[str]:
+    """Where a file doesn't fit its name or the rates that are known: worth a warning, nobody has seen all the files."""
+    found = []
+    for stated, expected in ((reader.actor_id, subject), (reader.performance_part, performance)):
+        if stated is not None and stated != expected:
+            found.append(f"{name}: it says that it is of {printable(stated)!r}")
     if reader.fps() not in (None, 15, 30):
-        found.append(f"{job.files[0].name}: {reader.num_frame} frames and {reader.audio_info()['duration_s']:.2f} s of audio make {reader.fps():.2f} pictures per second, not 15 or 30")  # fmt: skip
+        found.append(f"{name}: {reader.num_frame} frames and {reader.audio_info()['duration_s']:.2f} s of audio make {reader.fps():.2f} pictures per second, not 15 or 30")  # fmt: skip
     return found
 
 
@@ -1525,30 +1599,32 @@ def numbers_text(numbers: Iterable[int]) -> str:
 
 
 def extract_apart(job: Job, config: Config, show: Callable) -> dict:
-    """`extract` in a process of its own, which also keeps the disk from being filled. Raises what `apart` does.
+    """`extract` in a process of its own, as long as the disk has room. Raises SMCError where the file is at fault, OSError where
+    the disk is.
 
     show: called with what `extract` reports."""
 
     def work(report):
-        def check_and_report(pictures: int = 0, total: int | None = None):
+        def report_if_there_is_room(pictures: int = 0, total: int | None = None):
             if free_bytes(config.output_dir) < config.min_free_gb * GB:
                 raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {config.min_free_gb:g} GB free")
             report(pictures=pictures, total=total)
 
-        check_and_report()
-        return extract(job, config, check_and_report)
+        report_if_there_is_room()
+        return extract(job, config, report_if_there_is_room)
 
-    return apart(job.files[0].name, work, show)
+    return apart(work, job.files[0].name, show)
 
 
-def apart(name: str, work: Callable, show: Callable):
-    """What work(report) gives, run in a process of its own: libhdf5 can crash, spin or ask for any amount of memory over a
-    damaged file, and must not take the run with it. Raises SMCError where the file is at fault, OSError where the disk is.
+def apart(work: Callable, name: str, show: Callable):
+    """work(report) in a process of its own: libhdf5 can crash, spin or ask for any amount of memory over a damaged file, and
+    must not take us with it. Gives what `work` gives; raises its OSError, and all else as an SMCError about the file `name`.
 
-    name: of the file, for messages. show: called with the arguments of each call of `report`, which are named."""
+    show: called here with what `work` calls `report` with there, if with anything; it has to call it
+    every few seconds."""
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=work_in_child, args=(theirs, name, work), daemon=True)
+    process = context.Process(target=in_child, args=(theirs, work, name), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -1570,7 +1646,7 @@ def apart(name: str, work: Callable, show: Callable):
         ours.close()
 
 
-def work_in_child(pipe, name: str, work: Callable):
+def in_child(pipe, work: Callable, name: str):
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -1579,9 +1655,10 @@ def work_in_child(pipe, name: str, work: Callable):
     with tempfile.TemporaryFile() as said:
         os.dup2(said.fileno(), 2)  # what libraries print: see Decoder
 
-    def report(**progress):
+    def report(**news):
         signal.setitimer(signal.ITIMER_PROF, STUCK_CPU_S)  # ends the process unless it is set again in time
-        pipe.send(("report", progress))
+        if news:
+            pipe.send(("report", news))
 
     try:
         report()
@@ -1872,51 +1949,191 @@ def as_number(text: str | None) -> float:
 
 
 def inspect(paths: list[str]) -> int:
-    """--inspect: what each SMC file has."""
+    """--inspect: what each performance has, in its SMC file or in its two."""
+
+    def show(line: str):
+        log.info("%s", line)
+
     failed = False
-    for path in paths:
+    for files in performances_given([Path(os.path.abspath(path)) for path in paths]):
         try:
-            log.info("%s", "\n".join(apart(os.path.basename(path), partial(inspect_one, path), show=lambda: None)))
-        except SMCError as error:
-            log.error("%s", error)
+            whole = apart(lambda report: show_content(files, report), files[0].name, show)
+            failed |= not whole
+        except (SMCError, OSError) as error:
+            log.error("%s", error_text(error))
             failed = True
     return int(failed)
 
 
-def inspect_one(path: str, report: Callable) -> list[str]:
-    """The lines about one file, as they can be shown: nothing that a file says of itself gets to the terminal as it is."""
-    lines = []
-    with SMCReader(path) as reader:
-        for line in inspection(path, reader):
+def performances_given(paths: list[Path]) -> list[list[Path]]:
+    """The files of each performance among those given: one, or [raw, anno] where the other lies beside it, or where the 21-ID
+    release has it, or is given from another place."""
+    found, used = [], set()
+    for path in paths:
+        if path not in used:
+            partners = other_files(path) or [other for other in paths if other not in used and is_other(path, other) and not other_files(other)]
+            files = sorted([path, *partners[:1]], key=lambda file: file.name.endswith("_anno.smc"))
+            used.update(files)
+            found.append(files)
+    return found
+
+
+def other_files(path: Path) -> list[Path]:
+    """The other files of the pair that are where a file of a pair has them."""
+    match = SMC_NAME.fullmatch(path.name)
+    if not match:
+        return []
+    other = {"raw": "anno", "anno": "raw"}[match["part"]]
+    folders = [path.parent] + [path.parents[2] / other / path.parent.name for here in [path.parent.parent.name] if here == match["part"]]
+    return [file for folder in folders if (file := folder / f"{path.name[:match.start('part')]}{other}.smc").is_file()]
+
+
+def is_other(path: Path, other: Path) -> bool:
+    """Whether two names are those of a pair."""
+    one, two = SMC_NAME.fullmatch(path.name), SMC_NAME.fullmatch(other.name)
+    same = one and two and one.group("subject", "performance") == two.group("subject", "performance")
+    return bool(same and one["part"] != two["part"])
+
+
+def show_content(files: list[Path], report: Callable) -> bool:
+    """Report, line by line, what a performance has, as far as it can be read. Gives whether all of it can. Sizes come from the
+    headers in the file; of the pictures only the first of each camera is read."""
+    with SMCReader(*map(str, files)) as reader:
+        damage: list[str] = []
+
+        def attempt(read: Callable, *arguments):
+            """read(*arguments), or None where that part of the file is damaged."""
             report()
-            lines.append(printable(line, 500))
+            try:
+                return read(*arguments)
+            except SMCError as error:
+                damage.append(str(error))
+
+        name = SMC_NAME.fullmatch(files[0].name)
+        subject, performance = name.group("subject", "performance") if name else (reader.actor_id, reader.performance_part)
+        audio, fps, warnings = attempt(reader.audio_info), attempt(reader.fps), attempt(contradictions, reader, files[0].name, subject, performance)
+        contents = {modality: content for modality in WRITERS if (content := attempt(content_of, reader, modality, attempt))}
+        report(line=f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance', 70)}")
+        for file in files:
+            report(line=row("file", f"{printable(file.name, 66)}, {gb(file.stat().st_size)}"))
+        for line in describe(reader, audio, fps, attempt(lambda: reader.num_frame)):
+            report(line=line)
+        report(line=f"  {'modality':<12}  cameras  entries        size  encoding (of each camera's first picture)")
+        for modality, content in contents.items():
+            number = len(content.cameras) or ""
+            report(line=f"  {modality:<12}  {number:>7}  {content.entries or '':>7}  {gb(content.bytes):>10}  {content.encoding}".rstrip())
+        for modality in [name for name in ("images", "masks") if name in contents]:
+            for line in attempt(camera_lines, reader, contents[modality].cameras) or ():
+                report(line=row(modality, line))
+        absent = missing(performance or "", files, contents)
+        for title, lines in (("missing", absent), ("unknown", map(printable, attempt(reader.unknown_groups) or ())),
+                             ("warning", [*(warnings or ()), *reader.oddities]), ("damaged", dict.fromkeys(damage))):  # fmt: skip
+            for line in lines:
+                report(line=row(title, line))
+        report(line="")
+        return not damage
+
+
+def row(title: str, text: str) -> str:
+    """A title and a text, wrapped to 100 columns."""
+    return textwrap.fill(f"{title:<12}  {text}", 100, initial_indent="  ", subsequent_indent=" " * 16)
+
+
+def describe(reader: SMCReader, audio: dict | None, fps: float | None, num_frame: int | None) -> Iterator[str]:
+    actor = reader.actor_info
+    words = [actor["age"] and f"age {actor['age']}", actor["gender"], actor["color"], actor["height"] and f"{actor['height']:g} cm", actor["weight"] and f"{actor['weight']:g} kg"]
+    yield row("recorded", ", ".join(printable(word) for word in (reader.capture_date or "unknown", *words) if word))
+    resolution = reader.Camera_info["resolution"]
+    pixels = "" if resolution is None else f", {resolution[1]} x {resolution[0]} pixels"
+    yield row("frames", f"{num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}")
+    if audio:
+        yield row("audio", f"{audio['duration_s']:.2f} s, {audio['channels']} channels, {audio['sample_rate']} Hz")
+
+
+class Content(NamedTuple):
+    """What there is of a modality: the frames of each camera (none where it has no frames), and over all cameras the number of
+    entries (0 where it is one thing), bytes in the file, and encodings."""
+
+    cameras: dict[int, list[int]]
+    entries: int
+    bytes: int
+    encoding: str
+
+
+def content_of(reader: SMCReader, modality: str, attempt: Callable) -> Content | None:
+    if modality == "transforms" or not reader.has(modality):
+        return None
+    if modality in ("images", "masks", "keypoints2d"):
+        cameras = {camera: attempt(reader.frame_numbers, modality, camera) or [] for camera in reader.cameras(modality)}
+        size = sum(attempt(reader.stored_bytes, modality, camera) or 0 for camera in cameras)
+        first = [(camera, frames[0]) for camera, frames in cameras.items() if frames and modality != "keypoints2d"]
+        entries = sum(map(len, cameras.values()))
+    else:
+        cameras = dict.fromkeys(reader.cameras(modality), []) if modality in ("calibration", "scan_masks") else {}
+        frames = reader.frame_numbers(modality) if modality in ("keypoints3d", "flame", "uv_textures") else []
+        size, entries = attempt(reader.stored_bytes, modality) or 0, len(frames)
+        first = [(None, frame) for frame in frames[:1]] if modality == "uv_textures" else [(camera, None) for camera in cameras if modality == "scan_masks"]
+    pictures = [probe_picture(attempt(reader.encoded, modality, *which) or b"") for which in first]
+    kinds = {f"{picture.format} {picture.width}x{picture.height}" if picture.whole else "damaged or unknown" for picture in pictures}
+    return Content(cameras, entries, size, ", ".join(sorted(kinds)[:2]) + ", …" * (len(kinds) > 2))
+
+
+def camera_lines(reader: SMCReader, cameras: dict[int, list[int]]) -> list[str]:
+    """Which cameras have how many frames, and which frames they lack; those that are alike in one line."""
+    expected, alike = expected_frames(reader, cameras.values()), {}
+    for camera, frames in cameras.items():
+        alike.setdefault((len(frames), runs_text(expected - set(frames))), []).append(camera)
+    lines = []
+    for (frames, gaps), which in alike.items():
+        who = f"camera {which[0]}" if len(which) == 1 else f"{len(which)} cameras"
+        names = f": {numbers_text(which)}" if 1 < len(which) < NUM_CAMERAS else ""
+        lines.append(f"{who} with {frames} frames{f', without {gaps}' if gaps else ''}{names}")
     return lines
 
 
-def inspection(path: str, reader: SMCReader) -> Iterator[str]:
-    actor, audio, fps = reader.actor_info, reader.audio_info(), reader.fps()
-    resolution = reader.Camera_info["resolution"]
-    yield f"{path}: subject {reader.actor_id}, {reader.performance_part}, recorded {reader.capture_date}, {gb(os.path.getsize(path))}"
-    yield f"  actor        age {actor['age']}, {actor['gender']}, {actor['height']} cm, {actor['weight']} kg"
-    yield f"  frames       {reader.num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:g}'}"
-    if resolution is not None:
-        yield f"  resolution   {resolution[1]} x {resolution[0]}"
-    if audio:
-        yield f"  audio        {audio['duration_s']:.2f} s, {audio['channels']} channels, {audio['sample_rate']} Hz"
-    for modality in WRITERS:
-        if modality not in ("audio", "images", "masks") and reader.has(modality):
-            yield f"  {modality}"
-    for modality in ("images", "masks"):
-        for camera in reader.cameras(modality):
-            sizes, formats = [], set()
-            for _, data in reader.iter_encoded(modality, camera):
-                sizes.append(len(data))
-                formats.add(probe_picture(data).format or "unknown")
-            yield f"  {modality:<12} camera {camera:2d}: {len(sizes)} {'/'.join(sorted(formats))}, {gb(sum(sizes))}"
-    for group in reader.unknown_groups():
-        yield f"  unknown      {printable(group)}"
-    for oddity in reader.oddities:
-        yield f"  note         {oddity}"
+def runs_text(numbers: Iterable[int], most: int = 12) -> str:
+    """Numbers as "3 7-11 13"; after so many of these, only how many more there are."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    more = sum(last - first + 1 for first, last in runs[most:])
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs[:most]) + (f" and {more} more" if more else "")
+
+
+def missing(performance: str, files: list[Path], contents: dict[str, Content]) -> Iterator[str]:
+    """What the release has of other performances of that kind and this one lacks."""
+    part = files[0].stem.rpartition("_")[2]
+    pair = len(files) == 2 or part == "anno" or files[0].parent.parent.name == "raw"
+    if pair and len(files) == 1:
+        yield f"the {'raw' if part == 'anno' else 'anno'} file that belongs to this one"
+    usual = usual_content(performance, pair)
+    if not usual.keys() <= contents.keys():
+        yield ", ".join(modality for modality in usual if modality not in contents)
+    for modality in [modality for modality in usual if modality in contents]:
+        lacking = usual[modality] - set(contents[modality].cameras)
+        if lacking:
+            yield f"{modality} of cameras {runs_text(lacking, NUM_CAMERAS)}"
+
+
+def usual_content(performance: str, pair: bool) -> dict[str, set[int]]:
+    """{modality: cameras} of a performance in the 21-ID release, where each has a pair of files, or in that of 500 subjects."""
+    every = set(range(NUM_CAMERAS))
+    kind = (re.match("s[0-9]+_|[eh][0-9]", performance) or [""])[0][:1]
+    if not kind:
+        return {}
+    usual = {"images": every, "calibration": every}
+    if kind == "s":
+        usual["audio"] = set()
+    if kind == "s" and not pair:
+        usual["images"] = S3_VIEWS if performance == "s3_all" else {25}
+    if kind == "e" or pair:
+        usual.update(masks=every, keypoints2d=KEYPOINT_CAMERAS, keypoints3d=set())
+    if kind == "e":
+        usual.update(flame=set(), uv_textures=set(), scan=set(), scan_masks=every)
+    return usual
 
 
 # ---------------------------------------------------------------------------------------------- cameras
@@ -2708,7 +2925,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--redo", action="store_true", help="do them again whatever the manifest says (needs --subject)")
     add("--dry-run", action="store_true", help="list what would be downloaded, with sizes and states")
     add("--status", action="store_true", help="progress from the manifest")
-    add("--inspect", nargs="+", metavar="FILE.smc", help="what is inside SMC files; needs no config")
+    add("--inspect", nargs="+", metavar="FILE.smc", help="what is inside SMC files (a raw and its anno file as one performance); needs no config")
     add("--camera-grid", metavar="0018/s3_all", help="write a picture and a page of every view, laid out as the cameras stand")
     add("--frame", type=int, metavar="N", help="the frame for --camera-grid (default: the first)")
     add("--suggest-cameras", type=int, metavar="N", help="the N views that cover 360 degrees best")

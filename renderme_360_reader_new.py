@@ -62,8 +62,15 @@ GROUPS = {
     "uv_textures": "UV_texture",
     "scan": "Scan",
     "scan_masks": "ScanMask",
+    "transforms": "Calibration",  # and the pictures that were written
 }
 KNOWN_GROUPS = {path.split("/")[0] for path in GROUPS.values()}
+KNOWN_ENTRIES = {
+    "Camera/*": {"color", "mask", "audio"},
+    "Camera/00/audio": {"audio", "sample_rate"},
+    "Calibration/*": {"K", "D", "RT"},
+    "Scan": {"vertex", "vertex_indices"},
+}
 FROM_RAW = {"images", "audio"}  # where both files of a pair have a modality
 
 
@@ -207,10 +214,22 @@ class SMCReader:
         """Whether there is anything of a modality (one of the keys of GROUPS)."""
         return bool(self.cameras(modality)) if "{}" in GROUPS[modality] else self._open(modality)[1] is not None
 
+    def stored_bytes(self, modality: str, camera: int | str | None = None) -> int:
+        """Bytes that a modality (of a camera) takes in the file, from its headers alone: no data are read."""
+        file, group = self._open(modality, camera)
+        return file.stored_bytes(group)
+
     def unknown_groups(self) -> list[str]:
-        """Names at the top of the file(s) that this reader knows nothing of: formats change."""
-        names = {name for file in self._files for name in file.links(file.group(""))}
-        return sorted(names - KNOWN_GROUPS)
+        """Paths in the file(s) of which this reader knows nothing: formats change. "Camera/*/depth" stands for all cameras."""
+        found = set()
+        for file in self._files:
+            found.update(set(file.links(file.group(""))) - KNOWN_GROUPS)
+            for path, known in KNOWN_ENTRIES.items():
+                parent, each, _ = path.partition("/*")
+                cameras = file.numbers(file.group(parent), CAMERA_NAME) if each else []
+                groups = [f"{parent}/{camera:02d}" for camera in cameras] if each else [path]
+                found.update(f"{path}/{name}" for group in groups for name in set(file.links(file.group(group))) - known)
+        return sorted(found)
 
     @property
     def num_frame(self) -> int:
@@ -536,6 +555,18 @@ class _File:
         note = f"{self.name}: {what}"
         if len(self.oddities) < MAX_ODDITIES and note not in self.oddities:
             self.oddities.append(note)
+
+    def stored_bytes(self, group, deepest: int = 2) -> int:
+        """Bytes of the data sets in a group and in the groups in it. (No deeper: groups can hold themselves.)"""
+        total = 0
+        for name in self.links(group):
+            found = self._object(group, name)
+            if isinstance(found, h5d.DatasetID):
+                with self.reading(group, name):
+                    total += found.get_storage_size()
+            elif isinstance(found, h5g.GroupID) and deepest > 1:
+                total += self.stored_bytes(found, deepest - 1)
+        return total
 
     # ---- attributes and arrays
 

@@ -604,7 +604,7 @@ def write_demo(folder, subjects=("0018", "0019"), *, layout="single", performanc
     folder = Path(folder)
     paths = write_release(folder / "release", subjects, layout=layout, performances=performances, **options)
     (folder / "rclone.conf").write_text(f"[demo]\ntype = alias\nremote = {(folder / 'release').resolve()}\n")
-    modalities = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
+    modalities = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d", "transforms"]
     (folder / "config.yaml").write_text(CONFIG.format(
         layout=layout, subjects=", ".join(f'"{subject}"' for subject in subjects), performances=", ".join(performances),
         modalities=", ".join(modalities)))

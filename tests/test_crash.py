@@ -1,6 +1,5 @@
 """Whatever ends a run, and when: the next one mends it, and nothing is marked done that is not on disk."""
 
-import json
 import os
 import signal
 import subprocess

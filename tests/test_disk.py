@@ -1,6 +1,5 @@
 """A disk that fills up, and the limits that keep it from doing so. Uses a small tmpfs, where mounting one is allowed."""
 
-import os
 import shutil
 import subprocess
 import threading

@@ -14,7 +14,7 @@ import pexpect
 import pytest
 import soundfile
 import synthetic_release
-from conftest import SCRIPT, Workspace, wait_for
+from conftest import Workspace, wait_for
 
 SPEECH = list(synthetic_release.SPEECH)
 
@@ -378,14 +378,6 @@ def test_status_counts_from_the_manifest_alone(done):
     shutil.rmtree(done.path())
     run = done.run("--status")
     assert "12 of 12 performances" in run.out
-
-
-def test_inspect_tells_what_a_file_has_without_a_config(release, tmp_path):
-    run = subprocess.run([sys.executable, SCRIPT, "--inspect", release / "0018/0018_s3_all_raw.smc"], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 0 and "fps 15" in run.stdout and "camera 25" in run.stdout and "jpg" in run.stdout
-    run = subprocess.run([sys.executable, SCRIPT, "--inspect", tmp_path / "none.smc"], capture_output=True, text=True, cwd=tmp_path)
-    assert run.returncode == 1 and "none.smc" in run.stderr and "Traceback" not in run.stderr
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_output_to_a_pipe_has_no_control_characters_and_a_terminal_has_bars(workspace):

@@ -1,0 +1,185 @@
+"""--inspect: what is inside SMC files, in 100 columns, whatever state they are in."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+import synthetic_release
+from conftest import SCRIPT  # first of ours: it puts the project on the path
+
+import extract_streaming_gdrive
+from renderme_360_reader_new import SMCError, SMCReader
+
+
+def inspect(*paths, expect=0, folder=None):
+    """What --inspect prints, on stdout and stderr; each line has to fit 100 columns."""
+    run = subprocess.run([sys.executable, SCRIPT, "--inspect", *map(str, paths)], capture_output=True, text=True, cwd=folder, timeout=60)
+    assert run.returncode in (expect if isinstance(expect, tuple) else (expect,)), run.stdout + run.stderr
+    assert "Traceback" not in run.stdout + run.stderr, run.stderr
+    assert max(map(len, run.stdout.splitlines()), default=0) <= 100, run.stdout
+    return run
+
+
+def rows(text):
+    """The lines of one performance as {title: [rest, …]}, wrapped ones put together."""
+    found = {}
+    for line in text.splitlines():
+        if line.startswith(" " * 16) and found:
+            found[title][-1] += " " + line.strip()
+        elif line.startswith("  "):
+            title, _, rest = line.strip().partition("  ")
+            found.setdefault(title, []).append(" ".join(rest.split()))
+    return found
+
+
+def test_it_tells_what_a_file_has_without_a_config(release, tmp_path):
+    smc = release / "0018/0018_s3_all_raw.smc"
+    run = inspect(smc, folder=tmp_path)
+    assert run.stdout.startswith("0018 s3_all\n") and list(tmp_path.iterdir()) == []
+    found = rows(run.stdout)
+    assert found["frames"] == ["3, fps 15, 153 x 128 pixels"]
+    assert found["audio"][0] == "0.20 s, 2 channels, 48000 Hz"
+    with h5py.File(smc) as file:
+        pictures = [data for camera in file["Camera"].values() if "color" in camera for data in camera["color"].values()]
+    cameras = " ".join(map(str, synthetic_release.S3_VIEWS))
+    table, which = found["images"]
+    assert table.startswith("38 114 ") and table.endswith("kB jpg 153x128") and which == f"38 cameras with 3 frames: {cameras}"
+    assert "missing" not in found and "warning" not in found and len(pictures) == 114
+
+
+def test_gaps_missing_cameras_unknown_groups_and_odd_rates_are_named(tmp_path):
+    smc = tmp_path / "0019_s3_all_raw.smc"
+    cameras = [camera for camera in synthetic_release.S3_VIEWS if camera not in (48, 59)]
+    gaps = {3: [1, 2, 3, 7], 5: [1, 2, 3, 7], 25: [0]}
+    synthetic_release.write_smc(smc, "0018", "s3_all", cameras=cameras, frame_ids=range(20), size=(64, 76), gaps=gaps, audio_seconds=1.0,
+                                damaged={(4, 0): "garbage"}, calibration=False)  # fmt: skip
+    with h5py.File(smc, "a") as file:
+        file.create_group("Hair/strands")
+        file.create_dataset("Camera/25/depth/0", data=[1])
+        file.attrs["gender"] = "\x1b[31m"
+    run = inspect(smc)
+    found = rows(run.stdout)
+    assert "2 cameras with 16 frames, without 1-3 7: 3 5" in found["images"]
+    assert "camera 25 with 19 frames, without 0" in found["images"]
+    assert found["images"][0].endswith("damaged or unknown, jpg 76x64")
+    assert found["missing"] == ["calibration", "images of cameras 48 59"]
+    assert found["unknown"] == ["Camera/*/depth", "Hair"]
+    assert any("20.00 pictures per second, not 15 or 30" in warning for warning in found["warning"])
+    assert any("'0018'" in warning for warning in found["warning"])
+    assert "\x1b" not in run.stdout
+
+
+def test_bytes_are_those_of_the_data_sets_in_the_file(tmp_path):
+    smc = synthetic_release.write_subject(tmp_path, "0018", performances=["e0"], size=(64, 76), cameras=(18, 25))[0]
+    groups = {"images": ["Camera/18/color", "Camera/25/color"], "masks": ["Camera/18/mask", "Camera/25/mask"], "flame": ["FLAME"], "scan": ["Scan"],
+              "calibration": ["Calibration"], "scan_masks": ["ScanMask"], "keypoints2d": ["Keypoints2d"], "uv_textures": ["UV_texture"]}  # fmt: skip
+    sizes = dict.fromkeys(groups, 0)
+    with h5py.File(smc) as file:
+        for modality, paths in groups.items():
+            for path in paths:
+                found = []
+                file[path].visititems(lambda _, item: found.append(item) if isinstance(item, h5py.Dataset) else None)
+                sizes[modality] += sum(data.nbytes for data in found)
+    cameras = {"keypoints2d": (18, 25), "images": (18, 25), "masks": (18, 25)}
+    with SMCReader(smc) as reader:
+        assert {modality: sum(reader.stored_bytes(modality, camera) for camera in cameras.get(modality, [None])) for modality in groups} == sizes
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """One speech performance in the layout of two files, and its paths."""
+    folder = tmp_path_factory.mktemp("pair")
+    return synthetic_release.write_subject(folder, "0018", layout="pair", performances=["s1_all"], frames=2, size=(64, 76))
+
+
+def test_two_files_of_a_performance_are_shown_as_one(pair, tmp_path):
+    raw, anno = pair
+    elsewhere = [shutil.copy(raw, tmp_path / raw.name), shutil.copy(anno, tmp_path / f"Copy of {anno.name}")]
+    for given in ([raw, anno], [anno, raw], [raw], [anno], elsewhere):
+        run = inspect(*given)
+        found = rows(run.stdout)
+        assert run.stdout.count("0018 s1_all\n") == 1
+        assert [line.split(",")[0] for line in found["file"]] == [raw.name, anno.name if given is not elsewhere else f"Copy of {anno.name}"]
+        assert found["images"][1] == found["masks"][1] == "60 cameras with 2 frames"
+        assert found["keypoints2d"][0].startswith("15 ") and "missing" not in found
+
+
+def test_a_file_whose_partner_is_not_there_says_what_is_missing(pair, tmp_path):
+    raw, anno = pair
+    assert rows(inspect(shutil.copy(anno, tmp_path)).stdout)["missing"] == ["the raw file that belongs to this one", "images, audio"]
+
+
+def test_performances_that_only_share_their_name_are_not_mixed(pair, release):
+    single = release / "0018/0018_s1_all_raw.smc"
+    run = inspect(single, *pair)
+    assert run.stdout.count("0018 s1_all\n") == 2
+    assert "camera 25 with 6 frames" in run.stdout.split("\n\n")[0] and "masks" not in run.stdout.split("\n\n")[0]
+
+
+def test_a_file_that_is_no_smc_file_is_a_message_and_the_others_are_shown(release, tmp_path):
+    (tmp_path / "text.smc").write_text("this is no HDF5 file")
+    whole = (release / "0018/0018_s3_all_raw.smc").read_bytes()
+    (tmp_path / "0018_s2_all_raw.smc").write_bytes(whole[: len(whole) // 2])
+    run = inspect(tmp_path / "text.smc", tmp_path / "0018_s2_all_raw.smc", tmp_path / "none.smc", "/none.smc", release / "0018/0018_s1_all_raw.smc", expect=1)
+    assert all(name in run.stderr for name in ("text.smc", "0018_s2_all_raw.smc", "none.smc")) and "camera 25 with 6 frames" in run.stdout
+
+
+def test_damage_anywhere_neither_crashes_nor_hangs_it(tmp_path):
+    synthetic_release.write_smc(tmp_path / "whole.smc", cameras=(3, 25), size=(16, 20), audio_seconds=0.01, masks=(3,), keypoints2d=(25,), scan=False)
+    whole = (tmp_path / "whole.smc").read_bytes()
+    dice = random.Random(1)
+    paths = []
+    for number in range(60):
+        damaged = bytearray(whole)
+        for _ in range(2 ** (number % 9)):
+            at = dice.randrange(len(damaged))
+            damaged[at : at + 4] = dice.randbytes(4)
+        paths.append(tmp_path / f"{number}.smc")
+        paths[-1].write_bytes(damaged)
+    begin = time.monotonic()
+    inspect(*paths, expect=(0, 1))
+    assert time.monotonic() - begin < 50
+
+
+def test_what_can_be_read_of_a_damaged_file_is_shown(release, tmp_path):
+    smc = tmp_path / "0018_s3_all_raw.smc"
+    shutil.copy(release / "0018/0018_s3_all_raw.smc", smc)
+    with h5py.File(smc, "a") as file:
+        del file["Camera/25/color"], file["Calibration"]
+        file["Camera/25/color"] = np.zeros(3)
+        file["Calibration"] = h5py.SoftLink("/Camera")
+    found = rows(inspect(smc, expect=1).stdout)
+    assert found["audio"] and any("Calibration" in text for text in found["damaged"])
+
+
+def test_a_group_that_holds_itself_is_no_endless_descent(tmp_path):
+    synthetic_release.write_smc(tmp_path / "loop.smc", cameras=(25,), size=(16, 20), frame_ids=range(2), scan=True)
+    with h5py.File(tmp_path / "loop.smc", "a") as file:
+        for number in range(50):
+            file[f"Scan/{number}"] = file["Scan"]
+            file[f"FLAME/{number}"] = file["/"]
+    assert "scan" in rows(inspect(tmp_path / "loop.smc", expect=(0, 1)).stdout)
+
+
+def spin(report):
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("work, message", [
+    (lambda report: os._exit(1), "crashed"),
+    (lambda report: os.kill(os.getpid(), signal.SIGKILL), "killed from outside"),
+    (lambda report: bytearray(2 << 30), "memory"),
+    (spin, "does not come to an end"),
+])  # fmt: skip
+def test_what_a_damaged_file_does_to_the_reader_is_an_error_about_that_file(monkeypatch, work, message):
+    monkeypatch.setattr(extract_streaming_gdrive, "STUCK_CPU_S", 0.3)
+    with pytest.raises(SMCError, match=f"x.smc.*{message}"):
+        extract_streaming_gdrive.apart(work, "x.smc", print)

@@ -1,0 +1,206 @@
+"""transforms.json: what a trainer reads from it, and nothing else, has to fit the pictures."""
+
+import json
+import math
+import time
+import tracemalloc
+from types import SimpleNamespace
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+import synthetic_release
+from conftest import Workspace
+from extract_streaming_gdrive import write_transforms
+from renderme_360_reader_new import SMCReader
+
+EVERYTHING = ["images", "masks", "audio", "calibration", "transforms"]
+LENS = (-0.12, 0.09, 0.003, -0.002, 0.05)
+
+
+def extracted(tmp_path, performance="s3_all", modalities=EVERYTHING, **options):
+    """A workspace in which one performance was extracted, and its folder."""
+    settings = {"frames": 4, "size": (128, 153), "everything": True, **options}
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=[performance], **settings)
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.write_config(extraction={"performances": [performance], "modalities": modalities})
+    workspace.run()
+    return workspace, workspace.path("0018", performance)
+
+
+def load(folder):
+    """transforms.json as strict JSON."""
+
+    def refuse(word):
+        raise ValueError(f"{word} is no JSON")
+
+    return json.loads((folder / "transforms.json").read_text(), parse_constant=refuse)
+
+
+def seen_by(frame, points):
+    """World points (n, 3) to pixels (n, 2), as a NeRF loader does it: camera axes are x right, y up, z back."""
+    world_to_camera = np.linalg.inv(np.array(frame["transform_matrix"]))
+    x, y, z = (world_to_camera @ np.column_stack([points, np.ones(len(points))]).T)[:3]
+    x, y = x / -z, -y / -z
+    k1, k2, p1, p2, k3 = (frame[name] for name in ("k1", "k2", "p1", "p2", "k3"))
+    r2 = x * x + y * y
+    radial = 1 + k1 * r2 + k2 * r2**2 + k3 * r2**3
+    u = x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x)
+    v = y * radial + p1 * (r2 + 2 * y * y) + 2 * p2 * x * y
+    return np.column_stack([frame["fl_x"] * u + frame["cx"], frame["fl_y"] * v + frame["cy"]])
+
+
+def seen_by_calibration(camera, points):
+    """The same from cameras.json, by OpenCV."""
+    K, D, RT = (np.array(camera[name]) for name in ("K", "D", "RT"))
+    world_to_camera = np.linalg.inv(RT)
+    rotation, _ = cv2.Rodrigues(world_to_camera[:3, :3])
+    return cv2.projectPoints(points, rotation, world_to_camera[:3, 3], K, D)[0][:, 0]
+
+
+@pytest.mark.parametrize("distortion", [(0, 0, 0, 0, 0), LENS], ids=["pinhole", "lens"])
+def test_points_of_the_head_project_to_where_the_pictures_show_them(tmp_path, distortion):
+    _, folder = extracted(tmp_path, frames=2, size=(512, 612), distortion=distortion)
+    cameras = json.loads((folder / "calibration/cameras.json").read_text())["cameras"]
+    names = list(synthetic_release.LANDMARKS)
+    points = np.array([synthetic_release.LANDMARKS[name] for name in names])
+    checked = set()
+    for frame in load(folder)["frames"]:
+        picture = cv2.imread(str(folder / frame["file_path"]))
+        assert picture.shape == (frame["h"], frame["w"], 3)
+        visible = synthetic_release.visible_landmarks({"RT": np.array(cameras[frame["camera_id"]]["RT"])})
+        for project, camera in ((seen_by, frame), (seen_by_calibration, cameras[frame["camera_id"]])):
+            for name, pixel in zip(names, project(camera, points)):
+                if name in visible:
+                    assert np.hypot(*(pixel - synthetic_release.find_landmark(picture, name))) < 1
+                    checked.add((frame["camera_id"], name, project))
+    assert len(checked) > 200 and len({camera for camera, *_ in checked}) == 38
+
+
+def test_every_number_is_that_of_the_calibration(tmp_path):
+    _, folder = extracted(tmp_path, distortion=LENS)
+    cameras = json.loads((folder / "calibration/cameras.json").read_text())["cameras"]
+    for frame in load(folder)["frames"]:
+        camera = cameras[frame["camera_id"]]
+        assert [[frame["fl_x"], 0, frame["cx"]], [0, frame["fl_y"], frame["cy"]], [0, 0, 1]] == camera["K"]
+        assert [frame[name] for name in ("k1", "k2", "p1", "p2", "k3")] == camera["D"]
+        assert np.array_equal(np.array(frame["transform_matrix"]) * [1, -1, -1, 1], camera["RT"])
+        assert (frame["w"], frame["h"]) == (153, 128)
+        assert frame["camera_angle_x"] == 2 * math.atan(153 / (2 * frame["fl_x"]))
+        assert frame["camera_angle_y"] == 2 * math.atan(128 / (2 * frame["fl_y"]))
+
+
+def test_the_top_says_what_all_pictures_share_and_no_intrinsics(tmp_path):
+    workspace, folder = extracted(tmp_path)
+    transforms = load(folder)
+    frames = transforms.pop("frames")
+    assert transforms == {"camera_model": "OPENCV", "fps": 15, "audio_path": "audio/audio.wav",
+                          "camera_indices": list(range(38)), "timestep_indices": [0, 1]}  # fmt: skip
+    assert (folder / transforms["audio_path"]).is_file()
+    assert len(frames) == 38 * 2
+    assert workspace.info("0018", "s3_all")["modalities"] == EVERYTHING
+    assert workspace.rows[-1]["modalities"] == " ".join(EVERYTHING)
+
+
+def test_pictures_are_numbered_by_camera_and_by_moment(tmp_path):
+    _, folder = extracted(tmp_path, "e0", modalities=["images", "transforms"], cameras=(3, 25))
+    transforms = load(folder)
+    found = [[frame[k] for k in ("camera_index", "camera_id", "timestep_index", "timestep_id", "file_path")] for frame in transforms["frames"]]
+    assert found == [
+        [c, camera, t, moment, f"images/cam_{camera}/frame_{moment}.jpg"]
+        for c, camera in enumerate(["03", "25"])
+        for t, moment in enumerate(["000000", "000014", "000031"])
+    ]
+    assert transforms["fps"] is None and "audio_path" not in transforms and "mask_path" not in transforms["frames"][0]
+
+
+def test_only_whole_pictures_that_exist_are_listed_each_with_its_mask_if_it_has_one(tmp_path):
+    options = {"gaps": {3: [1], 25: [0, 2]}, "damaged": {(3, 0): "cut", (4, 1): "empty"}, "masks": (3, 25), "mask_gaps": {25: [1]},
+               "damaged_masks": {(3, 2): "garbage"}}  # fmt: skip
+    workspace, folder = extracted(tmp_path, frames=8, cameras=(3, 4, 25), **options)
+    found = {frame["file_path"]: frame.get("mask_path") for frame in load(folder)["frames"]}
+    assert found == {
+        "images/cam_03/frame_000002.jpg": None,
+        "images/cam_03/frame_000003.jpg": "masks/cam_03/frame_000003.png",
+        "images/cam_04/frame_000000.jpg": None,
+        "images/cam_04/frame_000002.jpg": None,
+        "images/cam_04/frame_000003.jpg": None,
+        "images/cam_25/frame_000001.jpg": None,
+        "images/cam_25/frame_000003.jpg": "masks/cam_25/frame_000003.png",
+    }
+    assert all(frame.get("fg_mask_path") == frame.get("mask_path") for frame in load(folder)["frames"])
+    assert all((folder / path).is_file() for path in [*found, *filter(None, found.values())])
+
+
+def test_pictures_stored_as_png_have_their_name(tmp_path):
+    _, folder = extracted(tmp_path, png_images=True, cameras=(25,))
+    assert [frame["file_path"] for frame in load(folder)["frames"]] == [f"images/cam_25/frame_00000{n}.png" for n in (0, 1)]
+
+
+def test_the_size_is_the_pictures_own_where_no_attribute_says_it(tmp_path):
+    path = synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s1_all"], frames=2, size=(64, 76))[0]
+    with h5py.File(path, "a") as smc:
+        del smc["Camera"].attrs["resolution"]
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.write_config(extraction={"performances": ["s1_all"], "modalities": EVERYTHING})
+    workspace.run()
+    assert {(frame["w"], frame["h"]) for frame in load(workspace.path("0018", "s1_all"))["frames"]} == {(76, 64)}
+
+
+@pytest.mark.parametrize("modalities, options, reason", [
+    (EVERYTHING, {"calibration": False}, "the file has no calibration"),
+    (["calibration", "transforms"], {}, "no undamaged pictures were extracted"),
+])  # fmt: skip
+def test_what_it_cannot_be_made_from_is_a_note_and_no_failure(tmp_path, modalities, options, reason):
+    workspace, folder = extracted(tmp_path, cameras=(25,), modalities=modalities, **options)
+    assert not (folder / "transforms.json").exists()
+    assert "transforms" not in workspace.info("0018", "s3_all")["modalities"]
+    assert workspace.rows[-1]["status"] == "completed" and reason in workspace.rows[-1]["error"]
+    rows = len(workspace.rows)
+    workspace.run()  # is done all the same: the manifest holds what was asked for
+    assert len(workspace.rows) == rows
+
+
+def test_cameras_and_modalities_added_later_are_in_it_together_with_the_old_ones(tmp_path):
+    workspace, folder = extracted(tmp_path, modalities=["images", "calibration"])
+    before = len(workspace.rows)
+    cameras = lambda: sorted({frame["camera_id"] for frame in load(folder)["frames"]})
+    workspace.write_config(extraction={"cameras": [0, 25], "modalities": ["transforms"]})
+    workspace.run()
+    assert len(cameras()) == 38 and len(workspace.rows) == before + 1
+    workspace.write_config(extraction={"modalities": ["images"]})
+    workspace.run("--redo", "--subject", "0018")
+    assert len(cameras()) == 38
+
+
+def test_a_camera_added_later_is_in_it(tmp_path):
+    workspace, folder = extracted(tmp_path, modalities=["images", "transforms"], cameras=(0, 1, 25))
+    workspace.write_config(extraction={"cameras": [0, 25]})
+    workspace.run("--redo", "--subject", "0018")
+    workspace.manifest.unlink()
+    workspace.path("0018").rename(workspace.folder / "moved")
+    workspace.run()
+    assert sorted({frame["camera_id"] for frame in load(folder)["frames"]}) == ["00", "25"]
+    workspace.write_config(extraction={"cameras": [1], "modalities": ["transforms"]})
+    workspace.run()
+    assert sorted({frame["camera_id"] for frame in load(folder)["frames"]}) == ["00", "01", "25"]
+
+
+def test_18000_pictures_take_less_than_3_seconds_and_little_memory(tmp_path):
+    smc = synthetic_release.write_subject(tmp_path, "0018", performances=["s1_all"], frames=1, size=(64, 76))[0]
+    for kind, ending in (("images", "jpg"), ("masks", "png")):
+        for camera in range(60):
+            folder = tmp_path / kind / f"cam_{camera:02d}"
+            folder.mkdir(parents=True)
+            for frame in range(300):
+                (folder / f"frame_{frame:06d}.{ending}").touch()
+    with SMCReader(smc) as reader:
+        task = SimpleNamespace(reader=reader, folder=tmp_path, resolution=[2048, 2448], damaged={}, bytes=0, report=lambda: None)
+        tracemalloc.start()
+        begin = time.process_time()
+        write_transforms(task, "transforms")
+        seconds, (_, peak) = time.process_time() - begin, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert len(load(tmp_path)["frames"]) == 18000
+    assert seconds < 3 and peak < 30e6  # tracing makes it about three times as slow as it is
