@@ -152,6 +152,8 @@ def load_config(path: str) -> Config:
         values[key] = values[key] and list(dict.fromkeys(values[key]))
     if values["temp_dir"].resolve() == values["output_dir"].resolve():
         raise ConfigError(f"{path}: storage.temp_dir and storage.output_dir are the same folder")
+    if "transforms" in values["modalities"] and "images" not in values["modalities"]:
+        raise ConfigError(f"{path}: extraction.modalities: transforms describes the pictures, so images has to be there too")
     return Config(path=Path(path).absolute(), **values)
 
 
@@ -1771,9 +1773,14 @@ def open_log(config: Config) -> Path:
     return path
 
 
-def bar(**options) -> tqdm:
+@contextlib.contextmanager
+def bar(**options) -> Iterator[tqdm]:
     """A progress bar on a terminal, nothing elsewhere."""
-    return tqdm(disable=not sys.stderr.isatty(), leave=False, dynamic_ncols=True, mininterval=0.2, **options)
+    terminal = sys.stderr.isatty()
+    with tqdm(disable=not terminal, leave=False, dynamic_ncols=True, mininterval=0.2, **options) as progress:
+        yield progress
+    if terminal:
+        print(end="\r", file=sys.stderr, flush=True)  # a bar that was below another leaves the cursor at the end of a line
 
 
 @contextlib.contextmanager
@@ -1808,7 +1815,7 @@ def extraction_progress(job: Job):
             progress.total = total
         progress.update(pictures)
 
-    with bar(desc=str(job), unit=" pictures", position=1) as progress:
+    with bar(desc=str(job), unit=" pictures") as progress:
         yield show
 
 
