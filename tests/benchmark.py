@@ -1,7 +1,8 @@
 """How fast is the extraction? Beside `tar x` of the same pictures, the same disk in the same run.
 
     python tests/benchmark.py [--frames N] [--views N] [--runs N] [--dir FOLDER]     the table
-    python tests/benchmark.py --growth                                             time per frame at 500, 5000, 20 000 frames
+    python tests/benchmark.py --growth [--dir FOLDER]      time per frame at 500, 5000, 20 000 frames, and with other cameras
+    python tests/benchmark.py --overlap [--dir FOLDER]     four subjects, whose download takes about as long as their extraction
 
 Each line is the median of runs in turn, each in a process of its own, with the input in the page cache and the disk idle.
 Seconds end when the data is on disk (one sync each, `cp` too); CPU seconds are user and system time together.
@@ -12,6 +13,7 @@ header and end, and a few calls of Python per file; what we save is tar's readin
 """
 
 import argparse
+import csv
 import json
 import os
 import resource
@@ -116,7 +118,7 @@ def make(folder, views, frames):
 
 
 def table(folder, views, frames, runs):
-    make(folder, views, frames)
+    subprocess.run([sys.executable, __file__, "--make", "--views", str(views), "--frames", str(frames), "--dir", folder], check=True)
     figures = {way: [] for way in WAYS}
     for _ in range(runs):
         for way in WAYS:
@@ -155,6 +157,36 @@ def growth(folder):
         print(f"{frames:6} frames of camera 25, {cameras} cameras in the file: {statistics.median(times) / frames * 1e6:6.0f} µs a frame", flush=True)
 
 
+def overlap(folder):
+    """Time of a run beside the longer of its parts: all downloads alone (rclone with the same limit), all extractions alone."""
+    subjects = ("0018", "0019", "0026", "0030")
+    paths = synthetic_release.write_demo(folder, subjects, frames=30, size=(1024, 1224), jpeg_bytes=200_000, distinct=1, cameras=(0, 1, 25, 27, 48))
+    config = (folder / "config.yaml").read_text()
+    size = sum(path.stat().st_size for path in paths)
+
+    def run(limit):
+        for name in ("subjects", "MANIFEST.csv"):
+            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
+        flags = f'["--config", "rclone.conf", "--bwlimit", "{limit}", "--bwlimit-file", "off"]'
+        (folder / "config.yaml").write_text(config.replace('["--config", "rclone.conf"]', flags).replace("workers: 4", "workers: 1"))
+        begin = time.monotonic()
+        subprocess.run([sys.executable, TESTS.parent / "extract_streaming_gdrive.py", "--config", folder / "config.yaml"], check=True, capture_output=True)
+        seconds = time.monotonic() - begin
+        with open(folder / "MANIFEST.csv", newline="") as file:
+            return seconds, sum(float(row["extract_s"]) for row in csv.DictReader(file))
+
+    extraction = run("off")[1]
+    limit = f"{size / extraction / 1024:.0f}k"
+    begin = time.monotonic()
+    rclone = shutil.which("rclone") or Path(sys.executable).parent / "rclone"
+    for subject in subjects:
+        subprocess.run([rclone, "copy", "--transfers", "4", "--bwlimit", limit, folder / "release" / subject, folder / "copy" / subject], check=True)
+    download = time.monotonic() - begin
+    both = run(limit)[0]
+    print(f"{size / 1e6:.0f} MB: all downloads {download:.1f} s, all extractions {extraction:.1f} s; the run {both:.1f} s, "
+          f"{both / max(download, extraction):.2f} of the longer and {both / (download + extraction):.2f} of both together")  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, default=112)
@@ -162,12 +194,22 @@ def main():
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--dir", type=Path)
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--overlap", action="store_true")
+    parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.make:  # apart, because a process inherits its parent's peak memory
+        return make(arguments.dir, arguments.views, arguments.frames)
     if arguments.one:
         return measure(arguments.one, arguments.dir)
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
-        growth(Path(folder)) if arguments.growth else table(Path(folder), arguments.views, arguments.frames, arguments.runs)
+        folder = Path(folder)
+        if arguments.growth:
+            growth(folder)
+        elif arguments.overlap:
+            overlap(folder)
+        else:
+            table(folder, arguments.views, arguments.frames, arguments.runs)
 
 
 if __name__ == "__main__":
