@@ -1538,8 +1538,10 @@ class Extraction:
     def __init__(self, job: Job, config: Config, reader: SMCReader, report: Callable[[int], None]):
         self.job, self.config, self.reader, self.report = job, config, reader, report
         self.folder = config.part(job.subject, job.performance)
-        self.threads = ThreadPoolExecutor(config.workers)
-        list(self.threads.map(time.sleep, [0.001] * config.workers))  # starting a thread later, short of memory, would never end
+        # One thread writes as fast as the disk takes it; more would only take CPU time (tests/benchmark.py). Decoding can use more.
+        self.workers = config.workers if config.verify == "full" else 1
+        self.threads = ThreadPoolExecutor(self.workers)
+        list(self.threads.map(time.sleep, [0.001] * self.workers))  # starting a thread later, short of memory, would never end
         self.decoder = Decoder() if config.verify == "full" else None
         self.bytes = 0
         self.frames: dict[str, int] = {}
@@ -1629,7 +1631,7 @@ def store_pictures(task: Extraction, modality: str, folder: str, read: Callable,
         files = [(number, f"{name.format(number)}.{suffix(modality, data)}", data) for number, data in batch]
         sizes.update((file, len(data)) for _, file, data in files)
         running.append(task.threads.submit(store_batch, task, modality, path, files))
-        if len(running) > task.config.workers:
+        if len(running) > task.workers:
             collect()
     while running:
         collect()
