@@ -161,7 +161,7 @@ def growth(folder):
 def overlap(folder):
     """Time of a run beside the longer of its parts: all downloads alone (rclone with the same limit), all extractions alone."""
     subjects = ("0018", "0019", "0026", "0030")
-    paths = synthetic_release.write_demo(folder, subjects, frames=30, size=(1024, 1224), jpeg_bytes=200_000, distinct=1, cameras=(0, 1, 25, 27, 48))
+    paths = synthetic_release.write_demo(folder, subjects, frames=40, size=(1024, 1224), jpeg_bytes=200_000, distinct=1)
     config = (folder / "config.yaml").read_text()
     size = sum(path.stat().st_size for path in paths)
 
