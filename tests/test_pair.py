@@ -129,3 +129,15 @@ def test_subjects_all_knows_those_of_either_folder(tmp_path, pair_release):
     workspace.write_config(extraction={"subjects": "all", "performances": ["h1_3bk"]})
     workspace.run()
     assert set(workspace.states) == {("0018", "h1_3bk"), ("0019", "h1_3bk")} and set(workspace.states.values()) == {"completed"}
+
+
+def test_a_selective_download_of_a_pair_gives_the_same_tree(tmp_path, pair_release):
+    extraction = {"performances": ["s1_all", "e0"], "cameras": [25], "modalities": EVERYTHING}
+    trees = []
+    for download in ("full", "selective"):
+        workspace = pair_workspace(tmp_path / download, pair_release)
+        workspace.write_config(google_drive={"download": download}, extraction=extraction)
+        workspace.run()
+        assert set(workspace.states.values()) == {"completed"} and workspace.leftovers() == []
+        trees.append(workspace.tree())
+    assert trees[0] == trees[1]
