@@ -164,8 +164,6 @@ def load_config(path: str) -> Config:
         values[key] = values[key] and list(dict.fromkeys(values[key]))
     if values["temp_dir"].resolve() == values["output_dir"].resolve():
         raise ConfigError(f"{path}: storage.temp_dir and storage.output_dir are the same folder")
-    if "transforms" in values["modalities"] and "images" not in values["modalities"]:
-        raise ConfigError(f"{path}: extraction.modalities: transforms describes the pictures, so images has to be there too")
     return Config(path=Path(path).absolute(), **values)
 
 
@@ -889,7 +887,7 @@ def is_whole(config: Config, file: RemoteFile, certain: bool) -> bool:
     """Whether a file has come in full. After a failure, its time too has to be the remote's: rclone sets that last."""
     try:
         status = os.lstat(local_path(config, file))
-    except FileNotFoundError:
+    except OSError:
         return False
     return status.st_size == file.bytes and (certain or abs(status.st_mtime - file.modified) < 2)
 

@@ -661,7 +661,9 @@ class _File:
         if group is None:
             return False
         with self.reading(group):
-            return bool(group.links.iterate(lambda name: True))  # to ask for the number reads all of an old-style group
+            found: list[bytes] = []
+            group.links.iterate(lambda name: found.append(name) or True)  # to ask for the number reads all of an old-style group
+            return bool(found)
 
     def links(self, group) -> list[str]:
         """The names in a group; [] for None."""

@@ -5,6 +5,7 @@ import glob
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -62,10 +63,10 @@ class Workspace:
 
     def run(self, *arguments, expect=0, environment=None, timeout=120):
         """Run the script; its exit code has to be `expect`. Gives what it printed, stdout and stderr in `out` and `err`."""
-        begin = time.monotonic()
+        begin, cpu_before = time.monotonic(), cpu_of_children()
         done = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=timeout,
                               env={**os.environ, **(environment or {})}, cwd=self.folder.parent)
-        done.seconds = time.monotonic() - begin
+        done.seconds, done.cpu = time.monotonic() - begin, cpu_of_children() - cpu_before
         done.out, done.err = done.stdout, done.stderr
         assert done.returncode == expect, done.stdout + done.stderr
         assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
@@ -121,6 +122,11 @@ def tree(folder):
             found[str(path.relative_to(folder))] = "folder"
             assert any(path.iterdir()), f"{path} is an empty folder"
     return found
+
+
+def cpu_of_children():
+    """CPU seconds of the processes that have ended, which other work on the machine hardly changes."""
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
 
 
 def wait_for(condition, seconds=30):

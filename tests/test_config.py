@@ -38,7 +38,6 @@ WRONG = [
     wrong("[s1_all]", "[s1_all]\n  cameras: {s3_all: [0, x]}", "'x'"),
     wrong("[s1_all]", "[s1_all]\n  cameras: 25", "list"),
     wrong("[s1_all]", "[s1_all]\n  modalities: [images, adio]", "did you mean audio?"),
-    wrong("[s1_all]", "[s1_all]\n  modalities: [transforms]", "images has to be there"),
     wrong("remote_name: demo", "remote_name: --config=x", "'--config=x'"),
     wrong("remote_name: demo", 'remote_name: "demo:"', "without the colon"),
     wrong("remote_name: demo", 'remote_name: "a\\nb"', "control characters"),
