@@ -1146,8 +1146,16 @@ def with_earlier(config: Config, manifest: Manifest, subject: str, performance: 
     return asked, [name for name in WRITERS if name in modalities]
 
 
-def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks, space: TempSpace) -> Iterator[tuple[str, Job | None]]:
-    """(subject, job) as soon as the files of a job are there, or have failed; (subject, None) after the last of a subject.
+class CallOver(NamedTuple):
+    """A call of rclone has ended, and what it brought may be deleted: before, it would be fetched again if rclone makes another
+    attempt. `last`: nothing more comes of this subject."""
+
+    subject: str
+    last: bool
+
+
+def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks, space: TempSpace) -> Iterator[Job | CallOver]:
+    """Each job as soon as its files are there, or have failed, and in between where a call of rclone has ended.
 
     At most one subject ahead of the one that is being extracted, and no more than temp_dir may hold. Those subjects that
     another process holds come last: when it has let go of them, there is nothing left to do, or else it died."""
@@ -1172,15 +1180,15 @@ def downloads(config: Config, manifest: Manifest, remote: Remote, locks: Subject
         manifest.refresh()  # another process may have finished it just now
         jobs = plan(config, manifest, remote, subject)
         clean_up(config, subject, wanted={local_path(config, file) for job in jobs for file in job.files})
-        yield from ((subject, job) for job in jobs if job.failure)
-        yield from ((subject, job) for job in fetched(config, remote, space, subject, [job for job in jobs if not job.failure]))
-        yield subject, None
+        yield from [job for job in jobs if job.failure]
+        yield from fetched(config, remote, space, subject, [job for job in jobs if not job.failure])
+        yield CallOver(subject, last=True)
         unreachable = unreachable + 1 if jobs and all(job.failure and job.failure[0] == "download_failed" for job in jobs) else 0
         if unreachable == FAILURES_IN_A_ROW:
             raise RemoteError(f"Stopped: {unreachable} subjects in a row could not be reached. Run again when the remote can be")
 
 
-def fetched(config: Config, remote: Remote, space: TempSpace, subject: str, jobs: list[Job]) -> Iterator[Job]:
+def fetched(config: Config, remote: Remote, space: TempSpace, subject: str, jobs: list[Job]) -> Iterator[Job | CallOver]:
     """The jobs of a subject, each when its files are there: with one call of rclone, or in turns where temp_dir cannot hold all.
     Those of which only a part is needed stay on the remote until they are extracted."""
     while jobs and not remote.stopped:
@@ -1191,6 +1199,7 @@ def fetched(config: Config, remote: Remote, space: TempSpace, subject: str, jobs
         if to_bring:
             with download_progress(subject, to_bring) as show:
                 yield from remote.download(to_bring, show)
+            yield CallOver(subject, last=False)
             remote.check_quota()
 
 
@@ -2061,8 +2070,8 @@ def keep_freed_memory():
 
 
 def finish(job: Job, config: Config, manifest: Manifest, remote: Remote) -> tuple[dict, dict | None]:
-    """Extract a downloaded job, put it in place, write its row, and only then delete its SMC. Gives the row, and what
-    `extract` gave. Raises StopEarly where the disk is full; the SMC stays then."""
+    """Extract a downloaded job, put it in place and write its row. Gives the row, and what `extract` gave. Raises StopEarly where
+    the disk is full; the SMC stays then."""
     row = {"subject": job.subject, "performance": job.performance, "modalities": " ".join(job.modalities), "smc_bytes": job.bytes}
     begin, result = time.monotonic(), None
     part, folder = config.part(job.subject, job.performance), config.folder(job.subject, job.performance)
@@ -2103,10 +2112,17 @@ def finish(job: Job, config: Config, manifest: Manifest, remote: Remote) -> tupl
     earlier = manifest.rows.get((job.subject, job.performance), {}).get("status")
     if row["status"] and not row["status"] == "absent" == earlier:
         manifest.append(row)
-    for file in job.files:
-        clear(local_path(config, file))
-    remove_empty_temp(config, job.subject)
     return row, result
+
+
+def discard(jobs: list[Job], config: Config, space: TempSpace):
+    """Delete the SMC files of jobs that have their rows."""
+    while jobs:
+        job = jobs.pop()
+        for file in job.files:
+            clear(local_path(config, file))
+        remove_empty_temp(config, job.subject)
+        space.release(job)
 
 
 def fetched_well(job: Job, result: dict, remote: Remote):
@@ -3374,20 +3390,24 @@ def main(argv: list[str] | None = None) -> int:
 
     log_file, begin = open_log(config), time.monotonic()
     locks, space, summary = SubjectLocks(config), TempSpace(config), Summary(config)
+    finished: list[Job] = []  # they have their rows, and the SMC goes when rclone is done with it
     for doubt in doubts_about_cameras(config, manifest):
         summary.warn(doubt)
     try:
         # A thread downloads, one subject ahead at most, while this one extracts what is there.
         with contextlib.closing(in_background(downloads(config, manifest, remote, locks, space), remote.stop)) as arriving:
-            for subject, job in arriving:
-                if job is None:
-                    locks.release(subject)
-                    continue
-                summary.add(job, *finish(job, config, manifest, remote))
-                space.release(job)
-                if job.selective:
-                    remote.check_quota()
+            for item in arriving:
+                if isinstance(item, Job):
+                    summary.add(item, *finish(item, config, manifest, remote))
+                    finished.append(item)
+                    if item.selective:
+                        remote.check_quota()
+                else:
+                    discard(finished, config, space)
+                    if item.last:
+                        locks.release(item.subject)
     finally:
+        discard(finished, config, space)
         for subject in locks.held:
             clean_up(config, subject)
         locks.close()

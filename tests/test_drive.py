@@ -6,7 +6,7 @@ import time
 
 import pytest
 import synthetic_release
-from conftest import Workspace
+from conftest import Workspace, wait_for
 from fake_drive import FakeDrive
 
 SPEECH = list(synthetic_release.SPEECH)
@@ -115,6 +115,20 @@ def test_a_bad_network_ends_well_with_the_right_bytes(workspace, drive, kind, op
     fault = drive.fault("0018/0018_s3_all_raw.smc", kind, **options)
     workspace.run()
     assert fault.hits and set(workspace.states.values()) == {"completed"} and workspace.pictures_are_right()
+    assert workspace.leftovers() == []
+
+
+def test_another_attempt_of_rclone_fetches_nothing_again_that_was_extracted_meanwhile(workspace, drive):
+    """One file arrives at once and is extracted while another one comes slowly, corrupt, and a second time."""
+    drive.fault("0018/0018_s3_all_raw.smc", "corrupt", times=1)
+    gate = drive.gate("0018/0018_s3_all_raw.smc", after_bytes=10000)
+    run = workspace.start()
+    gate.wait()
+    wait_for(lambda: workspace.manifest.exists() and workspace.manifest.read_text().count("completed") == 5)
+    gate.release()
+    output = run.communicate(timeout=60)[0]
+    assert run.returncode == 0 and set(workspace.states.values()) == {"completed"}, output
+    assert drive.count(kind="media", name="0018_s1_all_raw.smc") == 1 and drive.count(kind="media", name="0018_s3_all_raw.smc") == 2
     assert workspace.leftovers() == []
 
 
