@@ -869,7 +869,8 @@ def json_or_text(line: bytes) -> dict:
 def plain_error(stderr: bytes) -> str:
     """The last thing that rclone said."""
     lines = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-    return plain(lines[-1]) if lines else "it said nothing"
+    dated = [number for number, line in enumerate(lines) if re.match(r"\d{4}/\d\d/\d\d ", line)]
+    return plain(" ".join(lines[dated[-1] if dated else -1 :])) if lines else "it said nothing"
 
 
 def plain(said: str) -> str:

@@ -83,8 +83,7 @@ class Workspace:
 
     @property
     def rows(self):
-        with open(self.manifest, newline="") as file:
-            return list(csv.DictReader(file))
+        return list(csv.DictReader(self.manifest.read_text().replace("\0", "").splitlines()))
 
     @property
     def states(self):
