@@ -2353,13 +2353,15 @@ def show_status(config: Config, manifest: Manifest) -> int:
     sizes, smc, times = (sum(as_number(row.get(name)) for row in done) for name in ("size_gb", "smc_bytes", "extract_s"))
     times += sum(as_number(row.get("download_s")) for row in done)
     left = len(rows) - counts.get("completed", 0) - counts.get("absent", 0)
-    log.info("%d of %d performances of %d subjects are done, %d absent from the remote", counts.get("completed", 0), len(rows), len(subjects), counts.get("absent", 0))
+    failed = sum(counts.get(status, 0) for status in ("failed", "download_failed", "quota_exceeded"))
+    log.info("%d of %d performances of %d subjects are done, %d failed, %d absent from the remote", counts.get("completed", 0), len(rows),
+             len(subjects), failed, counts.get("absent", 0))  # fmt: skip
     for status, number in sorted(counts.items()):
         if status not in ("completed", "absent"):
             log.info("  %-18s %5d", status.replace("_", " "), number)
     log.info("%s extracted from %s of SMC files", gb(sizes * GB), gb(smc))
     if done and times:
-        log.info("%s/s; about %s left for one process", gb(smc / times), duration(left * times / len(done)))
+        log.info("%s/s%s", gb(smc / times), f"; about {duration(left * times / len(done))} left for one process" if left else "")
     if config.subjects is None or config.performances is None:
         log.info("(the config says all; counted are those that the manifest names)")
     return 0

@@ -377,7 +377,9 @@ def test_dry_run_lists_sizes_and_states_and_touches_nothing(workspace):
 def test_status_counts_from_the_manifest_alone(done):
     shutil.rmtree(done.path())
     run = done.run("--status")
-    assert "12 of 12 performances" in run.out
+    assert "12 of 12 performances of 2 subjects are done, 0 failed, 0 absent" in run.out and "left" not in run.out
+    done.write_config(extraction={"subjects": ["0018", "0019", "0026"]})
+    assert "12 of 18 performances" in (run := done.run("--status")).out and "left for one process" in run.out
 
 
 def test_output_to_a_pipe_has_no_control_characters_and_a_terminal_has_bars(workspace):
