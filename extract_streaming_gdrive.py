@@ -795,10 +795,11 @@ class Remote:
 
         waiting = list(jobs)
         while waiting and not self.stopped and self.exhausted < FAILURES_IN_A_ROW:
-            errors: dict = {}
-            for done in self.copy([file for job in waiting for file in job.files], errors):
+            files, errors = [file for job in waiting for file in job.files], {}
+            there = {file.path for file in files if is_whole(self.config, file, certain=False)}
+            for done in self.copy(files, errors, there):
                 show(before + done)
-                for job in [job for job in waiting if all(is_whole(self.config, file, certain=False) for file in job.files)]:
+                for job in [job for job in waiting if there.issuperset(file.path for file in job.files)]:
                     waiting.remove(job)
                     self.exhausted = 0
                     yield settled(job)
@@ -835,9 +836,10 @@ class Remote:
             return "quota_exceeded", QUOTA_USED_UP
         return "download_failed", error or errors.get("") or "rclone did not bring it, and did not say why"
 
-    def copy(self, files: list[RemoteFile], errors: dict) -> Iterator[int]:
-        """One call of rclone. Gives the bytes that have come, time and again; at its end `errors` is {path: last error,
-        "": last error without a path, "exit": code}."""
+    def copy(self, files: list[RemoteFile], errors: dict, there: set[str]) -> Iterator[int]:
+        """One call of rclone. Gives the bytes that have come, time and again, and adds to `there` each path that rclone calls
+        copied, which it does after it has checked the md5; at its end `errors` is {path: last error, "": last error without a
+        path, "exit": code}."""
         command = self.command("copy", "--files-from-raw", "-", *RCLONE_LOG, places=[self.root, str(self.config.temp_dir)])
         done = 0
         with self.start(command, stdin=subprocess.PIPE) as process:
@@ -852,6 +854,8 @@ class Remote:
                     if entry.get("level") in ("error", "critical", "fatal"):
                         name = re.sub(r"(\.smc)\..*", r"\1", entry.get("object", ""))  # while it is written, it has a longer name
                         errors[name] = plain(entry["msg"])
+                    elif "Copied (" in entry.get("msg", ""):
+                        there.add(entry.get("object", ""))
                 yield done
         errors["exit"] = process.returncode
         yield done
