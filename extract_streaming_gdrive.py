@@ -106,7 +106,7 @@ SUBJECT = re.compile(r"[0-9]{4}")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 REMOTE_NAME = re.compile(r"[\w.+@][\w.+@ -]*")
 FOLDER_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-SMC_NAME = re.compile(r"(?P<copy>(?:Copy of )*)(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<part>raw|anno)\.smc")
+SMC_NAME = re.compile(r"(?:Copy of )*(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<part>raw|anno)\.smc")
 
 log = logging.getLogger("extract")
 
@@ -720,7 +720,7 @@ class Remote:
             reason = next((self.server.refused[file.path] for file in job.files if file.path in self.server.refused), "")
             time.sleep(0.05)
         if "downloadQuotaExceeded" in reason:
-            self.exhausted, self.exhausted_since = self.exhausted + 1, self.exhausted_since if self.exhausted else utc_now()
+            self.note_quota()
             return "quota_exceeded", QUOTA_USED_UP
         return "download_failed", reason
 
@@ -807,13 +807,19 @@ class Remote:
             failures = {job.performance: self.failure(job, errors) for job in waiting}
             refused = [job for job in waiting if failures[job.performance] and failures[job.performance][0] == "quota_exceeded"]
             for job in refused:
-                self.exhausted, self.exhausted_since = self.exhausted + 1, self.exhausted_since if self.exhausted else utc_now()
+                self.note_quota()
             # A used-up quota ends rclone for all files at once: the others go on without that one.
             for job in refused or list(waiting):
                 waiting.remove(job)
                 yield settled(job, failures[job.performance])
         for job in waiting:
             yield settled(job, ("", "not tried"))
+
+    def note_quota(self):
+        """Count one more file in a row whose quota is used up."""
+        if not self.exhausted:
+            self.exhausted_since = utc_now()
+        self.exhausted += 1
 
     def check_quota(self):
         """Raise StopEarly where so many files in a row were refused that the others would be too."""
@@ -899,9 +905,14 @@ def is_whole(config: Config, file: RemoteFile, certain: bool) -> bool:
 
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk of a folder that need not be there yet."""
+    return shutil.disk_usage(existing(folder)).free
+
+
+def existing(folder: Path) -> Path:
+    """A folder, or the nearest one above it that is there."""
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
 
 
 # ---------------------------------------------------------------------------------------------- what to do next
@@ -946,6 +957,7 @@ class TempSpace:
         self.reserved: dict[str, int] = {}
         self.stack = contextlib.ExitStack()
         self.descriptor = None
+        self.writing = threading.Lock()  # one thread reserves, the other releases
 
     def reserve(self, jobs: list[Job], stopped: Callable[[], bool]) -> list[Job]:
         """The first of the jobs for which there is room, reserved. Waits for space that is being freed; raises StopEarly
@@ -1019,9 +1031,10 @@ class TempSpace:
             self.write()
 
     def write(self):
-        content = json.dumps(self.reserved).encode()
-        os.ftruncate(self.descriptor, 0)
-        os.pwrite(self.descriptor, content, 0)
+        with self.writing:
+            content = json.dumps(dict(self.reserved)).encode()
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, content, 0)
 
     def close(self):
         self.stack.close()
@@ -1049,11 +1062,7 @@ def size_on_disk(path: Path) -> int:
 
 
 def same_disk(one: Path, other: Path) -> bool:
-    while not one.exists():
-        one = one.parent
-    while not other.exists():
-        other = other.parent
-    return one.stat().st_dev == other.stat().st_dev
+    return existing(one).stat().st_dev == existing(other).stat().st_dev
 
 
 def to_do(config: Config, manifest: Manifest, subject: str, performances: list[str]) -> list[str]:
