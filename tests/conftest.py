@@ -90,6 +90,10 @@ class Workspace:
         """{(subject, performance): status of the last row}"""
         return {(row["subject"], row["performance"]): row["status"] for row in self.rows}
 
+    def row(self, subject, performance):
+        """The last row of a performance; rows come in the order in which the files arrive."""
+        return [row for row in self.rows if (row["subject"], row["performance"]) == (subject, performance)][-1]
+
     def path(self, *names):
         return self.folder.joinpath("subjects", *names)
 

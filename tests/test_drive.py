@@ -137,7 +137,7 @@ def test_bytes_that_stay_corrupt_fail_the_download_and_nothing_else(workspace, d
     run = workspace.run(expect=1)
     states = workspace.states
     assert states.pop(("0018", "s1_all")) == "download_failed" and set(states.values()) == {"completed"}
-    assert "corrupted on transfer" in workspace.rows[-1]["error"] + workspace.rows[0]["error"] and "0018 s1_all" in run.err
+    assert "corrupted on transfer" in workspace.row("0018", "s1_all")["error"] and "0018 s1_all" in run.err
     assert workspace.leftovers() == []
 
 

@@ -45,7 +45,7 @@ def test_a_pair_becomes_one_tree_with_the_stored_bytes_of_both_files(workspace):
         assert stored and {str(p.relative_to(folder)): p.read_bytes() for p in folder.glob(f"{modality}/*/*")} == stored
     assert info["modalities"] == ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
     assert [source["name"] for source in info["source"]] == ["0018_s1_all_raw.smc", "0018_s1_all_anno.smc"]
-    assert int(workspace.rows[0]["smc_bytes"]) == sum(smc(workspace, part, "s1_all").stat().st_size for part in ("raw", "anno"))
+    assert int(workspace.row("0018", "s1_all")["smc_bytes"]) == sum(smc(workspace, part, "s1_all").stat().st_size for part in ("raw", "anno"))
     assert info["oddities"] == [] and info["fps"] == 30
 
 
