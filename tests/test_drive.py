@@ -1,5 +1,6 @@
 """The script against a Google Drive on loopback, through rclone's own drive backend: quotas, a bad network, wrong set-ups."""
 
+import fcntl
 import re
 import shutil
 import time
@@ -130,6 +131,26 @@ def test_another_attempt_of_rclone_fetches_nothing_again_that_was_extracted_mean
     assert run.returncode == 0 and set(workspace.states.values()) == {"completed"}, output
     assert drive.count(kind="media", name="0018_s1_all_raw.smc") == 1 and drive.count(kind="media", name="0018_s3_all_raw.smc") == 2
     assert workspace.leftovers() == []
+
+
+def test_while_a_subject_is_extracted_the_next_comes_and_the_one_after_is_only_listed(workspace, drive):
+    workspace.write_config(extraction={"subjects": ["0018", "0019", "0026", "0030"]})
+    with open(workspace.manifest, "a") as manifest:
+        fcntl.flock(manifest, fcntl.LOCK_EX)  # no row can be written: 0018 does not get finished
+        run = workspace.start()
+        wait_for(lambda: drive.count(kind="media", status=200) == 12 and drive.count(kind="list", name="0026"))
+        time.sleep(0.5)
+        assert drive.count(kind="media") == 12 and not drive.count(kind="list", name="0030")
+        assert not (workspace.folder / "temp_smc/0026").exists() and workspace.states == {}
+    output = run.communicate(timeout=60)[0]
+    assert run.returncode == 0 and list(workspace.states.values()) == ["completed"] * 24, output
+
+
+def test_a_listing_that_fails_ahead_of_time_is_made_again(workspace, drive):
+    workspace.write_config(extraction={"subjects": ["0018", "0019"]})
+    fault = drive.fault("0019", "404", on="list", times=1)
+    workspace.run()
+    assert fault.hits == 1 and list(workspace.states.values()) == ["completed"] * 12
 
 
 def test_bytes_that_stay_corrupt_fail_the_download_and_nothing_else(workspace, drive):

@@ -182,4 +182,4 @@ def spin(report):
 def test_what_a_damaged_file_does_to_the_reader_is_an_error_about_that_file(monkeypatch, work, message):
     monkeypatch.setattr(extract_streaming_gdrive, "STUCK_CPU_S", 0.3)
     with pytest.raises(SMCError, match=f"x.smc.*{message}"):
-        extract_streaming_gdrive.apart(work, "x.smc", print)
+        extract_streaming_gdrive.Apart(work, "x.smc").result(print)
