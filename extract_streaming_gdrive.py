@@ -1627,7 +1627,7 @@ class Extraction:
         """The cameras to extract among those that have the modality."""
         return [camera for camera in self.reader.cameras(modality) if self.job.cameras is None or camera in self.job.cameras]
 
-    def save(self, name: str, content: bytes):
+    def save(self, name: str, content: bytes | memoryview):
         """Write one file of the performance's folder."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1635,7 +1635,7 @@ class Extraction:
         self.bytes += len(content)
 
 
-def write_new(path: Path | str, content: bytes):
+def write_new(path: Path | str, content: bytes | memoryview):
     """Write a file of the output tree: a new one, never through a link."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
@@ -1788,26 +1788,17 @@ def write_audio(task: Extraction, modality: str):
     samples, rate = audio["audio"], audio["sample_rate"]
     blocks = [samples[at : at + (1 << 20)] for at in range(0, len(samples), 1 << 20)]
     exact = all(np.array_equal(np.rint(block * 32768), block * 32768) and np.all((block >= -1) & (block < 1)) for block in blocks)
-    path = task.folder / modality / "audio.wav"
-    path.parent.mkdir(parents=True)
-    with soundfile.SoundFile(path, "x", rate, samples.shape[1], "PCM_16" if exact else "FLOAT", format="WAV") as file:
+    wav = io.BytesIO()  # libsndfile can't say that a disk is full
+    with soundfile.SoundFile(wav, "w", rate, samples.shape[1], "PCM_16" if exact else "FLOAT", format="WAV") as file:
         for block in blocks:
             file.write((block * 32768).astype(np.int16) if exact else block)
-    if not exact:
-        forget_time(path)
-    with soundfile.SoundFile(path) as file:
+    peak = wav.getbuffer()[:4096].tobytes().find(b"PEAK")
+    if peak >= 0:  # this chunk has the time of writing: without it, the same SMC gives the same bytes
+        wav.getbuffer()[peak + 12 : peak + 16] = bytes(4)
+    task.save("audio/audio.wav", wav.getbuffer())
+    with soundfile.SoundFile(task.folder / "audio/audio.wav") as file:
         if (file.frames, file.samplerate, file.channels) != (len(samples), rate, samples.shape[1]):
-            raise OSError(errno.EIO, f"has {file.frames} of {len(samples)} samples", str(path))
-    task.bytes += path.stat().st_size
-
-
-def forget_time(path: Path):
-    """Set the time in a float WAV's PEAK chunk, which libsndfile puts there, to zero: the same SMC gives the same bytes."""
-    with open(path, "r+b") as file:
-        at = file.read(4096).find(b"PEAK")
-        if at >= 0:
-            file.seek(at + 12)
-            file.write(bytes(4))
+            raise OSError(errno.EIO, f"has {file.frames} of {len(samples)} samples", str(task.folder / "audio/audio.wav"))
 
 
 def write_calibration(task: Extraction, modality: str):

@@ -6,6 +6,8 @@ import subprocess
 import threading
 import time
 
+import h5py
+import numpy as np
 import pytest
 import synthetic_release
 from conftest import SCRIPT, Workspace, sizes_in_temp, wait_for
@@ -88,11 +90,26 @@ def test_a_disk_that_fills_during_the_extraction_stops_the_run_and_a_rerun_finis
         stop.set()
         filler.join()
     assert re.search("0018 s[13]_all does not fit on the disk", run.err) and "free" in run.err  # the other may be at work still
-    assert not workspace.manifest.exists() or workspace.states == {("0018", "s1_all"): "completed"}
+    assert not workspace.manifest.exists() or workspace.states == {("0018", "s1_all"): "completed"}, workspace.rows
     assert not list(output_disk.rglob("*.partial")) and (workspace.folder / "temp_smc/0018/0018_s3_all_raw.smc").exists()
     (output_disk / "filler").unlink()
     workspace.run()
     assert set(workspace.states.values()) == {"completed"} and not any((workspace.folder / "temp_smc").iterdir())
+
+
+def test_a_disk_that_is_full_when_the_sound_is_written_stops_the_run(tmp_path, release, small_disk):
+    """Silence that is compressed in the SMC needs far more room than the SMC."""
+    smc = tmp_path / "release/0018/0018_s1_all_raw.smc"
+    smc.parent.mkdir(parents=True)
+    shutil.copy(release / "0018/0018_s1_all_raw.smc", smc)
+    with h5py.File(smc, "r+") as file:
+        del file["Camera/00/audio/audio"]
+        file.create_dataset("Camera/00/audio/audio", data=np.zeros((48000 * 60, 2), np.float32), compression="gzip")
+    output_disk = small_disk("output", 4)
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.write_config(storage={"output_dir": str(output_disk)}, extraction={"performances": ["s1_all"]})
+    run = workspace.run(expect=3)
+    assert "0018 s1_all does not fit on the disk" in run.err and not workspace.manifest.exists()
 
 
 def test_a_disk_that_is_full_when_the_row_is_written_leaves_no_half_row(tmp_path, release, small_disk):
