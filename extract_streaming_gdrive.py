@@ -1161,7 +1161,7 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
             continue  # the other file of the pair is absent still
         job = Job(subject, performance, files.get(performance, []), *with_earlier(config, manifest, subject, performance))
         there = all(is_whole(config, file, certain=False) for file in job.files)
-        job.selective = config.download == "selective" and not there and not needs_all(job)
+        job.selective = config.download == "selective" and not there and not needs_all(job, config)
         if not job.files:
             job.failure = failure
         elif sum(job.temp_needs.values()) > config.max_temp_size_gb * GB:
@@ -1170,9 +1170,11 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
     return jobs
 
 
-def needs_all(job: Job) -> bool:
-    """Whether a job takes out (nearly) everything that its files have: then a copy costs no more, and rclone checks its md5."""
-    return "images" in job.modalities and (job.cameras is None or len(job.cameras) == NUM_CAMERAS)
+def needs_all(job: Job, config: Config) -> bool:
+    """Whether a job takes out (nearly) everything that its files are known to have: then a copy costs no more, can be made ahead, and
+    rclone checks its md5."""
+    usual = usual_content(job.performance, config.layout == "pair").get("images", set(range(NUM_CAMERAS)))
+    return "images" in job.modalities and (job.cameras is None or usual <= job.cameras)
 
 
 def with_earlier(config: Config, manifest: Manifest, subject: str, performance: str) -> tuple[set[int] | None, list[str]]:
