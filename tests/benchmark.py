@@ -163,7 +163,9 @@ def overlap(folder, cameras):
     """Time of a run beside the longer of its parts: all downloads alone (rclone with the same limit), all extractions alone.
 
     Where both take as long, no order of the work is over before the longer part and the largest file: that one is extracted when
-    it is there. It has a 24th of all with equal performances, a fifth in real subjects, most of whose bytes are in s3_all."""
+    it is there. It has a 24th of all with equal performances, a fifth in real subjects, most of whose bytes are in s3_all.
+    `--transfers 4` brings four of six equal files together, when two thirds of the first subject are there. That would be a sixth
+    of all; two extractions at once make up for it."""
     subjects = ("0018", "0019", "0026", "0030")
     paths = synthetic_release.write_demo(folder, subjects, frames=200 if cameras else 40, size=(1024, 1224), jpeg_bytes=200_000, distinct=1, cameras=cameras)
     config = (folder / "config.yaml").read_text()

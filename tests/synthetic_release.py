@@ -413,6 +413,108 @@ def _encoded(pictures, png, jpeg_bytes, distinct):
     return itertools.cycle(itertools.islice(every, distinct)) if distinct else every
 
 
+class _SMCWriter:
+    """An SMC file that is being written, and what its parts have in common."""
+
+    def __init__(self, smc, subject, performance, size, frame_ids, num_frame, fps, distortion, storage, column_shape):
+        self.smc, self.subject, self.performance, self.size = smc, subject, performance, size
+        self.frame_ids, self.num_frame, self.fps = frame_ids, num_frame, fps
+        self.storage, self.column_shape = storage, column_shape
+        self.look, self.voice = int(subject) % len(LOOKS), f"{subject} {performance}"
+        self.rig = rig(size, distortion)
+
+    def put(self, group, name, data):
+        options = {}
+        if self.storage != "contiguous" and data.size:
+            options["chunks"] = tuple(min(length, 16384) for length in data.shape)
+            options["compression"] = "gzip" if self.storage == "gzip" else None
+        group.create_dataset(name, data=data, track_times=False, **options)
+
+    def put_picture(self, group, name, encoded, camera=None, frame=None, kind="", how=None):
+        """Under its label, and damaged if `how` says so."""
+        encoded = _labelled(encoded, label(self.subject, self.performance, camera, frame, kind))
+        data = np.frombuffer(damage(encoded, how) if how else encoded, np.uint8)
+        self.put(group, name, data[:, None] if self.column_shape else data)
+
+    def opening(self, frame):
+        return float(np.round(mouth_opening(frame / self.fps) * MOUTH_STEPS) / MOUTH_STEPS)
+
+    def attributes(self, changes, num_device):
+        person = {"actor_id": self.subject, "performance_part": self.performance, "capture_date": "2022-08-20",
+                  "age": 20 + int(self.subject) % 40, "gender": "female" if int(self.subject) % 2 else "male", "color": "yellow",
+                  "height": 172.5, "weight": 64.0}
+        for name, value in {**person, **(changes or {})}.items():
+            if value is not None:
+                self.smc.attrs[name] = value
+        camera_group = self.smc.create_group("Camera")
+        camera_group.attrs.update({"num_device": num_device, "num_frame": self.num_frame, "resolution": np.array(self.size)})
+
+    def images(self, cameras, png, jpeg_bytes, distinct, gaps, damaged):
+        for n in cameras:
+            group = self.smc.create_group(f"Camera/{n:02d}/color")
+            frames = [frame for frame in self.frame_ids if frame not in gaps.get(n, ())]
+            shots = (render_head(self.rig[f"{n:02d}"], self.size, n, frame, self.opening(frame), self.subject) for frame in frames)
+            for frame, encoded in zip(frames, _encoded(shots, png, jpeg_bytes, distinct)):
+                self.put_picture(group, str(frame), encoded, n, frame, how=damaged.get((n, frame)))
+
+    def masks(self, cameras, channels, gaps, damaged):
+        for n in cameras:
+            mask = head_mask(self.rig[f"{n:02d}"], self.size)
+            encoded = _png(mask if channels == 1 else np.repeat(mask[..., None], channels, 2))
+            group = self.smc.create_group(f"Camera/{n:02d}/mask")
+            for frame in self.frame_ids:
+                if frame not in gaps.get(n, ()):
+                    self.put_picture(group, str(frame), encoded, n, frame, "mask", damaged.get((n, frame)))
+
+    def audio(self, seconds, kind):
+        group = self.smc.create_group("Camera/00/audio")
+        self.put(group, "audio", speech_audio(seconds, self.voice, kind))
+        group.create_dataset("sample_rate", data=SAMPLE_RATE, track_times=False)
+
+    def calibration(self):
+        for name, camera in self.rig.items():
+            group = self.smc.create_group(f"Calibration/{name}")
+            for key in ("K", "D", "RT"):
+                self.put(group, key, camera[key])
+
+    def keypoints2d(self, cameras):
+        self.smc.create_group("Keypoints2d").attrs["num_frame"] = self.num_frame
+        for n in cameras:
+            group = self.smc.create_group(f"Keypoints2d/{n:02d}")
+            for frame in self.frame_ids:
+                if detected(n, frame):
+                    self.put(group, str(frame), project(face_points(106, self.opening(frame)), self.rig[f"{n:02d}"]))
+
+    def keypoints3d(self):
+        group = self.smc.create_group("Keypoints3d")
+        group.attrs["num_frame"] = self.num_frame
+        for frame in self.frame_ids:
+            self.put(group, str(frame), face_points(73, self.opening(frame)))
+
+    def flame(self):
+        self.smc.create_group("FLAME").attrs["num_frame"] = self.num_frame
+        for frame in self.frame_ids:
+            group = self.smc.create_group(f"FLAME/{frame}")
+            for name, value in flame_parameters(self.voice, frame).items():
+                self.put(group, name, value)
+
+    def uv_textures(self):
+        group = self.smc.create_group("UV_texture")
+        for frame in self.frame_ids:
+            self.put_picture(group, str(frame), _uv_texture(self.look), None, frame, "uv")
+
+    def scan(self):
+        group = self.smc.create_group("Scan")
+        vertices, triangles = scan_mesh()
+        self.put(group, "vertex", vertices)
+        self.put(group, "vertex_indices", triangles)
+
+    def scan_masks(self, cameras):
+        group = self.smc.create_group("ScanMask")
+        for n in cameras:
+            self.put_picture(group, f"{n:02d}", _png(head_mask(self.rig[f"{n:02d}"], self.size)), n, None, "scan")
+
+
 def write_smc(path, subject="0018", performance="s1_all", *, cameras=(25,), frame_ids=range(12), size=(256, 306),
               images=True, jpeg_bytes=None, png_images=False, distinct=None, gaps=None, damaged=None,
               masks=(), mask_channels=1, mask_gaps=None, damaged_masks=None, audio_seconds=None, audio="pcm16",
@@ -434,91 +536,29 @@ def write_smc(path, subject="0018", performance="s1_all", *, cameras=(25,), fram
     path, frame_ids = Path(path), [int(frame) for frame in frame_ids]
     num_frame = len(frame_ids) if num_frame is None else num_frame
     fps = len(frame_ids) / audio_seconds if audio_seconds else 30.0
-    gaps, damaged, mask_gaps, damaged_masks = gaps or {}, damaged or {}, mask_gaps or {}, damaged_masks or {}
-    look, voice = int(subject) % len(LOOKS), f"{subject} {performance}"
-    all_cameras = rig(size, distortion)
-
-    def put(group, name, data):
-        options = {}
-        if storage != "contiguous" and data.size:
-            options["chunks"] = tuple(min(length, 16384) for length in data.shape)
-            options["compression"] = "gzip" if storage == "gzip" else None
-        group.create_dataset(name, data=data, track_times=False, **options)
-
-    def put_picture(group, name, encoded, how=None):
-        data = np.frombuffer(damage(encoded, how) if how else encoded, np.uint8)
-        put(group, str(name), data[:, None] if column_shape else data)
-
-    def opening(frame):
-        return float(np.round(mouth_opening(frame / fps) * MOUTH_STEPS) / MOUTH_STEPS)
-
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as smc:
-        person = {"actor_id": subject, "performance_part": performance, "capture_date": "2022-08-20",
-                  "age": 20 + int(subject) % 40, "gender": "female" if int(subject) % 2 else "male", "color": "yellow",
-                  "height": 172.5, "weight": 64.0}
-        for name, value in {**person, **(attributes or {})}.items():
-            if value is not None:
-                smc.attrs[name] = value
-
-        camera_group = smc.create_group("Camera")
-        camera_group.attrs.update({"num_device": num_device, "num_frame": num_frame, "resolution": np.array(size)})
-        for n in cameras if images else ():
-            group = camera_group.create_group(f"{n:02d}/color")
-            frames = [frame for frame in frame_ids if frame not in gaps.get(n, ())]
-            shots = (render_head(all_cameras[f"{n:02d}"], size, n, frame, opening(frame), subject) for frame in frames)
-            for frame, encoded in zip(frames, _encoded(shots, png_images, jpeg_bytes, distinct)):
-                put_picture(group, frame, _labelled(encoded, label(subject, performance, n, frame)), damaged.get((n, frame)))
-        for n in masks:
-            mask = head_mask(all_cameras[f"{n:02d}"], size)
-            encoded = _png(mask if mask_channels == 1 else np.repeat(mask[..., None], mask_channels, 2))
-            group = camera_group.create_group(f"{n:02d}/mask")
-            for frame in frame_ids:
-                if frame not in mask_gaps.get(n, ()):
-                    text = label(subject, performance, n, frame, "mask")
-                    put_picture(group, frame, _labelled(encoded, text), damaged_masks.get((n, frame)))
+        writer = _SMCWriter(smc, subject, performance, size, frame_ids, num_frame, fps, distortion, storage, column_shape)
+        writer.attributes(attributes, num_device)
+        if images:
+            writer.images(cameras, png_images, jpeg_bytes, distinct, gaps or {}, damaged or {})
+        writer.masks(masks, mask_channels, mask_gaps or {}, damaged_masks or {})
         if audio_seconds is not None:
-            group = camera_group.create_group("00/audio")
-            put(group, "audio", speech_audio(audio_seconds, voice, audio))
-            group.create_dataset("sample_rate", data=SAMPLE_RATE, track_times=False)
-
+            writer.audio(audio_seconds, audio)
         if calibration:
-            for name, camera in all_cameras.items():
-                group = smc.create_group(f"Calibration/{name}")
-                for key in ("K", "D", "RT"):
-                    put(group, key, camera[key])
+            writer.calibration()
         if keypoints2d:
-            smc.create_group("Keypoints2d").attrs["num_frame"] = num_frame
-            for n in keypoints2d:
-                group = smc.create_group(f"Keypoints2d/{n:02d}")
-                for frame in frame_ids:
-                    if detected(n, frame):
-                        put(group, str(frame), project(face_points(106, opening(frame)), all_cameras[f"{n:02d}"]))
+            writer.keypoints2d(keypoints2d)
         if keypoints3d:
-            group = smc.create_group("Keypoints3d")
-            group.attrs["num_frame"] = num_frame
-            for frame in frame_ids:
-                put(group, str(frame), face_points(73, opening(frame)))
+            writer.keypoints3d()
         if flame:
-            smc.create_group("FLAME").attrs["num_frame"] = num_frame
-            for frame in frame_ids:
-                group = smc.create_group(f"FLAME/{frame}")
-                for name, value in flame_parameters(voice, frame).items():
-                    put(group, name, value)
+            writer.flame()
         if uv_textures:
-            group = smc.create_group("UV_texture")
-            for frame in frame_ids:
-                put_picture(group, frame, _labelled(_uv_texture(look), label(subject, performance, None, frame, "uv")))
+            writer.uv_textures()
         if scan:
-            group = smc.create_group("Scan")
-            vertices, triangles = scan_mesh()
-            put(group, "vertex", vertices)
-            put(group, "vertex_indices", triangles)
+            writer.scan()
         if scan_masks:
-            group = smc.create_group("ScanMask")
-            for n in scan_masks:
-                encoded = _png(head_mask(all_cameras[f"{n:02d}"], size))
-                put_picture(group, f"{n:02d}", _labelled(encoded, label(subject, performance, n, None, "scan")))
+            writer.scan_masks(scan_masks)
 
 
 def write_subject(root, subject, *, layout="single", performances=SPEECH, seconds=1.0, frames=None, cameras=None,
