@@ -58,7 +58,7 @@ import traceback
 import urllib.parse
 import zipfile
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -98,7 +98,7 @@ FETCHERS = 8  # requests under way
 TEMP_WINDOW = 500_000_000  # what a selective download keeps in temp_dir, or one camera's pictures if they are more
 FETCH_TRIES = 10  # in a row that bring nothing
 FETCH_TIMEOUT_S = 900  # without a byte; rclone itself gives up after about five minutes
-BATCH_BYTES = 4 << 20  # pictures go to the writing threads in batches of that size
+BATCH_BYTES = 4 << 20  # of pictures: that many are reported at once, and go to a decoding thread together
 EXTRACTIONS = 2  # at once: where one waits for the disk, the other goes on
 STUCK_CPU_S = 10  # a healthy file needs a thousandth of that between two pictures
 MEMORY_LIMIT = 700 << 20  # that unpacking may take; damaged files can ask for any amount
@@ -1613,11 +1613,7 @@ class Extraction:
     def __init__(self, job: Job, config: Config, reader: SMCReader, report: Callable[[int], None]):
         self.job, self.config, self.reader, self.report = job, config, reader, report
         self.folder = config.part(job.subject, job.performance)
-        # One thread writes as fast as the disk takes it; more would only take CPU time (tests/benchmark.py). Decoding can use more.
-        self.workers = config.workers if config.verify == "full" else 1
-        self.threads = ThreadPoolExecutor(self.workers)
-        list(self.threads.map(time.sleep, [0.001] * self.workers))  # starting a thread later, short of memory, would never end
-        self.decoder = Decoder() if config.verify == "full" else None
+        self.decoder = Decoder(config.workers) if config.verify == "full" else None
         self.bytes = 0
         self.frames: dict[str, int] = {}
         self.missing: dict[str, dict] = {}
@@ -1688,75 +1684,79 @@ def write_scan_masks(task: Extraction, modality: str):
 
 
 def store_pictures(task: Extraction, modality: str, folder: str, read: Callable, name: str = "frame_{:06d}") -> tuple[list, list]:
-    """Write pictures to a folder, several threads at once, and check what is there then. Gives the numbers of those
-    written and of the damaged ones among them, which are written as they are. Empty ones are not written.
+    """Write pictures to a folder and check what is there then. Gives the numbers of those written, and of the damaged ones among
+    them, which are written as they are: not whole, not of the performance's size or, with `verify: full`, impossible to decode.
+    Empty ones are not written.
 
     read: gives an iterator of (number, bytes)."""
-    path = task.folder / folder
-    sizes, numbers, damaged, running = {}, [], [], deque()
-
-    def collect():
-        batch_numbers, batch_damaged = running.popleft().result()
-        numbers.extend(batch_numbers)
-        damaged.extend(batch_damaged)
-        task.report(len(batch_numbers))
-
-    for batch in batched(read()):
-        path.mkdir(parents=True, exist_ok=True)
-        files = [(number, f"{name.format(number)}.{suffix(modality, data)}", data) for number, data in batch]
-        sizes.update((file, len(data)) for _, file, data in files)
-        running.append(task.threads.submit(store_batch, task, modality, path, files))
-        if len(running) > task.workers:
-            collect()
-    while running:
-        collect()
+    path, usual = task.folder / folder, "jpg" if modality == "images" else "png"
+    resolution = task.resolution if modality in ("images", "masks") else None
+    sizes, numbers, damaged, reported, unreported_bytes = {}, [], [], 0, 0
+    # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
+    for number, data in read():
+        if not data:
+            continue
+        if not numbers:
+            path.mkdir(parents=True, exist_ok=True)
+        picture = probe_picture(data)
+        file = f"{name.format(number)}.{picture.format or usual}"
+        write_new(f"{path}/{file}", data)
+        numbers.append(number)
+        sizes[file] = len(data)
+        if not picture.whole or resolution not in (None, [picture.height, picture.width]):
+            damaged.append(number)
+        elif task.decoder:
+            task.decoder.check(number, data)
+        unreported_bytes += len(data)
+        if unreported_bytes > BATCH_BYTES:
+            task.report(len(numbers) - reported)
+            reported, unreported_bytes = len(numbers), 0
+    task.report(len(numbers) - reported)
     if sizes:
         check_folder(path, sizes)
         task.bytes += sum(sizes.values())
-    if task.decoder and task.decoder.complained():  # about one picture or more, without saying which
-        damaged = [number for number, data in read() if data and (number in damaged or not task.decoder.decodes_silently(data))]
+    if task.decoder:
+        damaged += task.decoder.failed()
+        if task.decoder.complained():  # about one picture or more, without saying which
+            damaged = [number for number, data in read() if data and (number in damaged or not task.decoder.decodes_silently(data))]
     return sorted(numbers), sorted(damaged)
 
 
-def batched(pictures: Iterable) -> Iterator[list]:
-    """Lists of (number, bytes) with about BATCH_BYTES together, without those that are empty."""
-    batch, size = [], 0
-    for number, data in pictures:
-        if data:
-            batch.append((number, data))
-            size += len(data)
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def suffix(modality: str, data: bytes) -> str:
-    """The ending of a picture's file name: what its first bytes say, else what is usual."""
-    return probe_picture(data).format or ("jpg" if modality == "images" else "png")
-
-
-def store_batch(task: Extraction, modality: str, folder: Path, files: list) -> tuple[list, list]:
-    """Write (number, file name, bytes) to a folder. Gives the numbers, and those of damaged pictures: not whole, not of
-    the performance's size, or, with `verify: full`, impossible to decode."""
-    damaged = []
-    for number, file, data in files:
-        write_new(folder / file, data)
-        picture = probe_picture(data)
-        right_size = modality not in ("images", "masks") or task.resolution in (None, [picture.height, picture.width])
-        if not (picture.whole and right_size and (task.decoder is None or task.decoder.decodes(data))):
-            damaged.append(number)
-    return [number for number, _, _ in files], damaged
-
-
 class Decoder:
-    """Decodes pictures to see whether that works: every byte of the stream, at an eighth of the size.
+    """Decodes pictures to see whether that works: every byte of the stream, at an eighth of the size, on several threads.
 
     libjpeg repairs a damaged stream and merely says so on stderr, which therefore goes to a file that we look at."""
 
-    def __init__(self):
-        self.read = 0
+    def __init__(self, workers: int):
+        self.read, self.workers = 0, workers
+        self.batch: list[tuple[int, bytes]] = []
+        self.batch_bytes = 0
+        self.running: deque[Future] = deque()
+        self.bad: list[int] = []
+        self.threads = ThreadPoolExecutor(workers)
+        list(self.threads.map(time.sleep, [0.001] * workers))  # starting a thread later, short of memory, would never end
+
+    def check(self, number: int, data: bytes):
+        """Have a picture decoded; see `failed`."""
+        self.batch.append((number, data))
+        self.batch_bytes += len(data)
+        if self.batch_bytes > BATCH_BYTES:
+            self.submit()
+            if len(self.running) > self.workers:
+                self.bad += self.running.popleft().result()
+
+    def submit(self):
+        decode = lambda batch: [number for number, data in batch if not self.decodes(data)]
+        self.running.append(self.threads.submit(decode, self.batch))
+        self.batch, self.batch_bytes = [], 0
+
+    def failed(self) -> list[int]:
+        """The numbers of the pictures that could not be decoded since the last time, when all of them have been tried."""
+        self.submit()
+        while self.running:
+            self.bad += self.running.popleft().result()
+        bad, self.bad = self.bad, []
+        return bad
 
     def decodes(self, data: bytes) -> bool:
         try:
