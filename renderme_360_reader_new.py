@@ -749,7 +749,7 @@ class _File:
                 raise ValueError(f"it holds {dtype}, no numbers")
             if shape is not None and (len(found) != len(shape) or any(s not in (None, n) for s, n in zip(shape, found))):
                 raise ValueError(f"its shape is {found}, not {shape}".replace("None", "n"))
-            self._check_size(data, int(np.prod(found, dtype=object)) * dtype.itemsize, MAX_ARRAY_BYTES)
+            self._check_size(data, math.prod(found) * dtype.itemsize, MAX_ARRAY_BYTES)
         return data
 
     @staticmethod
@@ -788,16 +788,25 @@ class _File:
     def _extent(self, group, name: str) -> _Extent:
         with self.reading(group, name):
             data = h5d.open(group, name.encode())
-            self._refuse_elsewhere(data)
-            kind = data.get_type()
-            size = data.get_space().get_simple_extent_npoints()
-            if kind.get_class() != h5t.INTEGER or kind.get_size() != 1 or data.shape not in ((size,), (size, 1)):
+            offset = data.get_offset()  # of the bytes, where they are in this file and in one piece: then there is less to ask
+            if offset is None:
+                return self._scattered(data, name)
+            shape, size = data.shape, data.get_storage_size()
+            if shape not in ((size,), (size, 1)):
                 raise ValueError("it is no list of bytes")
             self._check_size(data, size, MAX_PICTURE_BYTES)
-            offset, stored = data.get_offset() if size else 0, data.get_storage_size()
-            if offset is not None and (stored != size or offset + size > self.bytes):
+            if offset + size > self.bytes:
                 raise ValueError("its place contradicts its size")
-            return _Extent(name, offset, size, stored)
+            return _Extent(name, offset, size, size)
+
+    def _scattered(self, data, name: str) -> _Extent:
+        """The extent of a data set that is empty or that HDF5 has to put together."""
+        self._refuse_elsewhere(data)
+        shape, kind = data.shape or (), data.get_type()
+        if kind.get_class() != h5t.INTEGER or kind.get_size() != 1 or len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
+            raise ValueError("it is no list of bytes")
+        self._check_size(data, shape[0], MAX_PICTURE_BYTES)
+        return _Extent(name, None if shape[0] else 0, shape[0], data.get_storage_size())
 
     def read_extent(self, group, extent: _Extent) -> bytes:
         """The bytes of one picture."""

@@ -221,6 +221,8 @@ def main():
         return make(arguments.dir, arguments.views, arguments.frames)
     if arguments.one:
         return measure(arguments.one, arguments.dir)
+    if arguments.dir:
+        arguments.dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         folder = Path(folder)
         if arguments.growth:
