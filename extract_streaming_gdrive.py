@@ -98,7 +98,8 @@ FETCHERS = 8  # requests under way
 TEMP_WINDOW = 500_000_000  # what a selective download keeps in temp_dir, or one camera's pictures if they are more
 FETCH_TRIES = 10  # in a row that bring nothing
 FETCH_TIMEOUT_S = 900  # without a byte; rclone itself gives up after about five minutes
-BATCH_BYTES = 4 << 20  # of pictures: that many are reported at once, and go to a decoding thread together
+REPORT_BYTES = 16 << 20  # of pictures: that many are reported at once
+BATCH_BYTES = 4 << 20  # of pictures: that many go to a decoding thread together
 EXTRACTIONS = 2  # at once: where one waits for the disk, the other goes on
 STUCK_CPU_S = 10  # a healthy file needs a thousandth of that between two pictures
 MEMORY_LIMIT = 700 << 20  # that unpacking may take; damaged files can ask for any amount
@@ -1608,12 +1609,12 @@ class Extraction:
     """One performance being unpacked into its `.partial` folder: what the writers below share, and what they have found.
 
     missing, damaged: {modality: {camera: [frames]}}, or {modality: [frames or cameras]} where there is one folder for all.
-    report: called with the number of pictures written since the last time."""
+    report: called with pictures=n for n pictures more, and time and again without."""
 
-    def __init__(self, job: Job, config: Config, reader: SMCReader, report: Callable[[int], None]):
+    def __init__(self, job: Job, config: Config, reader: SMCReader, report: Callable):
         self.job, self.config, self.reader, self.report = job, config, reader, report
         self.folder = config.part(job.subject, job.performance)
-        self.decoder = Decoder(config.workers) if config.verify == "full" else None
+        self.decoder = Decoder(config.workers, report) if config.verify == "full" else None
         self.bytes = 0
         self.frames: dict[str, int] = {}
         self.missing: dict[str, dict] = {}
@@ -1708,10 +1709,10 @@ def store_pictures(task: Extraction, modality: str, folder: str, read: Callable,
         elif task.decoder:
             task.decoder.check(number, data)
         unreported_bytes += len(data)
-        if unreported_bytes > BATCH_BYTES:
-            task.report(len(numbers) - reported)
+        if unreported_bytes > REPORT_BYTES:
+            task.report(pictures=len(numbers) - reported)
             reported, unreported_bytes = len(numbers), 0
-    task.report(len(numbers) - reported)
+    task.report(pictures=len(numbers) - reported)
     if sizes:
         check_folder(path, sizes)
         task.bytes += sum(sizes.values())
@@ -1725,10 +1726,11 @@ def store_pictures(task: Extraction, modality: str, folder: str, read: Callable,
 class Decoder:
     """Decodes pictures to see whether that works: every byte of the stream, at an eighth of the size, on several threads.
 
-    libjpeg repairs a damaged stream and merely says so on stderr, which therefore goes to a file that we look at."""
+    libjpeg repairs a damaged stream and merely says so on stderr, which therefore goes to a file that we look at.
+    report: called with each picture, on any thread."""
 
-    def __init__(self, workers: int):
-        self.read, self.workers = 0, workers
+    def __init__(self, workers: int, report: Callable[[], None]):
+        self.read, self.workers, self.report = 0, workers, report
         self.batch: list[tuple[int, bytes]] = []
         self.batch_bytes = 0
         self.running: deque[Future] = deque()
@@ -1759,6 +1761,7 @@ class Decoder:
         return bad
 
     def decodes(self, data: bytes) -> bool:
+        self.report()
         try:
             return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None
         except cv2.error:  # it claims more pixels than OpenCV has room for
@@ -2036,10 +2039,10 @@ def begin_extraction(job: Job, config: Config):
     begin = time.monotonic()
 
     def work(report):
-        def report_if_there_is_room(pictures: int = 0, total: int | None = None):
+        def report_if_there_is_room(**news):
             if free_bytes(config.output_dir) < config.min_free_gb * GB:
                 raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {config.min_free_gb:g} GB free")
-            report(pictures=pictures, total=total)
+            report(**news)
 
         report_if_there_is_room()
         result = extract(job, config, report_if_there_is_room)
@@ -2050,7 +2053,8 @@ def begin_extraction(job: Job, config: Config):
 
 class Apart:
     """work(report) in a process of its own: libhdf5 can crash, spin or ask for any amount of memory over a damaged file, and
-    must not take us with it. `work` has to call `report` every few seconds. name: of the file that it reads."""
+    must not take us with it. `work` has to call `report` every few seconds of the processor's time, on any thread; with something
+    to show, on one only. name: of the file that it reads."""
 
     def __init__(self, work: Callable, name: str):
         context, self.name = multiprocessing.get_context("fork"), name

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import cv2
 import h5py
 import numpy as np
 import pytest
@@ -183,3 +184,17 @@ def test_what_a_damaged_file_does_to_the_reader_is_an_error_about_that_file(monk
     monkeypatch.setattr(extract_streaming_gdrive, "STUCK_CPU_S", 0.3)
     with pytest.raises(SMCError, match=f"x.smc.*{message}"):
         extract_streaming_gdrive.Apart(work, "x.smc").result(print)
+
+
+def test_many_threads_that_decode_for_long_are_not_taken_for_a_file_without_an_end(monkeypatch):
+    monkeypatch.setattr(extract_streaming_gdrive, "STUCK_CPU_S", 0.3)
+    picture = cv2.imencode(".png", np.random.default_rng(0).integers(0, 255, (1024, 1224, 3), np.uint8))[1].tobytes()
+
+    def decode(report):
+        decoder = extract_streaming_gdrive.Decoder(8, report)
+        for number in range(100):
+            decoder.check(number, picture)
+        return decoder.failed(), time.process_time()
+
+    bad, seconds = extract_streaming_gdrive.Apart(decode, "x.smc").result(print)
+    assert bad == [] and seconds > 0.6
