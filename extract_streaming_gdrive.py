@@ -1287,9 +1287,8 @@ class Arrivals:
             self.arrived.append(self.made.get())
         jobs = [item for item, _ in self.arrived if isinstance(item, Job) and not item.failure and not item.selective]
         for job in jobs[:EXTRACTIONS]:
-            if job.extraction is None:
-                with contextlib.suppress(OSError):  # no process can be made now: `finish` tries again
-                    begin_extraction(job, self.config)
+            with contextlib.suppress(OSError):  # no process can be made now: `finish` tries again
+                begin_extraction(job, self.config)
 
     def end(self, stop: Callable[[], None]):
         """End the extractions, and the thread; stop: called to end what it is at."""
@@ -2035,7 +2034,10 @@ def numbers_text(numbers: Iterable[int]) -> str:
 
 
 def begin_extraction(job: Job, config: Config):
-    """Begin `extract` in a process of its own: `job.extraction`. It ends with an OSError where the disk has no more room."""
+    """Begin `extract` in a process of its own, `job.extraction`, unless that was begun. It ends with an OSError where the disk
+    has no more room."""
+    if job.extraction:
+        return
     begin = time.monotonic()
 
     def work(report):
@@ -2085,12 +2087,9 @@ class Apart:
             cause = causes.get(self.process.exitcode, "reading it crashed the HDF5 library")
             raise SMCError(f"{self.name}: {cause}; the file is probably damaged")
         finally:
-            self.end()
-
-    def end(self):
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
+            self.process.kill()
+            self.process.join()
+            self.pipe.close()
 
 
 def in_child(pipe, work: Callable, name: str):
@@ -2159,8 +2158,7 @@ def finish(job: Job, config: Config, manifest: Manifest, remote: Remote, meanwhi
                 job.server = remote.serve()
                 for file in job.files:
                     job.server.refused.pop(file.path, None)
-            if job.extraction is None:
-                begin_extraction(job, config)
+            begin_extraction(job, config)
             with extraction_progress(job) as show:
                 result = job.extraction.result(show, meanwhile)
             if job.selective:
