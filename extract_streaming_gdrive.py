@@ -103,6 +103,7 @@ BATCH_BYTES = 4 << 20  # of pictures: that many go to a decoding thread together
 EXTRACTIONS = 2  # at once: where one waits for the disk, the other goes on
 STUCK_CPU_S = 10  # a healthy file needs a thousandth of that between two pictures
 MEMORY_LIMIT = 700 << 20  # that unpacking may take; damaged files can ask for any amount
+DECODER_MEMORY = 48 << 20  # that each decoding thread may take besides: a batch, a picture's pixels in colour, the thread itself
 
 SUBJECT = re.compile(r"[0-9]{4}")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -126,7 +127,9 @@ class RemoteError(Exception):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM, whose number it holds."""
+    """SIGINT or SIGTERM, whose number it holds. `put_off`: while this is set, one that comes is kept in `kept`; see `forking`."""
+
+    put_off, kept = False, None
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -600,6 +603,26 @@ def die_with_parent():
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
+fork_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def forking():
+    """Where a process is made: one at a time, since one that is forked beside would hold the ends of the other's pipes. And a
+    signal waits until it is made: what is raised while Python forks is swallowed, and locks of Python's own stay taken."""
+    on_main = threading.current_thread() is threading.main_thread()  # there signals are handled
+    if on_main:
+        Interrupted.put_off = True
+    try:
+        with fork_lock:
+            yield
+    finally:
+        if on_main:
+            Interrupted.put_off = False
+            if Interrupted.kept:
+                raise Interrupted(Interrupted.kept)
+
+
 def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -689,23 +712,29 @@ class Remote:
         root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
         return [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, "--drive-stop-on-download-limit", *options, *self.config.rclone_flags, "--", *places]
 
-    def start(self, command: list[str], environment: dict | None = None, **options) -> subprocess.Popen:
+    def start(self, command: list[str], environment: dict | None = None, stdin: bytes = b"") -> subprocess.Popen:
         """Run rclone in the config's folder, so that paths in rclone_flags are relative to it too. Times come in UTC."""
         log.debug("running %s", " ".join(command))
         environment = {**os.environ, "TZ": "UTC", **(environment or {})}
-        process = subprocess.Popen(command, cwd=self.config.path.parent, env=environment, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, preexec_fn=die_with_parent, **options)  # fmt: skip
-        self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
-        if self.stopped:  # the run ended between two calls
-            process.terminate()
+        with forking():
+            process = subprocess.Popen(command, cwd=self.config.path.parent, env=environment, preexec_fn=die_with_parent,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+            self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
+            if self.stopped:  # the run ended between two calls
+                process.terminate()
+            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # which is broken where it has ended, and says why
+                pipe.write(stdin)
+            process.stdin = None
         return process
 
     def stop(self):
         """End each running rclone, and let none start."""
         self.stopped = True
-        for process in self.processes:
+        with fork_lock:
+            processes = self.processes
+        for process in processes:
             process.terminate()
-        for process in self.processes:
+        for process in processes:
             try:
                 process.wait(2)
             except subprocess.TimeoutExpired:
@@ -735,7 +764,7 @@ class Remote:
 
     def subjects(self) -> list[str]:
         """Every four-digit folder: the first look at the remote, so it fails at once where the set-up is wrong."""
-        remotes = self.start([self.rclone, "listremotes", *self.config.rclone_flags], stdin=subprocess.DEVNULL)
+        remotes = self.start([self.rclone, "listremotes", *self.config.rclone_flags])
         out, err = remotes.communicate()
         if remotes.returncode != 0:
             raise ConfigError(f"rclone does not start: {plain_error(err)}")
@@ -777,7 +806,7 @@ class Remote:
         self.ahead = {(folder, *options): self.begin_listing(folder, *options) for folder, _, options in self.listings(subject, performances)}
 
     def begin_listing(self, folder: str, *options: str) -> subprocess.Popen:
-        return self.start(self.command("lsjson", "--no-mimetype", *options, places=[self.root + folder]), stdin=subprocess.DEVNULL)
+        return self.start(self.command("lsjson", "--no-mimetype", *options, places=[self.root + folder]))
 
     def entries(self, folder: str, *options: str) -> list[dict]:
         """Entries of a folder, [] where there is no such folder. Raises RemoteError, or ConfigError for a wrong root."""
@@ -866,9 +895,7 @@ class Remote:
         path, "exit": code}."""
         command = self.command("copy", "--files-from-raw", "-", *RCLONE_LOG, places=[self.root, str(self.config.temp_dir)])
         done = 0
-        with self.start(command, stdin=subprocess.PIPE) as process:
-            process.stdin.write("".join(f"{file.path}\n" for file in files).encode())
-            process.stdin.close()
+        with self.start(command, stdin="".join(f"{file.path}\n" for file in files).encode()) as process:
             for line in process.stderr:
                 entry = json_or_text(line)
                 if "stats" in entry:
@@ -986,8 +1013,8 @@ class TempSpace:
         where none is."""
         while True:
             with locked(self.lock, remove=True):
-                others = self.of_others()
-                taken = {**self.leftovers(), **others, **self.reserved}
+                mine, others = dict(self.reserved), self.of_others()  # `release` is called on another thread
+                taken = {**self.leftovers(), **others, **mine}
                 fitting = []
                 for job in jobs:
                     taken.update(job.temp_needs)
@@ -998,7 +1025,7 @@ class TempSpace:
                 if fitting:
                     self.note({path: size for job in fitting for path, size in job.temp_needs.items()})
                     return fitting
-            if not others and not self.reserved:
+            if not others and not mine:
                 raise StopEarly(lack)
             if stopped():
                 return []
@@ -1174,8 +1201,9 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
 def needs_all(job: Job, config: Config) -> bool:
     """Whether a job takes out (nearly) everything that its files are known to have: then a copy costs no more, can be made ahead, and
     rclone checks its md5."""
-    usual = usual_content(job.performance, config.layout == "pair").get("images", set(range(NUM_CAMERAS)))
-    return "images" in job.modalities and (job.cameras is None or usual <= job.cameras)
+    usual = usual_content(job.performance, config.layout == "pair")
+    large = ({"images"} | set(usual)) - {"audio", "calibration", "keypoints2d", "keypoints3d"}
+    return large <= set(job.modalities) and (job.cameras is None or usual.get("images", set(range(NUM_CAMERAS))) <= job.cameras)
 
 
 def with_earlier(config: Config, manifest: Manifest, subject: str, performance: str) -> tuple[set[int] | None, list[str]]:
@@ -1191,7 +1219,7 @@ def with_earlier(config: Config, manifest: Manifest, subject: str, performance: 
 
 class CallOver(NamedTuple):
     """A call of rclone has ended, and what it brought may be deleted: before, it would be fetched again if rclone makes another
-    attempt. `last`: nothing more comes of this subject."""
+    attempt. Room that was reserved is free again with it. `last`: nothing more comes of this subject."""
 
     subject: str
     last: bool
@@ -1244,7 +1272,8 @@ def fetched(config: Config, remote: Remote, space: TempSpace, subject: str, jobs
         if to_bring:
             with download_progress(subject, to_bring) as show:
                 yield from remote.download(to_bring, show)
-            yield CallOver(subject, last=False)
+        yield CallOver(subject, last=False)
+        if to_bring:
             remote.check_quota()
 
 
@@ -1321,7 +1350,7 @@ class RangeServer:
         options += ["--drive-pacer-min-sleep", "10ms"]  # ten a second is what rclone keeps to, 200 what Drive allows
         command = remote.command("serve restic", *options, places=[remote.root])
         # In the environment, other users can't see the password.
-        self.process = remote.start(command, {"RCLONE_USER": "smc", "RCLONE_PASS": password}, stdin=subprocess.DEVNULL)
+        self.process = remote.start(command, {"RCLONE_USER": "smc", "RCLONE_PASS": password})
         self.port, error = None, "it said nothing"
         while self.port is None:
             line = self.process.stderr.readline()
@@ -1735,7 +1764,8 @@ class Decoder:
         self.running: deque[Future] = deque()
         self.bad: list[int] = []
         self.threads = ThreadPoolExecutor(workers)
-        list(self.threads.map(time.sleep, [0.001] * workers))  # starting a thread later, short of memory, would never end
+        all_here = threading.Barrier(workers)
+        list(self.threads.map(lambda _: all_here.wait(), range(workers)))  # starting a thread later, short of memory, would never end
 
     def check(self, number: int, data: bytes):
         """Have a picture decoded; see `failed`."""
@@ -1962,8 +1992,8 @@ def extract(job: Job, config: Config, report: Callable) -> dict:
                 WRITERS[modality](task, modality)
                 report()
         written = modalities_in(part)
-        if not written:
-            raise SMCError(f"{job.files[0].name}: it has none of what is asked for ({', '.join(job.modalities)})")
+        if not written and not any(map(reader.has, WRITERS)):
+            raise SMCError(f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows")
         odd = reader.oddities + contradictions(reader, job.files[0].name, job.subject, job.performance)
         task.save("metadata/info.json", json_bytes(info(task, written, odd)))
         sync_disk(part)
@@ -2005,7 +2035,9 @@ def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
 def notes(task: Extraction) -> list[str]:
     """What the manifest's error column says of a performance that is extracted all the same."""
     found, available = [], task.reader.cameras()
-    if "images" in task.job.modalities and not available:
+    if not modalities_in(task.folder):
+        found.append(f"the file has none of what is asked for ({', '.join(task.job.modalities)})")
+    elif "images" in task.job.modalities and not available:
         found.append("the file has no pictures")
     elif "images" in task.job.modalities and task.job.cameras and not task.selected("images"):
         found.append(f"none of the cameras asked for is in the file, which has {numbers_text(available)}")
@@ -2050,20 +2082,26 @@ def begin_extraction(job: Job, config: Config):
         result = extract(job, config, report_if_there_is_room)
         return {**result, "fetched": job.fetched, "download_s": job.download_s, "seconds": time.monotonic() - begin}
 
-    job.extraction = Apart(work, job.files[0].name)
+    decoders = config.workers if config.verify == "full" else 0
+    job.extraction = Apart(work, job.files[0].name, MEMORY_LIMIT + decoders * DECODER_MEMORY)
 
 
 class Apart:
     """work(report) in a process of its own: libhdf5 can crash, spin or ask for any amount of memory over a damaged file, and
     must not take us with it. `work` has to call `report` every few seconds of the processor's time, on any thread; with something
-    to show, on one only. name: of the file that it reads."""
+    to show, on one only. name: of the file that it reads; memory: how much it may take."""
 
-    def __init__(self, work: Callable, name: str):
+    def __init__(self, work: Callable, name: str, memory: int = MEMORY_LIMIT):
         context, self.name = multiprocessing.get_context("fork"), name
         self.pipe, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=in_child, args=(theirs, work, name), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.process = context.Process(target=in_child, args=(theirs, work, name, memory), daemon=True)
+        try:
+            with forking():
+                self.process.start()
+                theirs.close()
+        except Interrupted:
+            self.process.kill()
+            raise
 
     def result(self, show: Callable, meanwhile: Callable = lambda: None):
         """What `work` gives, when it has ended. Raises its OSError, and all else as an SMCError about the file.
@@ -2078,6 +2116,8 @@ class Apart:
                     kind, value = self.pipe.recv()
                     if kind == "report":
                         show(**value)
+                    elif kind == "log":
+                        log.debug("%s", value)
                     elif kind == "done":
                         return value
                     else:
@@ -2092,29 +2132,28 @@ class Apart:
             self.pipe.close()
 
 
-def in_child(pipe, work: Callable, name: str):
-    die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    limit_memory()
-    keep_freed_memory()
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)  # what libraries print: see Decoder
-
+def in_child(pipe, work: Callable, name: str, memory: int):
     def report(**news):
         signal.setitimer(signal.ITIMER_PROF, STUCK_CPU_S)  # ends the process unless it is set again in time
         if news:
             pipe.send(("report", news))
 
     try:
+        die_with_parent()
+        for number in (signal.SIGINT, signal.SIGTERM):  # they can reach the whole group: the parent decides
+            signal.signal(number, signal.SIG_IGN)
+        limit_memory(memory)
+        keep_freed_memory()
+        said = os.memfd_create("said") if hasattr(os, "memfd_create") else tempfile.TemporaryFile().fileno()
+        os.dup2(said, 2)  # what libraries print: see Decoder
         report()
         pipe.send(("done", work(report)))
     except (SMCError, OSError) as error:
         pipe.send(("error", error))
     except MemoryError:
-        pipe.send(("error", SMCError(f"{name}: it asks for more than {gb(MEMORY_LIMIT)} of memory; it is probably damaged")))
+        pipe.send(("error", SMCError(f"{name}: it asks for more than {gb(memory)} of memory; it is probably damaged")))
     except Exception as error:
-        log.debug(traceback.format_exc())
+        pipe.send(("log", traceback.format_exc()))  # to log here could wait for ever, for a lock that another thread had at the fork
         pipe.send(("error", SMCError(f"{name}: {type(error).__name__}: {printable(str(error), 200)}")))
 
 
@@ -2124,12 +2163,13 @@ def half_note(config: Config, job: Job) -> list[str]:
     return [f"{HALF} {part}" for part in missing] if config.layout == "pair" else []
 
 
-def limit_memory():
-    """Let this process take MEMORY_LIMIT more memory than it has now, where the system (Linux) can say how much that is."""
-    with contextlib.suppress(OSError):
+def limit_memory(most: int):
+    """Let this process take that much more memory than it has now, where the system (Linux) can say how much that is."""
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a lower limit holds already
         held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (held + MEMORY_LIMIT, held + MEMORY_LIMIT))
+        resource.setrlimit(resource.RLIMIT_DATA, (held + most, held + most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    threading.stack_size(1 << 20)  # the usual eight times as much counts in full
 
 
 def keep_freed_memory():
@@ -3408,8 +3448,11 @@ def interruptible():
     def interrupt(number, frame):
         for which in (signal.SIGINT, signal.SIGTERM):
             signal.signal(which, signal.SIG_IGN)
-        raise Interrupted(number)
+        if not Interrupted.put_off:
+            raise Interrupted(number)
+        Interrupted.kept = number
 
+    Interrupted.kept = None
     for which in (signal.SIGINT, signal.SIGTERM):
         signal.signal(which, interrupt)
     yield

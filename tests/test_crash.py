@@ -31,6 +31,19 @@ for name in "write pwrite ftruncate fsync rename replace unlink rmdir mkdir".spl
 """
 
 
+# When the script itself, not a thread of it, makes its process number SIGNAL_AT, it gets a signal.
+SIGNAL_WHILE_FORKING = """
+import os, signal, threading
+made = []
+def made_one():
+    if threading.current_thread() is threading.main_thread():
+        made.append(1)
+        if len(made) == int(os.environ["SIGNAL_AT"]):
+            os.kill(os.getpid(), signal.SIGTERM)
+os.register_at_fork(after_in_parent=made_one)
+"""
+
+
 @pytest.fixture(scope="module")
 def small_release(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
@@ -191,3 +204,15 @@ def test_what_a_crash_left_of_a_finished_subject_is_cleaned_up(tmp_path, release
         path.write_bytes(b"left over")
     workspace.run()
     assert workspace.leftovers() == [] and workspace.tree() == before and len(workspace.rows) == 1
+
+
+@pytest.mark.parametrize("process", [1, 3], ids=["rclone", "an extraction"])
+def test_a_signal_while_a_process_is_made_is_not_lost(tmp_path, small_release, process):
+    (tmp_path / "sitecustomize.py").write_text(SIGNAL_WHILE_FORKING)
+    workspace = Workspace(tmp_path / "work", small_release)
+    workspace.write_config(extraction={"performances": PERFORMANCES})
+    run = workspace.run(expect=143, environment={"PYTHONPATH": str(tmp_path), "SIGNAL_AT": str(process)}, timeout=30)
+    assert "ignored" not in run.err and "go on" in run.err
+    assert not workspace.manifest.exists() or "failed" not in workspace.manifest.read_text()
+    workspace.run()
+    assert set(workspace.states.values()) == {"completed"}

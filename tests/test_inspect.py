@@ -198,3 +198,11 @@ def test_many_threads_that_decode_for_long_are_not_taken_for_a_file_without_an_e
 
     bad, seconds = extract_streaming_gdrive.Apart(decode, "x.smc").result(print)
     assert bad == [] and seconds > 0.6
+
+
+def test_a_lower_limit_on_memory_that_holds_already_is_no_error(monkeypatch):
+    def refuse(*arguments):
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(extract_streaming_gdrive.resource, "setrlimit", lambda which, limits: which == extract_streaming_gdrive.resource.RLIMIT_DATA and refuse())
+    assert extract_streaming_gdrive.Apart(lambda report: "read", "x.smc").result(print) == "read"

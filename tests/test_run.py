@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -300,6 +301,27 @@ def test_damaged_and_missing_pictures_are_listed_and_do_not_fail_the_performance
         for frame in (1, 2, 4):
             assert next(folder.glob(f"frame_{frame:06d}.*")).read_bytes() == smc[f"Camera/25/color/{frame}"][()].tobytes()
     assert "3 damaged" in workspace.rows[0]["error"] and workspace.rows[0]["status"] == "completed"
+
+
+def test_many_workers_with_large_stacks_decode_all_pictures(tmp_path):
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s1_all"], frames=100, size=(64, 76))
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.write_config(extraction={"performances": ["s1_all"]}, processing={"verify": "full", "workers": 48})
+    run = workspace.start(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_STACK, (64 << 20, 64 << 20)))
+    assert run.wait(60) == 0, run.stdout.read()
+    assert workspace.rows[0]["status"] == "completed" and workspace.rows[0]["error"] == ""
+
+
+def test_modalities_that_the_file_lacks_are_noted_and_it_is_not_fetched_again(tmp_path):
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s1_all"], frames=3, size=(64, 76))
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.write_config(extraction={"performances": ["s1_all"], "modalities": ["flame", "uv_textures"]})
+    run = workspace.run()
+    (row,) = workspace.rows
+    assert row["status"] == "completed" and "none of what is asked for (flame, uv_textures)" in row["error"] and row["modalities"] == "flame uv_textures"
+    assert "none of what is asked for" in run.out and workspace.info("0018", "s1_all")["modalities"] == []
+    workspace.run()
+    assert len(workspace.rows) == 1
 
 
 def test_a_picture_of_another_size_than_the_performance_counts_as_damaged(tmp_path):

@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 import h5py
+import numpy as np
 import pytest
 import synthetic_release
 from conftest import SCRIPT, Workspace, wait_for
@@ -128,6 +129,30 @@ def test_little_room_in_temp_dir_costs_no_byte_more(large, tmp_path):
 
 
 MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d", "flame", "uv_textures", "scan", "scan_masks"]
+
+
+def test_room_for_one_file_at_a_time_is_enough(tmp_path):
+    names = ["s1_all", "s2_all", "s4_all"]
+    synthetic_release.write_subject(tmp_path / "release", "0018", performances=names, frames=20, size=(128, 153), jpeg_bytes=20_000)
+    largest = max(path.stat().st_size for path in (tmp_path / "release").rglob("*.smc"))
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.write_config(google_drive={"download": "selective"}, extraction={"performances": names, "modalities": ["audio"]},
+                           storage={"max_temp_size_gb": 1.5 * largest / 1e9})  # fmt: skip
+    workspace.run(timeout=60)
+    assert set(workspace.states.values()) == {"completed"} and len(workspace.rows) == 3
+
+
+def test_masks_that_are_not_asked_for_are_not_fetched(tmp_path):
+    synthetic_release.write_subject(tmp_path / "release", "0018", layout="pair", performances=["s1_all"], frames=30, size=(512, 612),
+                                    jpeg_bytes=30_000, cameras=(0, 25, 48))  # fmt: skip
+    anno = next((tmp_path / "release").rglob("*_anno.smc"))
+    with h5py.File(anno, "r+") as smc:  # larger than the blocks that are fetched to find out what there is
+        smc.create_dataset("Camera/59/mask/0", data=np.frombuffer(os.urandom(8_000_000), np.uint8))
+    with FakeDrive(tmp_path / "release") as drive:
+        workspace = DriveWorkspace(tmp_path / "work", drive, tmp_path / "release")
+        workspace.write_config(google_drive={"layout": "pair"}, extraction=only("s1_all", modalities=["images", "audio"]))
+        workspace.run()
+        assert drive.bytes_sent("*_anno.smc") < 0.5 * anno.stat().st_size
 
 
 @pytest.mark.parametrize("storage", ["contiguous", "chunked", "gzip"])
