@@ -601,11 +601,14 @@ class _File:
     def _announce(self, starts, wanted, end):
         """Announce the wanted groups of which the end is known: the next group's start, or `end`."""
         ordered = sorted(start for start, _, _ in starts.values())
+        pictures = [second for name, (_, second, _) in starts.items() if name.endswith((b"/color", b"/mask"))]
         for name in sorted(wanted - set(self.regions), key=starts.get):
             start, second, longest = starts[name]
             after = bisect.bisect_right(ordered, start)
             stop = ordered[after] if after < len(ordered) else end
-            if stop is not None and start <= second < stop:
+            if stop is None or any(start < other < stop for other in pictures if other != second):
+                continue  # the end isn't known yet, or another camera's pictures lie between
+            if start <= second < stop:
                 self.regions[name] = start, min(stop, start + longest)
                 self.source.will_need(*self.regions[name])
 
@@ -815,6 +818,8 @@ class _File:
         if self.descriptor is None:
             self.source.seek(extent.offset)
             data = self.source.read(extent.size)
+            if hasattr(self.source, "forget") and h5i.get_name(group) not in self.regions:  # else all of the group at once: `bring`
+                self.source.forget(extent.offset, extent.offset + extent.size)
         else:
             data = os.pread(self.descriptor, extent.size, extent.offset)
         if len(data) != extent.size:
