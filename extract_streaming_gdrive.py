@@ -2003,7 +2003,7 @@ def extract(job: Job, config: Config, report: Callable) -> dict:
             "frames": sum(task.frames.values()),
             "bytes": task.bytes,
             "modalities": written,
-            "notes": notes(task),
+            "notes": notes(task, written),
             "oddities": odd,
         }
 
@@ -2032,10 +2032,10 @@ def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
     }
 
 
-def notes(task: Extraction) -> list[str]:
+def notes(task: Extraction, written: list[str]) -> list[str]:
     """What the manifest's error column says of a performance that is extracted all the same."""
     found, available = [], task.reader.cameras()
-    if not modalities_in(task.folder):
+    if not written:
         found.append(f"the file has none of what is asked for ({', '.join(task.job.modalities)})")
     elif "images" in task.job.modalities and not available:
         found.append("the file has no pictures")
@@ -2045,7 +2045,7 @@ def notes(task: Extraction) -> list[str]:
         count = sum(len(numbers) for cameras in frames.values() for numbers in (cameras.values() if isinstance(cameras, dict) else [cameras]))
         if count:
             found.append(f"{count} {kind} picture{'s' * (count > 1)}, listed in info.json")
-    if "transforms" in task.job.modalities and "transforms" not in modalities_in(task.folder):
+    if "transforms" in task.job.modalities and "transforms" not in written:
         found.append("no transforms.json: " + ("no undamaged pictures were extracted" if task.reader.has("calibration") else "the file has no calibration"))
     return found
 

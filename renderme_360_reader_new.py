@@ -507,7 +507,8 @@ class _File:
         To list the pictures of a camera takes the header of each, and these lie among the pictures: so the listing reads as
         many places as there are megabytes. Files are usually written camera by camera; then everything of a group, data and
         headers, is between its first data set and the first one of the next group, and can be fetched as one range. Where the
-        second data set of a group is elsewhere, the file is in another order, and what is read is fetched as it is read."""
+        second data set of a group is elsewhere, or that of another camera is there, the file is in another order, and what is
+        read is fetched as it is read."""
         starts: dict[bytes, tuple[int, int, int]] = {}  # {path: (offset of the first data set, of the second, longest it can be)}
         wanted = set()
         self._scout([a for path in ("", "Camera", "Keypoints2d") for a in self._addresses(self.group(path))])
@@ -606,9 +607,7 @@ class _File:
             start, second, longest = starts[name]
             after = bisect.bisect_right(ordered, start)
             stop = ordered[after] if after < len(ordered) else end
-            if stop is None or any(start < other < stop for other in pictures if other != second):
-                continue  # the end isn't known yet, or another camera's pictures lie between
-            if start <= second < stop:
+            if stop is not None and start <= second < stop and not any(start < other < stop for other in pictures if other != second):
                 self.regions[name] = start, min(stop, start + longest)
                 self.source.will_need(*self.regions[name])
 
