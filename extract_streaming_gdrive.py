@@ -72,8 +72,46 @@ from tqdm import tqdm
 from renderme_360_reader_new import NUM_CAMERAS, SMCError, SMCReader, printable, probe_picture
 
 SPEECH = ["s1_all", "s2_all", "s3_all", "s4_all", "s5_all", "s6_all"]
-S3_VIEWS = {0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27, 28, 29, 31, 32, 33, 35, 37, 39, 40, 41, 43, 45, 47,
-            48, 49, 53, 55, 57, 59}  # those of s3_all, of every subject seen
+S3_VIEWS = {
+    0,
+    1,
+    3,
+    4,
+    5,
+    7,
+    9,
+    11,
+    13,
+    15,
+    16,
+    17,
+    19,
+    20,
+    21,
+    23,
+    24,
+    25,
+    27,
+    28,
+    29,
+    31,
+    32,
+    33,
+    35,
+    37,
+    39,
+    40,
+    41,
+    43,
+    45,
+    47,
+    48,
+    49,
+    53,
+    55,
+    57,
+    59,
+}  # those of s3_all, of every subject seen
 FRONT_CAMERA = 25  # faces the person: azimuth 0, and always among the suggestions
 SUGGESTED_COUNTS = (4, 8, 12, 16, 20)  # the buttons of the page that --camera-grid writes
 DEFAULT_MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
@@ -85,7 +123,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 RCLONE_FLAGS = "--drive-acknowledge-abuse --transfers 4 --checkers 8 --retries 10 --low-level-retries 20".split()
 RCLONE_AT_ONCE = "--retries 1 --low-level-retries 1 --contimeout 15s --timeout 60s".split()  # for the first look
-RCLONE_PATIENT = "--low-level-retries 8".split()  # for a listing: about five minutes, where 20 make fifteen without a word
+RCLONE_PATIENT = (
+    "--low-level-retries 8".split()
+)  # for a listing: about five minutes, where 20 make fifteen without a word
 RCLONE_LOG = "--use-json-log --log-level INFO --stats 500ms --stats-log-level NOTICE --stats-one-line=false".split()
 FAILURES_IN_A_ROW = 3  # quota or network failures after which the rest would fail too
 QUOTA_USED_UP = "Drive's download quota for this file is used up; it is renewed after about a day"
@@ -103,13 +143,17 @@ BATCH_BYTES = 4 << 20  # of pictures: that many go to a decoding thread together
 EXTRACTIONS = 2  # at once: where one waits for the disk, the other goes on
 STUCK_CPU_S = 10  # a healthy file needs a thousandth of that between two pictures
 MEMORY_LIMIT = 700 << 20  # that unpacking may take; damaged files can ask for any amount
-DECODER_MEMORY = 48 << 20  # that each decoding thread may take besides: a batch, a picture's pixels in colour, the thread itself
+DECODER_MEMORY = (
+    48 << 20
+)  # that each decoding thread may take besides: a batch, a picture's pixels in colour, the thread itself
 
 SUBJECT = re.compile(r"[0-9]{4}")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 REMOTE_NAME = re.compile(r"[\w.+@][\w.+@ -]*")
 FOLDER_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
-SMC_NAME = re.compile(r"(?:Copy of )*(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<part>raw|anno)\.smc")
+SMC_NAME = re.compile(
+    r"(?:Copy of )*(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<part>raw|anno)\.smc"
+)
 
 log = logging.getLogger("extract")
 
@@ -185,7 +229,9 @@ def mapping(node, path, section, known) -> dict:
     if node is None or is_null(node):
         return {}
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}, line {node.start_mark.line + 1}: {section or 'this'} has to be a list of 'key: value' lines")
+        raise ConfigError(
+            f"{path}, line {node.start_mark.line + 1}: {section or 'this'} has to be a list of 'key: value' lines"
+        )
     found = {}
     for key, value in node.value:
         place = f"{path}, line {key.start_mark.line + 1}"
@@ -239,7 +285,9 @@ def folder_id(node) -> str:
     if value == "YOUR_SHARED_FOLDER_ID":
         raise NodeError(node, "put the id of the shared Drive folder here: the part of its address after /folders/")
     if value and not FOLDER_ID.fullmatch(value):
-        raise NodeError(node, f"{printable(value)!r} is no folder id: it is the part of the folder's address after /folders/")
+        raise NodeError(
+            node, f"{printable(value)!r} is no folder id: it is the part of the folder's address after /folders/"
+        )
     return value
 
 
@@ -298,7 +346,9 @@ performance_name = pattern(PLAIN_NAME, "is no performance: they have names such 
 def camera_number(node) -> int:
     value = scalar(node)
     if not re.fullmatch("[0-9]{1,2}", value) or int(value) >= NUM_CAMERAS:
-        raise NodeError(node, f"{printable(value)!r} is no camera: cameras are whole numbers from 0 to {NUM_CAMERAS - 1}")
+        raise NodeError(
+            node, f"{printable(value)!r} is no camera: cameras are whole numbers from 0 to {NUM_CAMERAS - 1}"
+        )
     return int(value)
 
 
@@ -405,7 +455,9 @@ class Manifest:
     def refresh(self):
         """Read the file again if another process has written to it."""
         try:
-            with open(self.path, "rb") as file:  # opening asks the server; NFS answers a mere stat from what it knew a minute ago
+            with open(
+                self.path, "rb"
+            ) as file:  # opening asks the server; NFS answers a mere stat from what it knew a minute ago
                 status = os.fstat(file.fileno())
                 if self.seen == (status.st_ino, status.st_size, status.st_mtime_ns):
                     return
@@ -429,7 +481,9 @@ class Manifest:
             columns, rows = parse_manifest(text)
             if columns[: len(COLUMNS)] != COLUMNS:
                 columns = COLUMNS + [name for name in columns if name not in COLUMNS]
-                replace_file(self.path, csv_lines([columns] + [[row.get(name, "") for name in columns] for row in rows]))
+                replace_file(
+                    self.path, csv_lines([columns] + [[row.get(name, "") for name in columns] for row in rows])
+                )
                 return self.append(row)
             # A line without its end is what a crash left of a row: that row is lost, and so is the line.
             end = text.rfind(b"\n") + 1
@@ -586,7 +640,10 @@ def put_in_place(part: Path, folder: Path):
 def swapped(one: Path, other: Path) -> bool:
     """Exchange two names, if the system can (Linux, local file systems)."""
     at_cwd, rename_exchange = -100, 2
-    return hasattr(libc, "renameat2") and libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange) == 0
+    return (
+        hasattr(libc, "renameat2")
+        and libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange) == 0
+    )
 
 
 def clear(path: Path):
@@ -710,19 +767,39 @@ class Remote:
 
     def command(self, verb: str, *options: str, places: list[str]) -> list[str]:
         root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
-        return [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, "--drive-stop-on-download-limit", *options, *self.config.rclone_flags, "--", *places]
+        return [
+            self.rclone,
+            *verb.split(),
+            *root,
+            *RCLONE_FLAGS,
+            "--drive-stop-on-download-limit",
+            *options,
+            *self.config.rclone_flags,
+            "--",
+            *places,
+        ]
 
     def start(self, command: list[str], environment: dict | None = None, stdin: bytes = b"") -> subprocess.Popen:
         """Run rclone in the config's folder, so that paths in rclone_flags are relative to it too. Times come in UTC."""
         log.debug("running %s", " ".join(command))
         environment = {**os.environ, "TZ": "UTC", **(environment or {})}
         with forking():
-            process = subprocess.Popen(command, cwd=self.config.path.parent, env=environment, preexec_fn=die_with_parent,
-                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+            process = subprocess.Popen(
+                command,
+                cwd=self.config.path.parent,
+                env=environment,
+                preexec_fn=die_with_parent,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
             self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
             if self.stopped:  # the run ended between two calls
                 process.terminate()
-            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # which is broken where it has ended, and says why
+            with (
+                contextlib.suppress(BrokenPipeError),
+                process.stdin as pipe,
+            ):  # which is broken where it has ended, and says why
                 pipe.write(stdin)
             process.stdin = None
         return process
@@ -750,7 +827,9 @@ class Remote:
         """(status, error) of a job of which bytes could not be fetched."""
         reason, end = "", time.monotonic() + 1  # rclone's log can be later than its answer
         while not reason and time.monotonic() < end:
-            reason = next((self.server.refused[file.path] for file in job.files if file.path in self.server.refused), "")
+            reason = next(
+                (self.server.refused[file.path] for file in job.files if file.path in self.server.refused), ""
+            )
             time.sleep(0.05)
         if "downloadQuotaExceeded" in reason:
             self.note_quota()
@@ -760,7 +839,9 @@ class Remote:
     def changed(self, job: Job) -> str | None:
         """What to say if a job's files are no longer the ones that were listed."""
         now = self.files(job.subject, [job.performance]).get(job.performance, [])
-        return None if now == job.files else f"{job.files[0].name}: it changed on the remote while it was read; run again"
+        return (
+            None if now == job.files else f"{job.files[0].name}: it changed on the remote while it was read; run again"
+        )
 
     def subjects(self) -> list[str]:
         """Every four-digit folder: the first look at the remote, so it fails at once where the set-up is wrong."""
@@ -776,7 +857,9 @@ class Remote:
             )
         folders = self.entries("", "--dirs-only", *RCLONE_AT_ONCE)
         if self.config.layout == "pair":
-            folders = [entry for part in ("raw", "anno") for entry in self.entries(part, "--dirs-only", *RCLONE_AT_ONCE)]
+            folders = [
+                entry for part in ("raw", "anno") for entry in self.entries(part, "--dirs-only", *RCLONE_AT_ONCE)
+            ]
         return sorted({entry["Name"] for entry in folders if SUBJECT.fullmatch(entry["Name"])})
 
     def files(self, subject: str, performances: list[str] | None) -> dict[str, list[RemoteFile]]:
@@ -787,23 +870,48 @@ class Remote:
         for folder, part, options in self.listings(subject, performances):
             for entry in sorted(self.entries(folder, *options), key=lambda entry: -len(entry["Name"])):
                 match = SMC_NAME.fullmatch(entry["Name"])
-                if not match or match["subject"] != subject or match["part"] != part or performances and match["performance"] not in performances:
+                if (
+                    not match
+                    or match["subject"] != subject
+                    or match["part"] != part
+                    or performances
+                    and match["performance"] not in performances
+                ):
                     continue
                 modified = calendar.timegm(time.strptime(entry["ModTime"][:19], "%Y-%m-%dT%H:%M:%S"))
-                file = RemoteFile(f"{folder}/{entry['Name']}", int(entry["Size"]), entry.get("Hashes", {}).get("md5"), modified)
+                file = RemoteFile(
+                    f"{folder}/{entry['Name']}", int(entry["Size"]), entry.get("Hashes", {}).get("md5"), modified
+                )
                 found[match["performance"], part] = file
-        return {name: [found[name, part] for part in ("raw", "anno") if (name, part) in found] for name, _ in sorted(found)}
+        return {
+            name: [found[name, part] for part in ("raw", "anno") if (name, part) in found] for name, _ in sorted(found)
+        }
 
     def listings(self, subject: str, performances: list[str] | None) -> Iterator[tuple[str, str, tuple]]:
         """(folder, raw or anno, rclone's options) of what is to be listed of a subject."""
         wildcard = f"{subject}_{{{','.join(performances)}}}_" if performances else f"{subject}_"
         for folder in self.config.remote_folders(subject):
             part = "anno" if folder.startswith("anno/") else "raw"
-            yield folder, part, (*RCLONE_PATIENT, "--files-only", "--hash", "--hash-type", "md5", "--include", f"*{wildcard}*{part}.smc")
+            yield (
+                folder,
+                part,
+                (
+                    *RCLONE_PATIENT,
+                    "--files-only",
+                    "--hash",
+                    "--hash-type",
+                    "md5",
+                    "--include",
+                    f"*{wildcard}*{part}.smc",
+                ),
+            )
 
     def look_ahead(self, subject: str, performances: list[str] | None):
         """Begin to list a subject that comes next, so that nothing waits for it then."""
-        self.ahead = {(folder, *options): self.begin_listing(folder, *options) for folder, _, options in self.listings(subject, performances)}
+        self.ahead = {
+            (folder, *options): self.begin_listing(folder, *options)
+            for folder, _, options in self.listings(subject, performances)
+        }
 
     def begin_listing(self, folder: str, *options: str) -> subprocess.Popen:
         return self.start(self.command("lsjson", "--no-mimetype", *options, places=[self.root + folder]))
@@ -852,7 +960,9 @@ class Remote:
                     yield settled(job)
             before += done
             failures = {job.performance: self.failure(job, errors) for job in waiting}
-            refused = [job for job in waiting if failures[job.performance] and failures[job.performance][0] == "quota_exceeded"]
+            refused = [
+                job for job in waiting if failures[job.performance] and failures[job.performance][0] == "quota_exceeded"
+            ]
             for job in refused:
                 self.note_quota()
             # A used-up quota ends rclone for all files at once: the others go on without that one.
@@ -882,9 +992,14 @@ class Remote:
         if all(is_whole(self.config, file, certain=errors["exit"] == 0) for file in job.files):
             return None
         error = next((errors[file.path] for file in job.files if file.path in errors), "")
-        if any(words in error for words in ("no space left on device", "disk quota exceeded", "file too big for remaining disk space")):
-            raise StopEarly(f"{job} with {gb(job.bytes)} does not fit on the disk of {self.config.temp_dir}, which has "
-                            f"{gb(free_bytes(self.config.temp_dir))} free. Make room, then run the same command again")  # fmt: skip
+        if any(
+            words in error
+            for words in ("no space left on device", "disk quota exceeded", "file too big for remaining disk space")
+        ):
+            raise StopEarly(
+                f"{job} with {gb(job.bytes)} does not fit on the disk of {self.config.temp_dir}, which has "
+                f"{gb(free_bytes(self.config.temp_dir))} free. Make room, then run the same command again"
+            )
         if "downloadQuotaExceeded" in error:
             return "quota_exceeded", QUOTA_USED_UP
         return "download_failed", error or errors.get("") or "rclone did not bring it, and did not say why"
@@ -893,7 +1008,9 @@ class Remote:
         """One call of rclone. Gives the bytes that have come, time and again, and adds to `there` each path that rclone calls
         copied, which it does after it has checked the md5; at its end `errors` is {path: last error, "": last error without a
         path, "exit": code}."""
-        command = self.command("copy", "--files-from-raw", "-", *RCLONE_LOG, places=[self.root, str(self.config.temp_dir)])
+        command = self.command(
+            "copy", "--files-from-raw", "-", *RCLONE_LOG, places=[self.root, str(self.config.temp_dir)]
+        )
         done = 0
         with self.start(command, stdin="".join(f"{file.path}\n" for file in files).encode()) as process:
             for line in process.stderr:
@@ -903,7 +1020,9 @@ class Remote:
                 else:
                     log.debug("rclone: %s %s", entry.get("object", ""), entry.get("msg", "").strip())
                     if entry.get("level") in ("error", "critical", "fatal"):
-                        name = re.sub(r"(\.smc)\..*", r"\1", entry.get("object", ""))  # while it is written, it has a longer name
+                        name = re.sub(
+                            r"(\.smc)\..*", r"\1", entry.get("object", "")
+                        )  # while it is written, it has a longer name
                         errors[name] = plain(entry["msg"])
                     elif "Copied (" in entry.get("msg", ""):
                         there.add(entry.get("object", ""))
@@ -931,7 +1050,9 @@ def plain_error(stderr: bytes) -> str:
 def plain(said: str) -> str:
     """A message of rclone without its time and level, the chain of its functions, and addresses half a screen long."""
     said = re.sub(r"^\d\S+ \d\S+ *(?:[A-Z]+ *: *)*", "", " ".join(said.split()))
-    said = re.sub(r"Failed to \w+(?: with \d+ errors)?: |last error was: |error in ListJSON: |couldn't list directory: ", "", said)
+    said = re.sub(
+        r"Failed to \w+(?: with \d+ errors)?: |last error was: |error in ListJSON: |couldn't list directory: ", "", said
+    )
     return printable(re.sub(r'(?:Get|Post) "https?://[^"]*": ', "", said), 300)
 
 
@@ -1035,8 +1156,10 @@ class TempSpace:
         """Why these files are too much, or None."""
         config, total = self.config, sum(taken.values())
         if total > config.max_temp_size_gb * GB:
-            return (f"{config.temp_dir} holds {gb(total - job.bytes)} that no run is working on, and {job} with {gb(job.bytes)} would "
-                    f"pass storage.max_temp_size_gb ({config.max_temp_size_gb:g}): remove what is in there, or raise it")  # fmt: skip
+            return (
+                f"{config.temp_dir} holds {gb(total - job.bytes)} that no run is working on, and {job} with {gb(job.bytes)} would "
+                f"pass storage.max_temp_size_gb ({config.max_temp_size_gb:g}): remove what is in there, or raise it"
+            )
         coming = sum(max(0, size - size_on_disk(config.temp_dir / path)) for path, size in taken.items())
         needs = {config.temp_dir: coming, config.output_dir: total}
         if same_disk(config.temp_dir, config.output_dir):
@@ -1044,8 +1167,10 @@ class TempSpace:
         for folder, need in needs.items():
             free = free_bytes(folder)
             if free - need < config.min_free_gb * GB:
-                return (f"the disk of {folder} has {gb(free)} free: {job} would need {gb(need)} of them, and storage.min_free_gb keeps "
-                        f"{config.min_free_gb:g} GB free. Move finished subjects away, then run the same command again")  # fmt: skip
+                return (
+                    f"the disk of {folder} has {gb(free)} free: {job} would need {gb(need)} of them, and storage.min_free_gb keeps "
+                    f"{config.min_free_gb:g} GB free. Move finished subjects away, then run the same command again"
+                )
         return None
 
     def of_others(self) -> dict[str, int]:
@@ -1095,7 +1220,12 @@ class TempSpace:
 def temp_files(config: Config, subject: str = "[0-9][0-9][0-9][0-9]") -> list[Path]:
     """What rclone has brought for a subject, or for all: whole SMC files and its own begun ones."""
     folders = config.remote_folders(subject)
-    return [path for folder in folders for path in paths_like(config.temp_dir, f"{folder}/*.smc*") if SMC_NAME.match(path.name)]
+    return [
+        path
+        for folder in folders
+        for path in paths_like(config.temp_dir, f"{folder}/*.smc*")
+        if SMC_NAME.match(path.name)
+    ]
 
 
 def paths_like(folder: Path, wildcard: str) -> list[Path]:
@@ -1121,7 +1251,11 @@ def to_do(config: Config, manifest: Manifest, subject: str, performances: list[s
         done = is_done(row, config.asked_cameras(performance), config.modalities)
         return config.redo or not done or HALF in row["error"]
 
-    return [performance for performance in performances if open_still(manifest.rows.get((subject, performance)), performance)]
+    return [
+        performance
+        for performance in performances
+        if open_still(manifest.rows.get((subject, performance)), performance)
+    ]
 
 
 def has_work(config: Config, manifest: Manifest, subject: str) -> bool:
@@ -1139,7 +1273,11 @@ def debris(config: Config, subject: str) -> list[Path]:
     folder = config.output_dir / subject
     if folder.is_symlink():  # see plan
         return []
-    return [path for path in paths_like(folder, "*.partial") + paths_like(folder, "*.old") if PLAIN_NAME.fullmatch(path.stem)]
+    return [
+        path
+        for path in paths_like(folder, "*.partial") + paths_like(folder, "*.old")
+        if PLAIN_NAME.fullmatch(path.stem)
+    ]
 
 
 def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
@@ -1153,7 +1291,12 @@ def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
         else:
             clear(path)
     for path in temp_files(config, subject):
-        if path.suffix != ".smc" or path.is_symlink() or not path.is_file() or (wanted is not None and path not in wanted):
+        if (
+            path.suffix != ".smc"
+            or path.is_symlink()
+            or not path.is_file()
+            or (wanted is not None and path not in wanted)
+        ):
             clear(path)
     remove_empty_temp(config, subject)
 
@@ -1178,22 +1321,34 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
         if has_work(config, manifest, subject):
             files = remote.files(subject, config.performances)
         if os.path.islink(config.output_dir / subject):
-            failure = ("failed", f"{config.output_dir / subject} is a symbolic link; nothing is written through links: remove or rename it")
+            failure = (
+                "failed",
+                f"{config.output_dir / subject} is a symbolic link; nothing is written through links: remove or rename it",
+            )
             files = dict.fromkeys(files, [])
     except RemoteError as error:
         failure = ("download_failed", str(error))
     jobs = []
     for performance in to_do(config, manifest, subject, config.performances or sorted(files)):
         row = manifest.rows.get((subject, performance))
-        if not config.redo and len(files.get(performance, [])) < 2 and is_done(row, config.asked_cameras(performance), config.modalities):
+        if (
+            not config.redo
+            and len(files.get(performance, [])) < 2
+            and is_done(row, config.asked_cameras(performance), config.modalities)
+        ):
             continue  # the other file of the pair is absent still
-        job = Job(subject, performance, files.get(performance, []), *with_earlier(config, manifest, subject, performance))
+        job = Job(
+            subject, performance, files.get(performance, []), *with_earlier(config, manifest, subject, performance)
+        )
         there = all(is_whole(config, file, certain=False) for file in job.files)
         job.selective = config.download == "selective" and not there and not needs_all(job, config)
         if not job.files:
             job.failure = failure
         elif sum(job.temp_needs.values()) > config.max_temp_size_gb * GB:
-            job.failure = ("download_failed", f"it has {gb(job.bytes)}: set storage.max_temp_size_gb to at least {math.ceil(job.bytes / 1e6) / 1000:g}")
+            job.failure = (
+                "download_failed",
+                f"it has {gb(job.bytes)}: set storage.max_temp_size_gb to at least {math.ceil(job.bytes / 1e6) / 1000:g}",
+            )
         jobs.append(job)
     return jobs
 
@@ -1203,10 +1358,14 @@ def needs_all(job: Job, config: Config) -> bool:
     rclone checks its md5."""
     usual = usual_content(job.performance, config.layout == "pair")
     large = ({"images"} | set(usual)) - {"audio", "calibration", "keypoints2d", "keypoints3d"}
-    return large <= set(job.modalities) and (job.cameras is None or usual.get("images", set(range(NUM_CAMERAS))) <= job.cameras)
+    return large <= set(job.modalities) and (
+        job.cameras is None or usual.get("images", set(range(NUM_CAMERAS))) <= job.cameras
+    )
 
 
-def with_earlier(config: Config, manifest: Manifest, subject: str, performance: str) -> tuple[set[int] | None, list[str]]:
+def with_earlier(
+    config: Config, manifest: Manifest, subject: str, performance: str
+) -> tuple[set[int] | None, list[str]]:
     """(cameras, modalities) to extract: those asked for, and those that are there already, which no rerun takes away."""
     asked, modalities = config.asked_cameras(performance), set(config.modalities)
     row, folder = manifest.completed.get((subject, performance), {}), config.folder(subject, performance)
@@ -1225,7 +1384,9 @@ class CallOver(NamedTuple):
     last: bool
 
 
-def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks, space: TempSpace) -> Iterator[Job | CallOver]:
+def downloads(
+    config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks, space: TempSpace
+) -> Iterator[Job | CallOver]:
     """Each job as soon as its files are there, or have failed, and in between where a call of rclone has ended.
 
     At most one subject ahead of the one that is being extracted, and no more than temp_dir may hold. Those subjects that
@@ -1238,7 +1399,12 @@ def downloads(config: Config, manifest: Manifest, remote: Remote, locks: Subject
             continue
         subject = waiting.popleft()
         manifest.refresh()
-        if not (has_work(config, manifest, subject) or debris(config, subject) or temp_files(config, subject) or subject in stale):
+        if not (
+            has_work(config, manifest, subject)
+            or debris(config, subject)
+            or temp_files(config, subject)
+            or subject in stale
+        ):
             continue
         if not locks.take(subject):
             if subject not in passed:
@@ -1250,18 +1416,26 @@ def downloads(config: Config, manifest: Manifest, remote: Remote, locks: Subject
         manifest.refresh()  # another process may have finished it just now
         jobs = plan(config, manifest, remote, subject)
         clean_up(config, subject, wanted={local_path(config, file) for job in jobs for file in job.files})
-        following = next((other for other in waiting if has_work(config, manifest, other) and not locks.seen(other)), None)
+        following = next(
+            (other for other in waiting if has_work(config, manifest, other) and not locks.seen(other)), None
+        )
         if following:
             remote.look_ahead(following, config.performances)
         yield from [job for job in jobs if job.failure]
         yield from fetched(config, remote, space, subject, [job for job in jobs if not job.failure])
         yield CallOver(subject, last=True)
-        unreachable = unreachable + 1 if jobs and all(job.failure and job.failure[0] == "download_failed" for job in jobs) else 0
+        unreachable = (
+            unreachable + 1 if jobs and all(job.failure and job.failure[0] == "download_failed" for job in jobs) else 0
+        )
         if unreachable == FAILURES_IN_A_ROW:
-            raise RemoteError(f"Stopped: {unreachable} subjects in a row could not be reached. Run again when the remote can be")
+            raise RemoteError(
+                f"Stopped: {unreachable} subjects in a row could not be reached. Run again when the remote can be"
+            )
 
 
-def fetched(config: Config, remote: Remote, space: TempSpace, subject: str, jobs: list[Job]) -> Iterator[Job | CallOver]:
+def fetched(
+    config: Config, remote: Remote, space: TempSpace, subject: str, jobs: list[Job]
+) -> Iterator[Job | CallOver]:
     """The jobs of a subject, each when its files are there: with one call of rclone, or in turns where temp_dir cannot hold all.
     Those of which only a part is needed stay on the remote until they are extracted."""
     while jobs and not remote.stopped:
@@ -1385,7 +1559,13 @@ class FetchedFile(io.RawIOBase):
 
     def __init__(self, server: RangeServer, file: RemoteFile, folder: Path, heartbeat: Callable[[], None]):
         super().__init__()
-        self.server, self.path, self.name, self.size, self.heartbeat = server, file.path, file.name, file.bytes, heartbeat
+        self.server, self.path, self.name, self.size, self.heartbeat = (
+            server,
+            file.path,
+            file.name,
+            file.bytes,
+            heartbeat,
+        )
         folder.mkdir(parents=True, exist_ok=True)
         self.store = tempfile.TemporaryFile(dir=folder)
         self.state = bytearray(-(-self.size // BLOCK))
@@ -1459,8 +1639,12 @@ class FetchedFile(io.RawIOBase):
         """These bytes have been read."""
         first, last = -(-start // BLOCK), min(end, self.size) // BLOCK
         with self.news:
-            parts = ((a, b) for one, other in self.announced for a, b in ((one, min(other, first)), (max(one, last), other)))
-            self.announced = deque((a, b) for a, b in parts if a < b)  # what the fetchers had not come to is not needed any more
+            parts = (
+                (a, b) for one, other in self.announced for a, b in ((one, min(other, first)), (max(one, last), other))
+            )
+            self.announced = deque(
+                (a, b) for a, b in parts if a < b
+            )  # what the fetchers had not come to is not needed any more
             at = first
             while (at := self.state.find(THERE, at, last)) >= 0:
                 stop = next((n for n in range(at, last) if self.state[n] != THERE), last)
@@ -1580,7 +1764,9 @@ class FetchedFile(io.RawIOBase):
                 self.own.connection.close()
                 tries = tries + 1 if at == begin else 0
                 if tries == FETCH_TRIES:
-                    raise FetchError(f"{self.path}: {FETCH_TRIES} requests in a row brought nothing ({error or 'cut short'})")
+                    raise FetchError(
+                        f"{self.path}: {FETCH_TRIES} requests in a row brought nothing ({error or 'cut short'})"
+                    )
                 time.sleep(min(0.05 * 2**tries, 5))
 
     def answer(self, start: int, end: int) -> Iterator[memoryview]:
@@ -1652,7 +1838,9 @@ class Extraction:
 
     def selected(self, modality: str) -> list[int]:
         """The cameras to extract among those that have the modality."""
-        return [camera for camera in self.reader.cameras(modality) if self.job.cameras is None or camera in self.job.cameras]
+        return [
+            camera for camera in self.reader.cameras(modality) if self.job.cameras is None or camera in self.job.cameras
+        ]
 
     def save(self, name: str, content: bytes | memoryview):
         """Write one file of the performance's folder."""
@@ -1712,7 +1900,9 @@ def write_scan_masks(task: Extraction, modality: str):
         task.damaged[modality] = damaged
 
 
-def store_pictures(task: Extraction, modality: str, folder: str, read: Callable, name: str = "frame_{:06d}") -> tuple[list, list]:
+def store_pictures(
+    task: Extraction, modality: str, folder: str, read: Callable, name: str = "frame_{:06d}"
+) -> tuple[list, list]:
     """Write pictures to a folder and check what is there then. Gives the numbers of those written, and of the damaged ones among
     them, which are written as they are: not whole, not of the performance's size or, with `verify: full`, impossible to decode.
     Empty ones are not written.
@@ -1747,7 +1937,11 @@ def store_pictures(task: Extraction, modality: str, folder: str, read: Callable,
     if task.decoder:
         damaged += task.decoder.failed()
         if task.decoder.complained():  # about one picture or more, without saying which
-            damaged = [number for number, data in read() if data and (number in damaged or not task.decoder.decodes_silently(data))]
+            damaged = [
+                number
+                for number, data in read()
+                if data and (number in damaged or not task.decoder.decodes_silently(data))
+            ]
     return sorted(numbers), sorted(damaged)
 
 
@@ -1765,7 +1959,9 @@ class Decoder:
         self.bad: list[int] = []
         self.threads = ThreadPoolExecutor(workers)
         all_here = threading.Barrier(workers)
-        list(self.threads.map(lambda _: all_here.wait(), range(workers)))  # starting a thread later, short of memory, would never end
+        list(
+            self.threads.map(lambda _: all_here.wait(), range(workers))
+        )  # starting a thread later, short of memory, would never end
 
     def check(self, number: int, data: bytes):
         """Have a picture decoded; see `failed`."""
@@ -1811,7 +2007,11 @@ def check_folder(folder: Path, sizes: dict[str, int]):
         found = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
     if found != sizes:
         wrong = sorted(set(found.items()) ^ set(sizes.items()))[0][0]
-        raise OSError(errno.EIO, f"{len(found)} of {len(sizes)} files are there, and {wrong} is missing or not as long as written", str(folder))
+        raise OSError(
+            errno.EIO,
+            f"{len(found)} of {len(sizes)} files are there, and {wrong} is missing or not as long as written",
+            str(folder),
+        )
 
 
 def write_audio(task: Extraction, modality: str):
@@ -1821,7 +2021,10 @@ def write_audio(task: Extraction, modality: str):
     audio = task.reader.get_audio()
     samples, rate = audio["audio"], audio["sample_rate"]
     blocks = [samples[at : at + (1 << 20)] for at in range(0, len(samples), 1 << 20)]
-    exact = all(np.array_equal(np.rint(block * 32768), block * 32768) and np.all((block >= -1) & (block < 1)) for block in blocks)
+    exact = all(
+        np.array_equal(np.rint(block * 32768), block * 32768) and np.all((block >= -1) & (block < 1))
+        for block in blocks
+    )
     wav = io.BytesIO()  # libsndfile can't say that a disk is full
     with soundfile.SoundFile(wav, "w", rate, samples.shape[1], "PCM_16" if exact else "FLOAT", format="WAV") as file:
         for block in blocks:
@@ -1832,7 +2035,9 @@ def write_audio(task: Extraction, modality: str):
     task.save("audio/audio.wav", wav.getbuffer())
     with soundfile.SoundFile(task.folder / "audio/audio.wav") as file:
         if (file.frames, file.samplerate, file.channels) != (len(samples), rate, samples.shape[1]):
-            raise OSError(errno.EIO, f"has {file.frames} of {len(samples)} samples", str(task.folder / "audio/audio.wav"))
+            raise OSError(
+                errno.EIO, f"has {file.frames} of {len(samples)} samples", str(task.folder / "audio/audio.wav")
+            )
 
 
 def write_calibration(task: Extraction, modality: str):
@@ -1850,7 +2055,9 @@ def write_keypoints2d(task: Extraction, modality: str):
     """keypoints2d/cam_25.npz: frame_ids (F,) int, points (F, 106, 2) float64 pixels."""
     for camera in task.selected(modality):
         frames = np.array(task.reader.frame_numbers(modality, camera), np.int64)
-        task.save(f"keypoints2d/cam_{camera:02d}.npz", npz_bytes(frame_ids=frames, points=task.reader.get_Keypoints2d(camera)))
+        task.save(
+            f"keypoints2d/cam_{camera:02d}.npz", npz_bytes(frame_ids=frames, points=task.reader.get_Keypoints2d(camera))
+        )
         task.report()
 
 
@@ -1884,7 +2091,11 @@ def write_transforms(task: Extraction, modality: str):
     pictures are left out: a loader would stop at them, or a trainer learn them.
 
     Each picture has its own intrinsics, and none stand at the top, where loaders would take them for those of all cameras."""
-    calibration, images, masks = task.reader.get_Calibration_all(), good_pictures(task, "images"), good_pictures(task, "masks")
+    calibration, images, masks = (
+        task.reader.get_Calibration_all(),
+        good_pictures(task, "images"),
+        good_pictures(task, "masks"),
+    )
     for camera in set(images) - set(calibration):
         task.reader.oddities.append(f"{task.job}: camera {camera} has no calibration and is not in transforms.json")
         del images[camera]
@@ -1904,7 +2115,10 @@ def write_transforms(task: Extraction, modality: str):
             for frame, name in files.items():
                 size = tuple(task.resolution or probe_picture((task.folder / name).read_bytes())[1:3])
                 if size not in shared:
-                    shared[size] = json.dumps({"camera_index": index, "camera_id": camera, **view(calibration[camera], *size)}, allow_nan=False)
+                    shared[size] = json.dumps(
+                        {"camera_index": index, "camera_id": camera, **view(calibration[camera], *size)},
+                        allow_nan=False,
+                    )
                 mask = masks.get(camera, {}).get(frame)
                 own = {"file_path": name, **({"mask_path": mask, "fg_mask_path": mask} if mask else {})}
                 own.update(timestep_index=timesteps[frame], timestep_id=f"{frame:06d}")
@@ -1986,7 +2200,14 @@ def extract(job: Job, config: Config, report: Callable) -> dict:
         task = Extraction(job, config, reader, report)
         # To count the pictures of a camera takes its part of the file: not before it is there.
         count = (lambda modality, camera: reader.num_frame) if job.selective else reader.count
-        report(total=sum(count(modality, camera) for modality in ("images", "masks") if modality in job.modalities for camera in task.selected(modality)))  # fmt: skip
+        report(
+            total=sum(
+                count(modality, camera)
+                for modality in ("images", "masks")
+                if modality in job.modalities
+                for camera in task.selected(modality)
+            )
+        )
         for modality in job.modalities:
             if reader.has(modality):
                 WRITERS[modality](task, modality)
@@ -2016,7 +2237,11 @@ def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
         "subject": job.subject,
         "performance": job.performance,
         "capture_date": reader.capture_date,
-        "actor": {**{name: actor[name] for name in ("age", "gender", "color")}, "height_cm": actor["height"], "weight_kg": actor["weight"]},
+        "actor": {
+            **{name: actor[name] for name in ("age", "gender", "color")},
+            "height_cm": actor["height"],
+            "weight_kg": actor["weight"],
+        },
         "resolution": task.resolution,
         "num_frame": reader.num_frame,
         "fps": reader.fps(),
@@ -2027,7 +2252,9 @@ def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
         "damaged_frames": task.damaged,
         "modalities": written,
         "oddities": odd,
-        "source": [{"name": file.name, "bytes": file.bytes, **({"md5": file.md5} if file.md5 else {})} for file in job.files],
+        "source": [
+            {"name": file.name, "bytes": file.bytes, **({"md5": file.md5} if file.md5 else {})} for file in job.files
+        ],
         "extracted_at": utc_now(),
     }
 
@@ -2042,11 +2269,22 @@ def notes(task: Extraction, written: list[str]) -> list[str]:
     elif "images" in task.job.modalities and task.job.cameras and not task.selected("images"):
         found.append(f"none of the cameras asked for is in the file, which has {numbers_text(available)}")
     for kind, frames in (("damaged", task.damaged), ("missing", task.missing)):
-        count = sum(len(numbers) for cameras in frames.values() for numbers in (cameras.values() if isinstance(cameras, dict) else [cameras]))
+        count = sum(
+            len(numbers)
+            for cameras in frames.values()
+            for numbers in (cameras.values() if isinstance(cameras, dict) else [cameras])
+        )
         if count:
             found.append(f"{count} {kind} picture{'s' * (count > 1)}, listed in info.json")
     if "transforms" in task.job.modalities and "transforms" not in written:
-        found.append("no transforms.json: " + ("no undamaged pictures were extracted" if task.reader.has("calibration") else "the file has no calibration"))
+        found.append(
+            "no transforms.json: "
+            + (
+                "no undamaged pictures were extracted"
+                if task.reader.has("calibration")
+                else "the file has no calibration"
+            )
+        )
     return found
 
 
@@ -2057,7 +2295,9 @@ def contradictions(reader: SMCReader, name: str, subject: str, performance: str)
         if stated is not None and stated != expected:
             found.append(f"{name}: it says that it is of {printable(stated)!r}")
     if reader.fps() not in (None, 15, 30):
-        found.append(f"{name}: {reader.num_frame} frames and {reader.audio_info()['duration_s']:.2f} s of audio make {reader.fps():.2f} pictures per second, not 15 or 30")  # fmt: skip
+        found.append(
+            f"{name}: {reader.num_frame} frames and {reader.audio_info()['duration_s']:.2f} s of audio make {reader.fps():.2f} pictures per second, not 15 or 30"
+        )
     return found
 
 
@@ -2123,7 +2363,10 @@ class Apart:
                     else:
                         raise value
             self.process.join()
-            causes = {-signal.SIGPROF: "reading it does not come to an end", -signal.SIGKILL: "it was killed from outside, perhaps for want of memory"}
+            causes = {
+                -signal.SIGPROF: "reading it does not come to an end",
+                -signal.SIGKILL: "it was killed from outside, perhaps for want of memory",
+            }
             cause = causes.get(self.process.exitcode, "reading it crashed the HDF5 library")
             raise SMCError(f"{self.name}: {cause}; the file is probably damaged")
         finally:
@@ -2153,7 +2396,9 @@ def in_child(pipe, work: Callable, name: str, memory: int):
     except MemoryError:
         pipe.send(("error", SMCError(f"{name}: it asks for more than {gb(memory)} of memory; it is probably damaged")))
     except Exception as error:
-        pipe.send(("log", traceback.format_exc()))  # to log here could wait for ever, for a lock that another thread had at the fork
+        pipe.send(
+            ("log", traceback.format_exc())
+        )  # to log here could wait for ever, for a lock that another thread had at the fork
         pipe.send(("error", SMCError(f"{name}: {type(error).__name__}: {printable(str(error), 200)}")))
 
 
@@ -2180,12 +2425,19 @@ def keep_freed_memory():
         libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
 
 
-def finish(job: Job, config: Config, manifest: Manifest, remote: Remote, meanwhile: Callable) -> tuple[dict, dict | None]:
+def finish(
+    job: Job, config: Config, manifest: Manifest, remote: Remote, meanwhile: Callable
+) -> tuple[dict, dict | None]:
     """Extract a downloaded job, put it in place and write its row. Gives the row, and what `extract` gave. Raises StopEarly where
     the disk is full; the SMC stays then.
 
     meanwhile: called time and again while it waits."""
-    row = {"subject": job.subject, "performance": job.performance, "modalities": " ".join(job.modalities), "smc_bytes": job.bytes}
+    row = {
+        "subject": job.subject,
+        "performance": job.performance,
+        "modalities": " ".join(job.modalities),
+        "smc_bytes": job.bytes,
+    }
     begin, result = time.monotonic(), None
     part, folder = config.part(job.subject, job.performance), config.folder(job.subject, job.performance)
     try:
@@ -2216,8 +2468,10 @@ def finish(job: Job, config: Config, manifest: Manifest, remote: Remote, meanwhi
     except (SMCError, OSError, RemoteError) as error:
         clear(part)
         if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise StopEarly(f"{job} does not fit on the disk of {config.output_dir} ({gb(free_bytes(config.output_dir))} free): "
-                            f"{error_text(error)}. Move finished subjects away, then run the same command again") from None  # fmt: skip
+            raise StopEarly(
+                f"{job} does not fit on the disk of {config.output_dir} ({gb(free_bytes(config.output_dir))} free): "
+                f"{error_text(error)}. Move finished subjects away, then run the same command again"
+            ) from None
         row.update(status="failed", error=error_text(error))
         if job.selective:
             row["status"], row["error"] = why_not_fetched(job, error, remote)
@@ -2309,7 +2563,9 @@ def bar(**options) -> Iterator[tqdm]:
     with tqdm(disable=not terminal, leave=False, dynamic_ncols=True, mininterval=0.2, **options) as progress:
         yield progress
     if terminal:
-        print(end="\r", file=sys.stderr, flush=True)  # a bar that was below another leaves the cursor at the end of a line
+        print(
+            end="\r", file=sys.stderr, flush=True
+        )  # a bar that was below another leaves the cursor at the end of a line
 
 
 @contextlib.contextmanager
@@ -2373,7 +2629,14 @@ class Summary:
             self.fetched += job.fetched
             self.extract_s += float(row["extract_s"])
             cameras = f"{len(result['cameras'])} camera{'s' * (len(result['cameras']) != 1)}"
-            log.info("%s: %d frames of %s, %s in %s", job, result["frames"], cameras, gb(result["bytes"]), duration(float(row["extract_s"])))
+            log.info(
+                "%s: %d frames of %s, %s in %s",
+                job,
+                result["frames"],
+                cameras,
+                gb(result["bytes"]),
+                duration(float(row["extract_s"])),
+            )
             log.debug("%s: %s", job, result)
             absent = (job.cameras or set()) - set(result["cameras_available"])
             if absent and "images" in job.modalities:
@@ -2398,17 +2661,34 @@ class Summary:
         manifest.refresh()
         config, count = self.config, self.counts.get
         asked = [(s, p) for s in config.subjects for p in asked_performances(config, manifest, s)]
-        done = [(s, p) for s, p in asked if is_done(manifest.rows.get((s, p)), config.asked_cameras(p), config.modalities)]
+        done = [
+            (s, p) for s, p in asked if is_done(manifest.rows.get((s, p)), config.asked_cameras(p), config.modalities)
+        ]
         gone = sum(not config.folder(*key).exists() for key in done)
         log.info("")
         log.info("Summary after %s", duration(seconds))
         if not self.counts and len(done) == len(asked):
             log.info("  nothing was left to do")
-        log.info("  completed   %5d   %d frames, %s; %s downloaded in %s, extracted in %s", count("completed", 0), self.frames, gb(self.bytes),
-                 gb(self.fetched), duration(self.download_s), duration(self.extract_s))  # fmt: skip
-        log.info("  failed      %5d", sum(number for status, number in self.counts.items() if status not in ("completed", "absent", "")))
+        log.info(
+            "  completed   %5d   %d frames, %s; %s downloaded in %s, extracted in %s",
+            count("completed", 0),
+            self.frames,
+            gb(self.bytes),
+            gb(self.fetched),
+            duration(self.download_s),
+            duration(self.extract_s),
+        )
+        log.info(
+            "  failed      %5d",
+            sum(number for status, number in self.counts.items() if status not in ("completed", "absent", "")),
+        )
         log.info("  absent      %5d", count("absent", 0))
-        log.info("  done in all %5d of %d asked for%s", len(done), len(asked), f"; {gone} of them no longer in {config.output_dir}" if gone else "")
+        log.info(
+            "  done in all %5d of %d asked for%s",
+            len(done),
+            len(asked),
+            f"; {gone} of them no longer in {config.output_dir}" if gone else "",
+        )
         for title, lines in (("Failed", self.lines), ("Warnings", self.warnings)):
             if lines:
                 log.info("%s", title)
@@ -2448,7 +2728,9 @@ def state_of(config: Config, job: Job | None, earlier: str | None) -> str:
         return "absent from the remote" if job.failure[0] == "absent" else job.failure[1]
     if all(is_whole(config, file, certain=False) for file in job.files):
         return "downloaded already, to be extracted"
-    why = {None: "", "completed": " again, for what is asked for now"}.get(earlier, f" (last time: {str(earlier).replace('_', ' ')})")
+    why = {None: "", "completed": " again, for what is asked for now"}.get(
+        earlier, f" (last time: {str(earlier).replace('_', ' ')})"
+    )
     return "to be downloaded" + why
 
 
@@ -2463,18 +2745,30 @@ def show_status(config: Config, manifest: Manifest) -> int:
             status = "to do again"
         counts[status] = counts.get(status, 0) + 1
     done = [row for row in rows.values() if row and row["status"] == "completed"]
-    sizes, smc, *times = (sum(as_number(row.get(name)) for row in done) for name in ("size_gb", "smc_bytes", "download_s", "extract_s"))
+    sizes, smc, *times = (
+        sum(as_number(row.get(name)) for row in done) for name in ("size_gb", "smc_bytes", "download_s", "extract_s")
+    )
     seconds = max(times)  # one goes on while the other does
     left = len(rows) - counts.get("completed", 0) - counts.get("absent", 0)
     failed = sum(counts.get(status, 0) for status in ("failed", "download_failed", "quota_exceeded"))
-    log.info("%d of %d performances of %d subjects are done, %d failed, %d absent from the remote", counts.get("completed", 0), len(rows),
-             len(subjects), failed, counts.get("absent", 0))  # fmt: skip
+    log.info(
+        "%d of %d performances of %d subjects are done, %d failed, %d absent from the remote",
+        counts.get("completed", 0),
+        len(rows),
+        len(subjects),
+        failed,
+        counts.get("absent", 0),
+    )
     for status, number in sorted(counts.items()):
         if status not in ("completed", "absent"):
             log.info("  %-18s %5d", status.replace("_", " "), number)
     log.info("%s extracted from %s of SMC files", gb(sizes * GB), gb(smc))
     if seconds:
-        log.info("%s/s%s", gb(smc / seconds), f"; about {duration(left * seconds / len(done))} left for one process" if left else "")
+        log.info(
+            "%s/s%s",
+            gb(smc / seconds),
+            f"; about {duration(left * seconds / len(done))} left for one process" if left else "",
+        )
     if config.subjects is None or config.performances is None:
         log.info("(the config says all; counted are those that the manifest names)")
     return 0
@@ -2510,7 +2804,9 @@ def performances_given(paths: list[Path]) -> list[list[Path]]:
     found, used = [], set()
     for path in paths:
         if path not in used:
-            partners = other_files(path) or [other for other in paths if other not in used and is_other(path, other) and not other_files(other)]
+            partners = other_files(path) or [
+                other for other in paths if other not in used and is_other(path, other) and not other_files(other)
+            ]
             files = sorted([path, *partners[:1]], key=lambda file: file.name.endswith("_anno.smc"))
             used.update(files)
             found.append(files)
@@ -2523,8 +2819,10 @@ def other_files(path: Path) -> list[Path]:
     if not match:
         return []
     other = {"raw": "anno", "anno": "raw"}[match["part"]]
-    folders = [path.parent] + [path.parents[2] / other / path.parent.name for here in [path.parent.parent.name] if here == match["part"]]
-    return [file for folder in folders if (file := folder / f"{path.name[:match.start('part')]}{other}.smc").is_file()]
+    folders = [path.parent] + [
+        path.parents[2] / other / path.parent.name for here in [path.parent.parent.name] if here == match["part"]
+    ]
+    return [file for folder in folders if (file := folder / f"{path.name[: match.start('part')]}{other}.smc").is_file()]
 
 
 def is_other(path: Path, other: Path) -> bool:
@@ -2549,10 +2847,20 @@ def show_content(files: list[Path], report: Callable) -> bool:
                 damage.append(str(error))
 
         name = SMC_NAME.fullmatch(files[0].name)
-        subject, performance = name.group("subject", "performance") if name else (reader.actor_id, reader.performance_part)
-        audio, fps, warnings = attempt(reader.audio_info), attempt(reader.fps), attempt(contradictions, reader, files[0].name, subject, performance)
-        contents = {modality: content for modality in WRITERS if (content := attempt(content_of, reader, modality, attempt))}
-        report(line=f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance', 70)}")
+        subject, performance = (
+            name.group("subject", "performance") if name else (reader.actor_id, reader.performance_part)
+        )
+        audio, fps, warnings = (
+            attempt(reader.audio_info),
+            attempt(reader.fps),
+            attempt(contradictions, reader, files[0].name, subject, performance),
+        )
+        contents = {
+            modality: content for modality in WRITERS if (content := attempt(content_of, reader, modality, attempt))
+        }
+        report(
+            line=f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance', 70)}"
+        )
         for file in files:
             report(line=row("file", f"{printable(file.name, 66)}, {gb(file.stat().st_size)}"))
         for line in describe(reader, audio, fps, attempt(lambda: reader.num_frame)):
@@ -2560,13 +2868,19 @@ def show_content(files: list[Path], report: Callable) -> bool:
         report(line=f"  {'modality':<12}  cameras  entries        size  encoding (of each camera's first picture)")
         for modality, content in contents.items():
             number = len(content.cameras) or ""
-            report(line=f"  {modality:<12}  {number:>7}  {content.entries or '':>7}  {gb(content.bytes):>10}  {content.encoding}".rstrip())
+            report(
+                line=f"  {modality:<12}  {number:>7}  {content.entries or '':>7}  {gb(content.bytes):>10}  {content.encoding}".rstrip()
+            )
         for modality in [name for name in ("images", "masks") if name in contents]:
             for line in attempt(camera_lines, reader, contents[modality].cameras) or ():
                 report(line=row(modality, line))
         absent = missing(performance or "", files, contents)
-        for title, lines in (("missing", absent), ("unknown", map(printable, attempt(reader.unknown_groups) or ())),
-                             ("warning", [*(warnings or ()), *reader.oddities]), ("damaged", dict.fromkeys(damage))):  # fmt: skip
+        for title, lines in (
+            ("missing", absent),
+            ("unknown", map(printable, attempt(reader.unknown_groups) or ())),
+            ("warning", [*(warnings or ()), *reader.oddities]),
+            ("damaged", dict.fromkeys(damage)),
+        ):
             for line in lines:
                 report(line=row(title, line))
         report(line="")
@@ -2580,7 +2894,13 @@ def row(title: str, text: str) -> str:
 
 def describe(reader: SMCReader, audio: dict | None, fps: float | None, num_frame: int | None) -> Iterator[str]:
     actor = reader.actor_info
-    words = [actor["age"] and f"age {actor['age']}", actor["gender"], actor["color"], actor["height"] and f"{actor['height']:g} cm", actor["weight"] and f"{actor['weight']:g} kg"]
+    words = [
+        actor["age"] and f"age {actor['age']}",
+        actor["gender"],
+        actor["color"],
+        actor["height"] and f"{actor['height']:g} cm",
+        actor["weight"] and f"{actor['weight']:g} kg",
+    ]
     yield row("recorded", ", ".join(printable(word) for word in (reader.capture_date or "unknown", *words) if word))
     resolution = reader.Camera_info["resolution"]
     pixels = "" if resolution is None else f", {resolution[1]} x {resolution[0]} pixels"
@@ -2611,9 +2931,16 @@ def content_of(reader: SMCReader, modality: str, attempt: Callable) -> Content |
         cameras = dict.fromkeys(reader.cameras(modality), []) if modality in ("calibration", "scan_masks") else {}
         frames = reader.frame_numbers(modality) if modality in ("keypoints3d", "flame", "uv_textures") else []
         size, entries = attempt(reader.stored_bytes, modality) or 0, len(frames)
-        first = [(None, frame) for frame in frames[:1]] if modality == "uv_textures" else [(camera, None) for camera in cameras if modality == "scan_masks"]
+        first = (
+            [(None, frame) for frame in frames[:1]]
+            if modality == "uv_textures"
+            else [(camera, None) for camera in cameras if modality == "scan_masks"]
+        )
     pictures = [probe_picture(attempt(reader.encoded, modality, *which) or b"") for which in first]
-    kinds = {f"{picture.format} {picture.width}x{picture.height}" if picture.whole else "damaged or unknown" for picture in pictures}
+    kinds = {
+        f"{picture.format} {picture.width}x{picture.height}" if picture.whole else "damaged or unknown"
+        for picture in pictures
+    }
     return Content(cameras, entries, size, ", ".join(sorted(kinds)[:2]) + ", …" * (len(kinds) > 2))
 
 
@@ -2639,7 +2966,9 @@ def runs_text(numbers: Iterable[int], most: int = 12) -> str:
         else:
             runs.append([number, number])
     more = sum(last - first + 1 for first, last in runs[most:])
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs[:most]) + (f" and {more} more" if more else "")
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs[:most]) + (
+        f" and {more} more" if more else ""
+    )
 
 
 def missing(performance: str, files: list[Path], contents: dict[str, Content]) -> Iterator[str]:
@@ -2694,17 +3023,17 @@ def rig_directions(calibration):
     poses = np.array([by_id[i] for i in ids]).reshape(-1, 4, 4)
     right, down, forward, centers = (poses[:, :3, k] for k in range(4))
     forward = forward / np.linalg.norm(forward, axis=1, keepdims=True)
-    across_axis = np.eye(3) - forward[:, :, None] * forward[:, None, :]      # projects onto the plane across each axis
+    across_axis = np.eye(3) - forward[:, :, None] * forward[:, None, :]  # projects onto the plane across each axis
     normal_matrix = across_axis.sum(0)
     if np.linalg.cond(normal_matrix) > 1e8:
         raise ValueError(f"the optical axes of the {len(ids)} calibrated camera(s) meet in no point")
-    origin = centers.mean(0)                                                 # keeps precision if the world is far away
+    origin = centers.mean(0)  # keeps precision if the world is far away
     middle = origin + np.linalg.solve(normal_matrix, np.einsum("nij,nj->i", across_axis, centers - origin))
     offsets = centers - middle
     distances = np.linalg.norm(offsets, axis=1)
     up = -down.mean(0)
     _, spread, axes = np.linalg.svd(right)
-    if spread[1] > 0.1 * spread[0]:      # x axes that span a plane: level cameras all round; else they are in one column
+    if spread[1] > 0.1 * spread[0]:  # x axes that span a plane: level cameras all round; else they are in one column
         up = axes[2] * np.sign(axes[2] @ up)
     return ids, offsets / distances[:, None], distances, up / np.linalg.norm(up)
 
@@ -2723,7 +3052,7 @@ def azimuth_elevation(ids, directions, up, front=FRONT_CAMERA):
     ahead = ahead - up * (ahead @ up)
     ahead = ahead / np.linalg.norm(ahead)
     azimuth = np.degrees(np.arctan2(directions @ np.cross(up, ahead), directions @ ahead))
-    azimuth[azimuth < -180 + 1e-6] += 360                    # straight behind is 180, whatever the rounding says
+    azimuth[azimuth < -180 + 1e-6] += 360  # straight behind is 180, whatever the rounding says
     return azimuth, np.degrees(np.arcsin(np.clip(directions @ up, -1, 1)))
 
 
@@ -2759,13 +3088,16 @@ def suggest_cameras(directions, available, n, always=FRONT_CAMERA):
     """
     available = sorted({int(camera) for camera in available})
     if not 1 <= n <= len(available):
-        raise ValueError(f"{n} cameras were asked for; {len(available)} have pictures" if n > 0 else
-                         f"the number of cameras must be at least 1, not {n}")
-    angles = np.round(pairwise_angles(directions), 6)         # so that ties do not depend on the world's axes
+        raise ValueError(
+            f"{n} cameras were asked for; {len(available)} have pictures"
+            if n > 0
+            else f"the number of cameras must be at least 1, not {n}"
+        )
+    angles = np.round(pairwise_angles(directions), 6)  # so that ties do not depend on the world's axes
     keep = [always] if always in available else []
     best = _exchange(angles, available, _fill(angles, available, keep, n), keep)
     radii = np.unique(angles[:, available])
-    low, high = 0, int(np.searchsorted(radii, _score(angles, best)[0]))     # radii[high] is reached; below, who knows
+    low, high = 0, int(np.searchsorted(radii, _score(angles, best)[0]))  # radii[high] is reached; below, who knows
     while low < high:
         middle = (low + high) // 2
         found = _cover(angles <= radii[middle], available, n, keep)
@@ -2822,14 +3154,14 @@ def _cover(near, available, n, keep, nodes=4000):
         by_size = sorted((c for c in candidates if gains[c]), key=lambda c: (-size(gains[c]), c))
         if nodes < 0 or sum(size(gains[c]) for c in by_size[:left]) < size(open_directions):
             return None
-        useful = []                               # without those that see nothing but what another one sees as well
+        useful = []  # without those that see nothing but what another one sees as well
         for c in by_size:
             if not any(gains[c] | gains[other] == gains[other] for other in useful):
                 useful.append(c)
         directions = [d for d in range(len(near)) if open_directions >> d & 1]
         hardest = min(directions, key=lambda d: sum(gains[c] >> d & 1 for c in useful))
         for c in [c for c in useful if gains[c] >> hardest & 1]:
-            useful.remove(c)                      # from here on for the branches without it
+            useful.remove(c)  # from here on for the branches without it
             found = search(open_directions & ~masks[c], useful[:], left - 1)
             if found is not None:
                 return [c] + found
@@ -2844,15 +3176,18 @@ def _cover(near, available, n, keep, nodes=4000):
 
 class Layout(NamedTuple):
     """Where each camera's view stands in the picture and the page (see rig_layout)."""
-    ids: list           # n camera numbers, sorted; the order of all that follows
-    azimuth: np.ndarray     # (n,) degrees, as azimuth_elevation
-    elevation: np.ndarray   # (n,) degrees
-    angles: np.ndarray      # (n, n) degrees between directions, to four decimals: picture and page agree on ties
-    row: list           # row of the grid, 0 on top
-    slot: list          # left edge in half columns, 0 at the left
-    spot: np.ndarray    # (n, 2) place on the round map, in the unit circle: x right, y down, the front camera at the bottom
-    row_labels: list    # a text per row
-    columns: list       # (slot, text) per column
+
+    ids: list  # n camera numbers, sorted; the order of all that follows
+    azimuth: np.ndarray  # (n,) degrees, as azimuth_elevation
+    elevation: np.ndarray  # (n,) degrees
+    angles: np.ndarray  # (n, n) degrees between directions, to four decimals: picture and page agree on ties
+    row: list  # row of the grid, 0 on top
+    slot: list  # left edge in half columns, 0 at the left
+    spot: (
+        np.ndarray
+    )  # (n, 2) place on the round map, in the unit circle: x right, y down, the front camera at the bottom
+    row_labels: list  # a text per row
+    columns: list  # (slot, text) per column
 
     @property
     def width(self):
@@ -2872,7 +3207,9 @@ def rig_layout(calibration, front=FRONT_CAMERA):
 
     columns = _groups(azimuth, np.flatnonzero(~closer), gap=8)
     column_azimuths = [azimuth[members].mean() for members in columns]
-    rings = [(elevation[members].mean(), "ring", members) for members in _groups(elevation, np.flatnonzero(~closer), gap=8)]
+    rings = [
+        (elevation[members].mean(), "ring", members) for members in _groups(elevation, np.flatnonzero(~closer), gap=8)
+    ]
     if closer.any():
         rings.append((elevation[closer].mean(), "closer", np.flatnonzero(closer)))
     rings.sort(key=lambda ring: -ring[0])
@@ -2888,10 +3225,20 @@ def rig_layout(calibration, front=FRONT_CAMERA):
     radius = dict(zip(reversed(outwards), np.linspace(1, 0.4, max(4, len(rings)))))
     turned = np.radians(azimuth)
     spot = np.stack([np.sin(turned), np.cos(turned)], 1) * [[radius[r]] for r in row]
-    return Layout(ids, azimuth, elevation, angles, row, slot, spot,
-                  [f"{name} {_degrees(mean)}" for mean, name, _ in rings], 
-                  [(2 * k, "front" if ids.index(front) in members else _degrees(a))
-                   for k, (members, a) in enumerate(zip(columns, column_azimuths))])
+    return Layout(
+        ids,
+        azimuth,
+        elevation,
+        angles,
+        row,
+        slot,
+        spot,
+        [f"{name} {_degrees(mean)}" for mean, name, _ in rings],
+        [
+            (2 * k, "front" if ids.index(front) in members else _degrees(a))
+            for k, (members, a) in enumerate(zip(columns, column_azimuths))
+        ],
+    )
 
 
 def _groups(values, members, gap):
@@ -2919,6 +3266,7 @@ def read_tiles(views, width=400):
 
     views: {camera number: path of a JPEG or PNG}. Returns {camera number: (h, w, 3) uint8 BGR, w <= width}, None where
     the file is no picture. Raises OSError where there is no file."""
+
     def read(path):
         data = np.frombuffer(Path(path).read_bytes(), np.uint8)
         for flag in (cv2.IMREAD_REDUCED_COLOR_4, cv2.IMREAD_REDUCED_COLOR_2, cv2.IMREAD_COLOR):
@@ -2953,7 +3301,7 @@ def camera_grid(tiles, calibration, selected, title):
     _check_calibrated(tiles, layout)
     chosen = [i for i, camera in enumerate(layout.ids) if camera in set(selected) & set(tiles)]
     width, margin, header = 4000, 40, 210
-    unit = min((width - 2 * margin) / (layout.width / 2 + 1), 560)          # a column; one more for the row labels
+    unit = min((width - 2 * margin) / (layout.width / 2 + 1), 560)  # a column; one more for the row labels
     shapes = [tile.shape for tile in tiles.values() if tile is not None] or [(5, 6)]
     tile_width, tile_height = int(unit) - 14, int((unit - 14) * shapes[0][0] / shapes[0][1])
     left = (width - unit * (layout.width / 2 + 1)) / 2 + unit
@@ -2969,8 +3317,13 @@ def camera_grid(tiles, calibration, selected, title):
         _write(picture, label, left - 24, header + number * (tile_height + 14) + tile_height // 2, 30, QUIET, "right")
     for i, camera in enumerate(layout.ids):
         x, y = int(left + layout.slot[i] * unit / 2), header + layout.row[i] * (tile_height + 14)
-        _draw_tile(picture[y - 6:y + tile_height + 6, x - 6:x + tile_width + 6], camera, tiles.get(camera),
-                   i in chosen, "unreadable" if camera in tiles else "no picture")
+        _draw_tile(
+            picture[y - 6 : y + tile_height + 6, x - 6 : x + tile_width + 6],
+            camera,
+            tiles.get(camera),
+            i in chosen,
+            "unreadable" if camera in tiles else "no picture",
+        )
     _draw_map(picture, layout, tiles, chosen, (width // 2, map_top + 560), 450)
     _draw_facts(picture, layout, tiles, chosen, margin + 40, map_top + 170)
     _draw_legend(picture, 2770, map_top + 170)
@@ -2997,8 +3350,14 @@ def _write(picture, text, x, y, height, color, align="left", bold=False):
     x = int(x - {"left": 0, "middle": 0.5, "right": 1}[align] * total)
     for k, (part, part_width) in enumerate(zip(parts, widths)):
         if k:
-            cv2.circle(picture, (x + gap // 2, int(y - height * 0.36)), max(2, round(height * 0.14)), color,
-                       max(1, thickness - 1), cv2.LINE_AA)
+            cv2.circle(
+                picture,
+                (x + gap // 2, int(y - height * 0.36)),
+                max(2, round(height * 0.14)),
+                color,
+                max(1, thickness - 1),
+                cv2.LINE_AA,
+            )
             x += gap
         cv2.putText(picture, part, (x, int(y + height / 2)), font, scale, color, thickness, cv2.LINE_AA)
         x += part_width
@@ -3019,10 +3378,10 @@ def _draw_tile(area, camera, tile, is_chosen, reason):
         return
     tile = _fit(tile, width - 12, height - 12)
     top, left = (height - tile.shape[0]) // 2, (width - tile.shape[1]) // 2
-    area[top:top + tile.shape[0], left:left + tile.shape[1]] = tile
+    area[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
     high = max(24, height // 4)
     wide = int(high * (0.5 + 0.45 * len(str(camera)) + (0.75 if is_chosen else 0)))
-    area[6:6 + high, 6:6 + wide] = CHOSEN if is_chosen else PAPER
+    area[6 : 6 + high, 6 : 6 + wide] = CHOSEN if is_chosen else PAPER
     _write(area, str(camera), 6 + high * 0.22, 6 + high / 2, high * 0.52, PAPER if is_chosen else INK, bold=True)
     if is_chosen:
         _draw_check(area, wide - high * 0.42, 6 + high / 2, high * 0.5, PAPER)
@@ -3037,10 +3396,12 @@ def _draw_map(picture, layout, tiles, chosen, center, radius):
     if 0 < len(chosen) < len(layout.ids):
         worst, nearest, hole = largest_hole(layout.angles, chosen)
         half = radius + 70
-        around = picture[center[1] - half:center[1] + half, center[0] - half:center[0] + half]
+        around = picture[center[1] - half : center[1] + half, center[0] - half : center[0] + half]
         shade = around.copy()
         for i in hole:
-            cv2.circle(shade, (places[i][0] - center[0] + half, places[i][1] - center[1] + half), 62, HOLE, -1, cv2.LINE_AA)
+            cv2.circle(
+                shade, (places[i][0] - center[0] + half, places[i][1] - center[1] + half), 62, HOLE, -1, cv2.LINE_AA
+            )
         around[:] = cv2.addWeighted(shade, 0.25, around, 0.75, 0)
         cv2.circle(picture, places[worst], 40, HOLE, 7, cv2.LINE_AA)
         for a, b in _dashes(places[worst], places[nearest], 42, 36):
@@ -3053,8 +3414,12 @@ def _draw_map(picture, layout, tiles, chosen, center, radius):
             cv2.circle(picture, places[i], size, QUIET, 3, cv2.LINE_AA)
         color = PAPER if i in chosen else INK if has_view else QUIET
         _write(picture, str(camera), *places[i], 25, color, "middle", bold=i in chosen)
-    for text, x, y, align in (("front", 0, 1.18, "middle"), ("behind", 0, -1.18, "middle"),
-                              ("person's left", 1.14, 0, "left"), ("person's right", -1.14, 0, "right")):
+    for text, x, y, align in (
+        ("front", 0, 1.18, "middle"),
+        ("behind", 0, -1.18, "middle"),
+        ("person's left", 1.14, 0, "left"),
+        ("person's right", -1.14, 0, "right"),
+    ):
         _write(picture, text, center[0] + x * radius, center[1] + y * radius, 30, QUIET, align)
 
 
@@ -3073,7 +3438,9 @@ def _draw_person(picture, center, size):
     nose = (np.array([(-0.25, 1.05), (0.25, 1.05), (0, 1.55)]) * size + center).round().astype(np.int32)
     cv2.fillPoly(picture, [nose], QUIET, cv2.LINE_AA)
     for side in (-1, 1):
-        cv2.ellipse(picture, (x + side * round(size * 0.92), y), (size // 6, size // 4), 0, 0, 360, QUIET, -1, cv2.LINE_AA)
+        cv2.ellipse(
+            picture, (x + side * round(size * 0.92), y), (size // 6, size // 4), 0, 0, 360, QUIET, -1, cv2.LINE_AA
+        )
     cv2.ellipse(picture, center, (round(size * 0.9), round(size * 1.15)), 0, 0, 360, QUIET, -1, cv2.LINE_AA)
 
 
@@ -3094,9 +3461,16 @@ def _draw_facts(picture, layout, tiles, chosen, x, y):
 
 def _draw_legend(picture, x, y):
     """What the marks mean, a line each."""
-    texts = ("selected", "view, not selected", "camera without a picture", "largest hole: the camera farthest from any",
-             "selected one, those nearer to it than that,", "and the way to the nearest selected one",
-             "circles, from the middle: closer cameras, then", "the rings from the top down")
+    texts = (
+        "selected",
+        "view, not selected",
+        "camera without a picture",
+        "largest hole: the camera farthest from any",
+        "selected one, those nearer to it than that,",
+        "and the way to the nearest selected one",
+        "circles, from the middle: closer cameras, then",
+        "the rings from the top down",
+    )
     for number, text in enumerate(texts):
         _write(picture, text, x + 70, y + 66 * number, 34, INK if number < 4 else QUIET)
     cv2.circle(picture, (x, y), 30, CHOSEN, -1, cv2.LINE_AA)
@@ -3123,13 +3497,26 @@ def camera_page(tiles, calibration, selected, title, details="", max_bytes=2_800
         rows = suggest_cameras(directions, has_view, n, layout.ids.index(FRONT_CAMERA))
         suggestions.append({"chosen": rows, "coverage": round(coverage(directions, rows)[0], 4)})
     page = {
-        "angles": layout.angles.tolist(), "suggestions": suggestions, "width": layout.width,
-        "rows": layout.row_labels, "columns": layout.columns,
-        "front": layout.ids.index(FRONT_CAMERA), "selected": [i for i in has_view if layout.ids[i] in set(selected)],
-        "cameras": [{"id": camera, "row": layout.row[i], "slot": layout.slot[i],
-                     "x": round(float(layout.spot[i, 0]), 3), "y": round(float(layout.spot[i, 1]), 3),
-                     "place": f"azimuth {_degrees(layout.azimuth[i])}, elevation {_degrees(layout.elevation[i])}",
-                     "why": "unreadable" if camera in tiles else "no picture"} for i, camera in enumerate(layout.ids)]}
+        "angles": layout.angles.tolist(),
+        "suggestions": suggestions,
+        "width": layout.width,
+        "rows": layout.row_labels,
+        "columns": layout.columns,
+        "front": layout.ids.index(FRONT_CAMERA),
+        "selected": [i for i in has_view if layout.ids[i] in set(selected)],
+        "cameras": [
+            {
+                "id": camera,
+                "row": layout.row[i],
+                "slot": layout.slot[i],
+                "x": round(float(layout.spot[i, 0]), 3),
+                "y": round(float(layout.spot[i, 1]), 3),
+                "place": f"azimuth {_degrees(layout.azimuth[i])}, elevation {_degrees(layout.elevation[i])}",
+                "why": "unreadable" if camera in tiles else "no picture",
+            }
+            for i, camera in enumerate(layout.ids)
+        ],
+    }
     for quality in (82, 70, 55, 40, 25):
         for i in has_view:
             jpeg = cv2.imencode(".jpg", tiles[layout.ids[i]], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
@@ -3353,7 +3740,9 @@ def shown_performance(config: Config, name: str) -> tuple[str, str]:
     if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
         raise ValueError(f"--camera-grid: {printable(name)!r} is no performance: write it as 0018/s3_all")
     if not (config.folder(subject, performance) / "images").is_dir():
-        raise ValueError(f"there are no pictures in {config.folder(subject, performance)}: extract {name} first, with its images")
+        raise ValueError(
+            f"there are no pictures in {config.folder(subject, performance)}: extract {name} first, with its images"
+        )
     return subject, performance
 
 
@@ -3367,7 +3756,9 @@ def frame_of_views(folder: Path, frame: int | None) -> tuple[dict[int, Path], in
     if frame is None:
         frame = min(counts, key=lambda number: (-counts[number], number))
     if frame not in counts:
-        raise ValueError(f"no camera of {folder} has a frame {frame}: they have {len(counts)}, from {min(counts)} to {max(counts)}")
+        raise ValueError(
+            f"no camera of {folder} has a frame {frame}: they have {len(counts)}, from {min(counts)} to {max(counts)}"
+        )
     return {camera: numbers[frame] for camera, numbers in frames.items() if frame in numbers}, frame
 
 
@@ -3387,14 +3778,21 @@ def any_calibration(config: Config, manifest: Manifest) -> dict:
     for subject, performance in sorted(manifest.completed, key=lambda key: key[1] != "s3_all"):
         if (config.folder(subject, performance) / "calibration").is_dir():
             return read_calibration(config.folder(subject, performance))
-    raise ValueError(f"there is nothing extracted with its calibration in {config.output_dir}: extract one subject with all cameras first")
+    raise ValueError(
+        f"there is nothing extracted with its calibration in {config.output_dir}: extract one subject with all cameras first"
+    )
 
 
-def show_suggestion(config: Config, calibration: dict, available: list[int], now: list[int], n: int, source: str) -> list[int]:
+def show_suggestion(
+    config: Config, calibration: dict, available: list[int], now: list[int], n: int, source: str
+) -> list[int]:
     """Print the n views that cover the rig best, beside what the config gives now. Gives their numbers."""
     ids, directions, _, _ = rig_directions(calibration)
     rows = {camera: row for row, camera in enumerate(ids)}
-    chosen = [ids[row] for row in suggest_cameras(directions, [rows[c] for c in available if c in rows], n, rows.get(FRONT_CAMERA, -1))]
+    chosen = [
+        ids[row]
+        for row in suggest_cameras(directions, [rows[c] for c in available if c in rows], n, rows.get(FRONT_CAMERA, -1))
+    ]
     log.info("%d of the %d cameras with pictures in %s:", n, len(available), source)
     for title, numbers in (("suggested", chosen), (f"{config.path.name} now", now)):
         largest, mean = coverage(directions, [rows[camera] for camera in numbers if camera in rows])
@@ -3406,20 +3804,28 @@ def show_suggestion(config: Config, calibration: dict, available: list[int], now
     return chosen
 
 
-def show_grid(config: Config, views: dict, calibration: dict, selected: list[int], subject: str, performance: str, frame: int):
+def show_grid(
+    config: Config, views: dict, calibration: dict, selected: list[int], subject: str, performance: str, frame: int
+):
     """Write previews/0018_s3_all.jpg and .html beside the config, and say so."""
     tiles, title = read_tiles(views), f"{subject} {performance}"
     picture = camera_grid(tiles, calibration, selected, f"{title}, frame {frame}")
     page = camera_page(tiles, calibration, selected, title, f"frame {frame}")
     folder = config.path.parent / "previews"
     folder.mkdir(exist_ok=True)
-    contents = {".jpg": cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes(), ".html": page.encode()}
+    contents = {
+        ".jpg": cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes(),
+        ".html": page.encode(),
+    }
     for ending, content in contents.items():
         replace_file(folder / f"{subject}_{performance}{ending}", content)
     count = "1 view" if len(views) == 1 else f"{len(views)} views"
     log.info("%s of %s, frame %d, as the cameras stand; selected, and framed: %d", count, title, frame, len(selected))
     log.info("  picture  %s", folder / f"{subject}_{performance}.jpg")
-    log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", folder / f"{subject}_{performance}.html")
+    log.info(
+        "  page     %s  (open it in a browser, click the views that you want, copy the line)",
+        folder / f"{subject}_{performance}.html",
+    )
 
 
 def doubts_about_cameras(config: Config, manifest: Manifest) -> list[str]:
@@ -3428,13 +3834,21 @@ def doubts_about_cameras(config: Config, manifest: Manifest) -> list[str]:
         return []  # the other files have 60 views
     speech = config.performances
     doubts = []
-    front = [p for p in speech if p != "s3_all" and config.asked_cameras(p) is not None and FRONT_CAMERA not in config.asked_cameras(p)]
+    front = [
+        p
+        for p in speech
+        if p != "s3_all" and config.asked_cameras(p) is not None and FRONT_CAMERA not in config.asked_cameras(p)
+    ]
     if front and "images" in config.modalities:
-        doubts.append(f"cameras leaves out camera {FRONT_CAMERA}, the only one in {' '.join(front)}: there will be no pictures of these")
+        doubts.append(
+            f"cameras leaves out camera {FRONT_CAMERA}, the only one in {' '.join(front)}: there will be no pictures of these"
+        )
     seen = set().union(S3_VIEWS, *(number_set(row.get("cameras_available")) for row in manifest.completed.values()))
     nowhere = set().union(*(config.asked_cameras(p) or set() for p in speech)) - seen
     if nowhere:
-        doubts.append(f"cameras names {numbers_text(nowhere)}, of which no speech performance has pictures; those that do: {numbers_text(seen)}")
+        doubts.append(
+            f"cameras names {numbers_text(nowhere)}, of which no speech performance has pictures; those that do: {numbers_text(seen)}"
+        )
     return doubts
 
 
@@ -3467,8 +3881,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--redo", action="store_true", help="do them again whatever the manifest says (needs --subject)")
     add("--dry-run", action="store_true", help="list what would be downloaded, with sizes and states")
     add("--status", action="store_true", help="progress from the manifest")
-    add("--inspect", nargs="+", metavar="FILE.smc", help="what is inside SMC files (a raw and its anno file as one performance); needs no config")
-    add("--camera-grid", metavar="0018/s3_all", help="write a picture and a page of every view, laid out as the cameras stand")
+    add(
+        "--inspect",
+        nargs="+",
+        metavar="FILE.smc",
+        help="what is inside SMC files (a raw and its anno file as one performance); needs no config",
+    )
+    add(
+        "--camera-grid",
+        metavar="0018/s3_all",
+        help="write a picture and a page of every view, laid out as the cameras stand",
+    )
     add("--frame", type=int, metavar="N", help="the frame for --camera-grid (default: the first)")
     add("--suggest-cameras", type=int, metavar="N", help="the N views that cover 360 degrees best")
     add("--verbose", action="store_true", help="debug messages on the console as well as in the log")
@@ -3479,10 +3902,16 @@ def configure(arguments: argparse.Namespace) -> Config:
     """The config, with what the command line has to say instead."""
     config = load_config(arguments.config)
     changes = {"redo": arguments.redo}
-    for option, names, parse in (("subjects", arguments.subject, subject_id), ("performances", arguments.performance, performance_name)):
+    for option, names, parse in (
+        ("subjects", arguments.subject, subject_id),
+        ("performances", arguments.performance, performance_name),
+    ):
         if names:
             try:
-                nodes = (yaml.ScalarNode("tag:yaml.org,2002:str", name, start_mark=yaml.Mark("", 0, 0, 0, None, 0)) for name in names)
+                nodes = (
+                    yaml.ScalarNode("tag:yaml.org,2002:str", name, start_mark=yaml.Mark("", 0, 0, 0, None, 0))
+                    for name in names
+                )
                 changes[option] = list(dict.fromkeys(map(parse, nodes)))
             except NodeError as error:
                 raise ConfigError(f"--{option[:-1]}: {error}") from None

@@ -166,7 +166,11 @@ class SMCReader:
         if self.Camera_info["num_frame"] is not None and not 0 < self.Camera_info["num_frame"] <= MAX_FRAMES:
             self._files[0].note(f"Camera has {self.Camera_info['num_frame']} for the number of frames")
         if len(self._files) == 2:
-            for group, name, kind in (("", "actor_id", str), ("", "performance_part", str), ("Camera", "num_frame", int)):
+            for group, name, kind in (
+                ("", "actor_id", str),
+                ("", "performance_part", str),
+                ("Camera", "num_frame", int),
+            ):
                 raw, anno = (file.attribute(group, name, kind) for file in self._files)
                 if None not in (raw, anno) and raw != anno:
                     said = f"{name} is {printable(str(raw))}, but {printable(str(anno))} in {self._files[1].name}"
@@ -232,7 +236,9 @@ class SMCReader:
                 parent, each, _ = path.partition("/*")
                 cameras = file.numbers(file.group(parent), CAMERA_NAME) if each else []
                 groups = [f"{parent}/{camera:02d}" for camera in cameras] if each else [path]
-                found.update(f"{path}/{name}" for group in groups for name in set(file.links(file.group(group))) - known)
+                found.update(
+                    f"{path}/{name}" for group in groups for name in set(file.links(file.group(group))) - known
+                )
         return sorted(found)
 
     @property
@@ -379,7 +385,9 @@ class SMCReader:
             raise file.error(f"Scan/vertex_indices holds {indices.dtype}, no whole numbers")
         vertex = file.array(group, "vertex", (None, 3)).astype(np.float64, copy=False)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(vertex):
-            raise file.error(f"Scan/vertex_indices goes from {indices.min()} to {indices.max()}, of {len(vertex)} vertices")
+            raise file.error(
+                f"Scan/vertex_indices goes from {indices.min()} to {indices.max()}, of {len(vertex)} vertices"
+            )
         return {"vertex": vertex, "vertex_indices": indices}
 
     def get_scanmask(self, Camera_id=None) -> np.ndarray:
@@ -509,7 +517,9 @@ class _File:
         headers, is between its first data set and the first one of the next group, and can be fetched as one range. Where the
         second data set of a group is elsewhere, or that of another camera is there, the file is in another order, and what is
         read is fetched as it is read."""
-        starts: dict[bytes, tuple[int, int, int]] = {}  # {path: (offset of the first data set, of the second, longest it can be)}
+        starts: dict[
+            bytes, tuple[int, int, int]
+        ] = {}  # {path: (offset of the first data set, of the second, longest it can be)}
         wanted = set()
         self._scout([a for path in ("", "Camera", "Keypoints2d") for a in self._addresses(self.group(path))])
         for modality, camera, path in self._places():
@@ -519,7 +529,9 @@ class _File:
                 continue
             name = h5i.get_name(group)
             entries = {"audio": 1, "scan": 1, "scan_masks": NUM_CAMERAS}.get(modality, max(num_frame, 1))
-            longest = self.bytes if modality == "flame" else max(size for _, size in found) * entries * 3 // 2 + (1 << 20)
+            longest = (
+                self.bytes if modality == "flame" else max(size for _, size in found) * entries * 3 // 2 + (1 << 20)
+            )
             starts[name] = (found[0][0], found[-1][0], longest)
             if modality in modalities and (camera is None or cameras is None or camera in cameras):
                 wanted.add(name)
@@ -546,7 +558,9 @@ class _File:
         of the entries; and local heap -> names."""
         pieces, seen = [(b"", address) for address in addresses], set()
         for _ in range(16):
-            pieces = [piece for piece in dict.fromkeys(pieces) if piece not in seen and piece[1] + 544 < self.bytes][:2000]
+            pieces = [piece for piece in dict.fromkeys(pieces) if piece not in seen and piece[1] + 544 < self.bytes][
+                :2000
+            ]
             seen.update(pieces)
             for _, address in pieces:
                 self.source.will_need(address, address + 544)
@@ -581,7 +595,9 @@ class _File:
         found: list[int] = []
         if group is not None:
             with self.reading(group):
-                group.links.iterate(lambda name, info: found.append(info.u) if info.type == h5l.TYPE_HARD else None, info=True)
+                group.links.iterate(
+                    lambda name, info: found.append(info.u) if info.type == h5l.TYPE_HARD else None, info=True
+                )
         return found
 
     def _first_extents(self, group, count: int) -> list[tuple[int | None, int]]:
@@ -607,7 +623,11 @@ class _File:
             start, second, longest = starts[name]
             after = bisect.bisect_right(ordered, start)
             stop = ordered[after] if after < len(ordered) else end
-            if stop is not None and start <= second < stop and not any(start < other < stop for other in pictures if other != second):
+            if (
+                stop is not None
+                and start <= second < stop
+                and not any(start < other < stop for other in pictures if other != second)
+            ):
                 self.regions[name] = start, min(stop, start + longest)
                 self.source.will_need(*self.regions[name])
 
@@ -664,7 +684,9 @@ class _File:
             return False
         with self.reading(group):
             found: list[bytes] = []
-            group.links.iterate(lambda name: found.append(name) or True)  # to ask for the number reads all of an old-style group
+            group.links.iterate(
+                lambda name: found.append(name) or True
+            )  # to ask for the number reads all of an old-style group
             return bool(found)
 
     def links(self, group) -> list[str]:
@@ -673,7 +695,9 @@ class _File:
             return []
         found: list[tuple[str, int]] = []
         with self.reading(group):
-            group.links.iterate(lambda name, info: found.append((name.decode("utf-8", "replace"), info.type)), info=True)
+            group.links.iterate(
+                lambda name, info: found.append((name.decode("utf-8", "replace"), info.type)), info=True
+            )
         for name, kind in found:
             self._refuse_soft(group, name, kind)
         return [name for name, _ in found]
@@ -749,7 +773,9 @@ class _File:
             found, dtype = data.shape, data.dtype
             if dtype.kind not in "fiub":
                 raise ValueError(f"it holds {dtype}, no numbers")
-            if shape is not None and (len(found) != len(shape) or any(s not in (None, n) for s, n in zip(shape, found))):
+            if shape is not None and (
+                len(found) != len(shape) or any(s not in (None, n) for s, n in zip(shape, found))
+            ):
                 raise ValueError(f"its shape is {found}, not {shape}".replace("None", "n"))
             self._check_size(data, math.prod(found) * dtype.itemsize, MAX_ARRAY_BYTES)
         return data
@@ -779,7 +805,9 @@ class _File:
         found = [(int(name), self._extent(group, name)) for name in names]
         claimed, stored = (sum(getattr(extent, kind) for _, extent in found) for kind in ("size", "stored"))
         if stored > self.bytes or claimed > MAX_EXPANSION * self.bytes:
-            raise self.error(f"the pictures of {self.where(group)} claim {claimed} bytes, which cannot be in {self.bytes}")
+            raise self.error(
+                f"the pictures of {self.where(group)} claim {claimed} bytes, which cannot be in {self.bytes}"
+            )
         found.sort(key=lambda item: (item[1].offset or 0, item[0]))
         if hasattr(self.source, "will_need"):
             for _, extent in found:
@@ -790,7 +818,9 @@ class _File:
     def _extent(self, group, name: str) -> _Extent:
         with self.reading(group, name):
             data = h5d.open(group, name.encode())
-            offset = data.get_offset()  # of the bytes, where they are in this file and in one piece: then there is less to ask
+            offset = (
+                data.get_offset()
+            )  # of the bytes, where they are in this file and in one piece: then there is less to ask
             if offset is None:
                 return self._scattered(data, name)
             shape, size = data.shape, data.get_storage_size()
@@ -805,7 +835,12 @@ class _File:
         """The extent of a data set that is empty or that HDF5 has to put together."""
         self._refuse_elsewhere(data)
         shape, kind = data.shape or (), data.get_type()
-        if kind.get_class() != h5t.INTEGER or kind.get_size() != 1 or len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
+        if (
+            kind.get_class() != h5t.INTEGER
+            or kind.get_size() != 1
+            or len(shape) not in (1, 2)
+            or shape[1:] not in ((), (1,))
+        ):
             raise ValueError("it is no list of bytes")
         self._check_size(data, shape[0], MAX_PICTURE_BYTES)
         return _Extent(name, None if shape[0] else 0, shape[0], data.get_storage_size())
@@ -817,7 +852,9 @@ class _File:
         if self.descriptor is None:
             self.source.seek(extent.offset)
             data = self.source.read(extent.size)
-            if hasattr(self.source, "forget") and h5i.get_name(group) not in self.regions:  # else all of the group at once: `bring`
+            if (
+                hasattr(self.source, "forget") and h5i.get_name(group) not in self.regions
+            ):  # else all of the group at once: `bring`
                 self.source.forget(extent.offset, extent.offset + extent.size)
         else:
             data = os.pread(self.descriptor, extent.size, extent.offset)

@@ -49,7 +49,9 @@ def job_and_config(folder, verify="fast", cameras=None):
     )
     smc = folder / SMC
     remote = tool.RemoteFile("0018/0018_s3_all_raw.smc", smc.stat().st_size, None, 0)
-    return tool.Job("0018", "s3_all", [remote], cameras, tool.DEFAULT_MODALITIES), tool.load_config(str(folder / "config.yaml"))
+    return tool.Job("0018", "s3_all", [remote], cameras, tool.DEFAULT_MODALITIES), tool.load_config(
+        str(folder / "config.yaml")
+    )
 
 
 def ours(folder, verify="fast", cameras=None):
@@ -105,7 +107,11 @@ def run(way, folder):
     os.sync()
     # The host of a virtual machine takes back memory that is free for seconds, and the first to write to it waits. Here that is nobody.
     subprocess.run([sys.executable, "-c", f"b'x' * {2 * (folder / SMC).stat().st_size}"], check=True)
-    figures = json.loads(subprocess.run([sys.executable, __file__, "--one", way, "--dir", folder], check=True, capture_output=True, text=True).stdout)
+    figures = json.loads(
+        subprocess.run(
+            [sys.executable, __file__, "--one", way, "--dir", folder], check=True, capture_output=True, text=True
+        ).stdout
+    )
     put_away(folder, WAYS[way][1])
     return figures
 
@@ -123,8 +129,16 @@ def make(folder, views, frames):
     """The SMC of a synthetic s3_all, and a tar of the same files as the extraction writes."""
     smc = folder / SMC
     smc.parent.mkdir(parents=True)
-    synthetic_release.write_smc(smc, performance="s3_all", cameras=synthetic_release.S3_VIEWS[:views], frame_ids=range(frames), size=(2048, 2448),
-                                jpeg_bytes=330_000, distinct=1, audio_seconds=frames / 15)  # fmt: skip
+    synthetic_release.write_smc(
+        smc,
+        performance="s3_all",
+        cameras=synthetic_release.S3_VIEWS[:views],
+        frame_ids=range(frames),
+        size=(2048, 2448),
+        jpeg_bytes=330_000,
+        distinct=1,
+        audio_seconds=frames / 15,
+    )
     ours(folder)
     subprocess.run(["tar", "cf", folder / "pictures.tar", "-C", folder / "subjects/0018", "s3_all"], check=True)
     shutil.rmtree(folder / "subjects")
@@ -132,7 +146,10 @@ def make(folder, views, frames):
 
 
 def table(folder, views, frames, runs):
-    subprocess.run([sys.executable, __file__, "--make", "--views", str(views), "--frames", str(frames), "--dir", folder], check=True)
+    subprocess.run(
+        [sys.executable, __file__, "--make", "--views", str(views), "--frames", str(frames), "--dir", folder],
+        check=True,
+    )
     figures = {way: [] for way in WAYS}
     for _ in range(runs):
         for way in WAYS:
@@ -144,7 +161,9 @@ def table(folder, views, frames, runs):
     for way, runs_of_way in figures.items():
         seconds, cpu, memory, size = (median(values) for values in zip(*runs_of_way))
         ratios = [median(a[k] / b[k] for a, b in zip(runs_of_way, figures["tar x"])) for k in (0, 1)]
-        print(f"{way:20} {seconds:7.2f} {cpu:7.2f} {size / seconds / 1e6:6.0f} {memory:8.0f} {size / 1e9:6.2f} {ratios[0]:10.2f} {ratios[1]:12.2f}")
+        print(
+            f"{way:20} {seconds:7.2f} {cpu:7.2f} {size / seconds / 1e6:6.0f} {memory:8.0f} {size / 1e9:6.2f} {ratios[0]:10.2f} {ratios[1]:12.2f}"
+        )
     ratio = lambda a, b: median(x[1] / y[1] for x, y in zip(figures[a], figures[b]))
     print(f"\nCPU of decode, re-encode / ours, verify fast: {ratio('decode, re-encode', 'ours, verify fast'):.1f}")
     print(f"CPU of ours, verify full / decode, re-encode: {ratio('ours, verify full', 'decode, re-encode'):.2f}")
@@ -168,7 +187,10 @@ def growth(folder):
             ours(folder, cameras={25})
             times.append(time.monotonic() - begin)
             put_away(folder, "subjects")
-        print(f"{frames:6} frames of camera 25, {cameras} cameras in the file: {statistics.median(times) / frames * 1e6:6.0f} µs a frame", flush=True)
+        print(
+            f"{frames:6} frames of camera 25, {cameras} cameras in the file: {statistics.median(times) / frames * 1e6:6.0f} µs a frame",
+            flush=True,
+        )
 
 
 def overlap(folder, cameras):
@@ -179,7 +201,15 @@ def overlap(folder, cameras):
     `--transfers 4` brings four of six equal files together, when two thirds of the first subject are there. That would be a sixth
     of all; two extractions at once make up for it."""
     subjects = ("0018", "0019", "0026", "0030")
-    paths = synthetic_release.write_demo(folder, subjects, frames=200 if cameras else 40, size=(1024, 1224), jpeg_bytes=200_000, distinct=1, cameras=cameras)
+    paths = synthetic_release.write_demo(
+        folder,
+        subjects,
+        frames=200 if cameras else 40,
+        size=(1024, 1224),
+        jpeg_bytes=200_000,
+        distinct=1,
+        cameras=cameras,
+    )
     config = (folder / "config.yaml").read_text()
     size = sum(path.stat().st_size for path in paths)
 
@@ -187,9 +217,15 @@ def overlap(folder, cameras):
         for name in ("subjects", "MANIFEST.csv"):
             shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
         flags = f'["--config", "rclone.conf", "--bwlimit", "{limit}", "--bwlimit-file", "off"]'
-        (folder / "config.yaml").write_text(config.replace('["--config", "rclone.conf"]', flags).replace("workers: 4", "workers: 1"))
+        (folder / "config.yaml").write_text(
+            config.replace('["--config", "rclone.conf"]', flags).replace("workers: 4", "workers: 1")
+        )
         begin = time.monotonic()
-        subprocess.run([sys.executable, TESTS.parent / "extract_streaming_gdrive.py", "--config", folder / "config.yaml"], check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, TESTS.parent / "extract_streaming_gdrive.py", "--config", folder / "config.yaml"],
+            check=True,
+            capture_output=True,
+        )
         seconds = time.monotonic() - begin
         with open(folder / "MANIFEST.csv", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -200,14 +236,30 @@ def overlap(folder, cameras):
     begin = time.monotonic()
     rclone = shutil.which("rclone") or Path(sys.executable).parent / "rclone"
     for subject in subjects:
-        subprocess.run([rclone, "copy", "--transfers", "4", "--bwlimit", limit, "--config", folder / "rclone.conf", folder / "release" / subject, folder / "copy" / subject], check=True)
+        subprocess.run(
+            [
+                rclone,
+                "copy",
+                "--transfers",
+                "4",
+                "--bwlimit",
+                limit,
+                "--config",
+                folder / "rclone.conf",
+                folder / "release" / subject,
+                folder / "copy" / subject,
+            ],
+            check=True,
+        )
     download = time.monotonic() - begin
     both, *in_run = run(limit)
     largest = max(path.stat().st_size for path in paths) / size
     print(f"{size / 1e6:.0f} MB, the largest file {largest:.2f} of it", flush=True)
     print(f"  alone:      downloads {download:5.1f} s, extractions {extraction:5.1f} s")
     print(f"  in the run: downloads {in_run[0]:5.1f} s, extractions {in_run[1]:5.1f} s, as its manifest has them")
-    print(f"  the run {both:.1f} s: {both / max(download, extraction):.2f} times the longer, {both / (download + extraction):.2f} times both together")
+    print(
+        f"  the run {both:.1f} s: {both / max(download, extraction):.2f} times the longer, {both / (download + extraction):.2f} times both together"
+    )
 
 
 def main():

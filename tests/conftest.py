@@ -64,8 +64,14 @@ class Workspace:
     def run(self, *arguments, expect=0, environment=None, timeout=120):
         """Run the script; its exit code has to be `expect`. Gives what it printed, stdout and stderr in `out` and `err`."""
         begin, cpu_before = time.monotonic(), cpu_of_children()
-        done = subprocess.run(self.command(*arguments), capture_output=True, text=True, timeout=timeout,
-                              env={**os.environ, **(environment or {})}, cwd=self.folder.parent)
+        done = subprocess.run(
+            self.command(*arguments),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **(environment or {})},
+            cwd=self.folder.parent,
+        )
         done.seconds, done.cpu = time.monotonic() - begin, cpu_of_children() - cpu_before
         done.out, done.err = done.stdout, done.stderr
         assert done.returncode == expect, done.stdout + done.stderr
@@ -74,8 +80,15 @@ class Workspace:
 
     def start(self, *arguments, environment=None, **options):
         """Start the script and don't wait for it."""
-        return subprocess.Popen(self.command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                                env={**os.environ, **(environment or {})}, cwd=self.folder.parent, **options)
+        return subprocess.Popen(
+            self.command(*arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **(environment or {})},
+            cwd=self.folder.parent,
+            **options,
+        )
 
     @property
     def manifest(self):

@@ -40,21 +40,30 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 ROOT_ID = "fake-root-folder-id-000000000000"  # the shared folder; every other id is derived from a path in it
-REMOTE_NAME = "fake"                          # section of the rclone config
-ACCESS_TOKEN = "fake-access-token"            # any other bearer gets a 401
+REMOTE_NAME = "fake"  # section of the rclone config
+ACCESS_TOKEN = "fake-access-token"  # any other bearer gets a 401
 FOLDER_TYPE = "application/vnd.google-apps.folder"
-READ_SIZE = 1 << 20                           # bytes per read from a file
-RECORD_SIZE = 1 << 14                         # bytes per write, one TLS record: a write that fails is not counted, so keep it small
-SEND_BUFFER = 1 << 16                         # kernel send buffer, for the same reason: what is in it counts as sent
-DRAIN_SECONDS = 1.0                           # how long a cut waits for the bytes before it to leave
+READ_SIZE = 1 << 20  # bytes per read from a file
+RECORD_SIZE = 1 << 14  # bytes per write, one TLS record: a write that fails is not counted, so keep it small
+SEND_BUFFER = 1 << 16  # kernel send buffer, for the same reason: what is in it counts as sent
+DRAIN_SECONDS = 1.0  # how long a cut waits for the bytes before it to leave
 
 # fault kind: (status, domain, reason, message), in the words of the real service
 ERRORS = {
-    "downloadQuotaExceeded": (403, "usageLimits", "downloadQuotaExceeded", "The download quota for this file has been exceeded."),
+    "downloadQuotaExceeded": (
+        403,
+        "usageLimits",
+        "downloadQuotaExceeded",
+        "The download quota for this file has been exceeded.",
+    ),
     "userRateLimitExceeded": (403, "usageLimits", "userRateLimitExceeded", "User Rate Limit Exceeded"),
     "rateLimitExceeded": (403, "usageLimits", "rateLimitExceeded", "Rate Limit Exceeded"),
-    "cannotDownloadAbusiveFile": (403, "global", "cannotDownloadAbusiveFile",
-                                  "This file has been identified as malware or spam and cannot be downloaded."),
+    "cannotDownloadAbusiveFile": (
+        403,
+        "global",
+        "cannotDownloadAbusiveFile",
+        "This file has been identified as malware or spam and cannot be downloaded.",
+    ),
     "400": (400, "global", "invalid", "Invalid Value"),
     "401": (401, "global", "authError", "Invalid Credentials"),
     "404": (404, "global", "notFound", "File not found: {id}."),
@@ -215,10 +224,13 @@ class FakeDrive:
     def select(self, kind=None, name=None, status=None):
         """The requests that `count` counts."""
         with self._lock:
-            return [request for request in self.requests
-                    if (kind is None or request.kind == kind)
-                    and (name is None or matches(name, request.name))
-                    and (status is None or request.status == status)]
+            return [
+                request
+                for request in self.requests
+                if (kind is None or request.kind == kind)
+                and (name is None or matches(name, request.name))
+                and (status is None or request.status == status)
+            ]
 
     def bytes_sent(self, name=None):
         """Media bytes sent, also by answers that were cut or are still under way.
@@ -249,21 +261,23 @@ class FakeDrive:
 @dataclass
 class Request:
     """One request. `sent` grows while the answer is under way; `status` is 0 until there is one."""
-    time: float        # seconds since the epoch
+
+    time: float  # seconds since the epoch
     method: str
-    kind: str          # list, get, media, token, connect (refused host), other
-    name: str          # path in the folder; of the folder for a listing, the bare id if there is no such file
+    kind: str  # list, get, media, token, connect (refused host), other
+    name: str  # path in the folder; of the folder for a listing, the bare id if there is no such file
     range_start: int = None  # as the Range header has them, both ends included; range_end None: to the end
     range_end: int = None
     status: int = 0
-    sent: int = 0      # bytes of media, not counting headers and error texts
-    query: str = ""    # as it came, for a look at what rclone asks
+    sent: int = 0  # bytes of media, not counting headers and error texts
+    query: str = ""  # as it came, for a look at what rclone asks
     done: bool = False
 
 
 @dataclass
 class Fault:
     """See FakeDrive.fault."""
+
     name: str
     kind: str
     on: str
@@ -293,6 +307,7 @@ class Fault:
 @dataclass
 class Gate:
     """See FakeDrive.gate."""
+
     name: str
     after_bytes: int
     reached: threading.Event = field(default_factory=threading.Event)
@@ -328,8 +343,13 @@ class ApiError(Exception):
     def __init__(self, kind, about=""):
         self.status, domain, reason, message = ERRORS[kind]
         message = message.format(id=about)
-        self.body = {"error": {"errors": [{"domain": domain, "reason": reason, "message": message}],
-                               "code": self.status, "message": message}}
+        self.body = {
+            "error": {
+                "errors": [{"domain": domain, "reason": reason, "message": message}],
+                "code": self.status,
+                "message": message,
+            }
+        }
 
 
 # The folder as Drive has it: ids, metadata, queries
@@ -365,8 +385,13 @@ class Tree:
         for name, is_folder in names:
             child = f"{path}/{name}" if path else name
             self._path_of[file_id(child)] = child
-            yield {"path": child, "name": name, "parents": [file_id(path)], "trashed": False,
-                   "mimeType": FOLDER_TYPE if is_folder else "application/octet-stream"}
+            yield {
+                "path": child,
+                "name": name,
+                "parents": [file_id(path)],
+                "trashed": False,
+                "mimeType": FOLDER_TYPE if is_folder else "application/octet-stream",
+            }
 
     def metadata(self, path, fields):
         """The resource of a file or folder, cut down to `fields` (the parameter of the request; without nesting)."""
@@ -570,7 +595,9 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         if self.host != "oauth2.googleapis.com":
             return self._refuse("other", self.path)
         record = self.drive._add_record(Request(time.time(), "POST", "token", self.path, done=True))
-        self._send_json(record, 400, {"error": "invalid_grant", "error_description": "Token has been expired or revoked."})
+        self._send_json(
+            record, 400, {"error": "invalid_grant", "error_description": "Token has been expired or revoked."}
+        )
 
     def _refuse(self, kind, name):
         record = self.drive._add_record(Request(time.time(), self.command, kind, name, done=True))
@@ -589,8 +616,14 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             self._meet_error("get", path, params)
             self._send_json(record, 200, self.drive._tree.metadata(path, params.get("fields", "*")))
         elif url_path == "/drive/v3/about":
-            self._send_json(record, 200, {"user": {"displayName": "Fake", "emailAddress": "fake@example.com"},
-                                          "storageQuota": {"limit": str(15 << 30), "usage": "0"}})
+            self._send_json(
+                record,
+                200,
+                {
+                    "user": {"displayName": "Fake", "emailAddress": "fake@example.com"},
+                    "storageQuota": {"limit": str(15 << 30), "usage": "0"},
+                },
+            )
         elif url_path == "/drive/v3/changes/startPageToken":
             self._send_json(record, 200, {"startPageToken": "1"})
         elif url_path == "/drive/v3/drives":
@@ -631,8 +664,11 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         size = min(int(params.get("pageSize", 100)), self.drive.page_size)
         start = int(params.get("pageToken", 0))
         fields = params.get("fields", "*")
-        page = {"kind": "drive#fileList", "incompleteSearch": False,
-                "files": [tree.metadata(entry["path"], fields) for entry in entries[start:start + size]]}
+        page = {
+            "kind": "drive#fileList",
+            "incompleteSearch": False,
+            "files": [tree.metadata(entry["path"], fields) for entry in entries[start : start + size]],
+        }
         if start + size < len(entries):
             page["nextPageToken"] = str(start + size)
         self._send_json(record, 200, page)
@@ -691,7 +727,9 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             self._send_block(block, record)
             delay = 0.0
             if slow_rate or self.drive.bandwidth_per_connection:
-                delay = pacer.book(len(block), min(rate for rate in (slow_rate, self.drive.bandwidth_per_connection) if rate))
+                delay = pacer.book(
+                    len(block), min(rate for rate in (slow_rate, self.drive.bandwidth_per_connection) if rate)
+                )
             if self.drive.bandwidth:
                 delay = max(delay, self.drive._pacer.book(len(block), self.drive.bandwidth))
             if delay:
@@ -703,7 +741,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
 
     def _send_block(self, block, record):
         for start in range(0, len(block), RECORD_SIZE):
-            piece = block[start:start + RECORD_SIZE]
+            piece = block[start : start + RECORD_SIZE]
             record.sent += len(piece)  # before the write: a client that has got everything must find it counted
             try:
                 self.connection.sendall(piece)
@@ -769,6 +807,7 @@ def unsent_bytes(connection):
     try:
         import fcntl
         import termios
+
         return struct.unpack("i", fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, b"\0\0\0\0"))[0]
     except (ImportError, OSError):
         return 0
@@ -779,10 +818,16 @@ def unsent_bytes(connection):
 
 def rclone_config(expired_token):
     year = 2001 if expired_token else 2099
-    token = {"access_token": ACCESS_TOKEN, "token_type": "Bearer", "refresh_token": "fake-refresh-token",
-             "expiry": f"{year}-01-01T00:00:00Z"}
-    return (f"[{REMOTE_NAME}]\ntype = drive\nscope = drive.readonly\nclient_id = fake-client-id\n"
-            f"client_secret = fake-client-secret\ntoken = {json.dumps(token)}\n")
+    token = {
+        "access_token": ACCESS_TOKEN,
+        "token_type": "Bearer",
+        "refresh_token": "fake-refresh-token",
+        "expiry": f"{year}-01-01T00:00:00Z",
+    }
+    return (
+        f"[{REMOTE_NAME}]\ntype = drive\nscope = drive.readonly\nclient_id = fake-client-id\n"
+        f"client_secret = fake-client-secret\ntoken = {json.dumps(token)}\n"
+    )
 
 
 def make_certificate(path):
@@ -797,12 +842,18 @@ def make_certificate(path):
     alternatives = [x509.DNSName(host) for host in ("googleapis.com", "*.googleapis.com")]
     alternatives.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
     now = datetime.datetime.now(datetime.timezone.utc)
-    certificate = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-                   .serial_number(x509.random_serial_number())
-                   .not_valid_before(now - datetime.timedelta(days=1)).not_valid_after(now + datetime.timedelta(days=30))
-                   .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
-                   .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-                   .sign(key, hashes.SHA256()))
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=30))
+        .add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
     pem = serialization.Encoding.PEM
     path.write_bytes(certificate.public_bytes(pem))
     key_path = path.with_suffix(".key")

@@ -1,4 +1,5 @@
 """Damaged and hostile SMC files for the tests: mutations with a fixed seed, and what plain h5py makes of the result."""
+
 import hashlib
 import os
 import random
@@ -54,7 +55,9 @@ def mutations(path, count, seed):
                 content[at] ^= 1 << chance.randrange(8)
             elif kind == "word":
                 at = min(at - at % 8, len(original) - 8)
-                content[at : at + 8] = struct.pack("<Q", chance.choice(WORDS + (len(original), at, somewhere() // 8 * 8)))
+                content[at : at + 8] = struct.pack(
+                    "<Q", chance.choice(WORDS + (len(original), at, somewhere() // 8 * 8))
+                )
             elif kind == "zero":
                 length = chance.choice((1, 8, 64, 512, 4096))
                 content[at : at + length] = bytes(len(content[at : at + length]))
@@ -69,7 +72,10 @@ def mutations(path, count, seed):
             elif kind == "swap":
                 other, length = somewhere(), chance.choice((8, 24, 64))
                 length = min(length, len(content) - max(at, other))
-                content[at : at + length], content[other : other + length] = original[other : other + length], original[at : at + length]
+                content[at : at + length], content[other : other + length] = (
+                    original[other : other + length],
+                    original[at : at + length],
+                )
             elif kind == "sign":
                 at = near_signature()
                 content[at] = chance.choice((0, 1, 0x7F, 0x80, 0xFF, chance.randrange(256)))
@@ -94,7 +100,11 @@ def plain_pictures(path):
         for camera in file.get("Camera", ()):
             for group, modality in (("color", "images"), ("mask", "masks")):
                 for frame in file[f"Camera/{camera}"].get(group, ()) if re.fullmatch("[0-5][0-9]", camera) else ():
-                    data = file[f"Camera/{camera}/{group}/{frame}"][()].tobytes() if re.fullmatch("0|[1-9][0-9]*", frame) else b""
+                    data = (
+                        file[f"Camera/{camera}/{group}/{frame}"][()].tobytes()
+                        if re.fullmatch("0|[1-9][0-9]*", frame)
+                        else b""
+                    )
                     if data:
                         found[f"{modality}/cam_{camera}/frame_{int(frame):06d}"] = data
     return found
@@ -105,7 +115,10 @@ def snapshot(folder, without=()):
     found = {}
     for parent, folders, files in os.walk(folder):
         if parent == str(folder):
-            folders[:], files = [name for name in folders if name not in without], [name for name in files if name not in without]
+            folders[:], files = (
+                [name for name in folders if name not in without],
+                [name for name in files if name not in without],
+            )
         for name in folders + files:
             path = os.path.join(parent, name)
             status = os.lstat(path)

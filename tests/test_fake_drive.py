@@ -14,7 +14,9 @@ import pytest
 
 from fake_drive import ACCESS_TOKEN, FakeDrive, Query, matches
 
-RCLONE = os.environ.get("RCLONE") or shutil.which("rclone", path=os.path.dirname(sys.executable)) or shutil.which("rclone")
+RCLONE = (
+    os.environ.get("RCLONE") or shutil.which("rclone", path=os.path.dirname(sys.executable)) or shutil.which("rclone")
+)
 MB = 1 << 20
 NAMES = ["0012/a.smc", "0012/b.smc", "0012/c.smc", "0012/d.smc"]
 
@@ -36,20 +38,52 @@ def drive(folder):
 
 
 def command(drive, *arguments, root_id=None):
-    return [RCLONE, *map(str, arguments), "--drive-root-folder-id", root_id or drive.root_id, "--drive-acknowledge-abuse",
-            "--transfers", "4", "--checkers", "8", "--retries", "10", "--low-level-retries", "20", "--drive-stop-on-download-limit",
-            "--use-json-log", "--stats", "500ms", "-v"]
+    return [
+        RCLONE,
+        *map(str, arguments),
+        "--drive-root-folder-id",
+        root_id or drive.root_id,
+        "--drive-acknowledge-abuse",
+        "--transfers",
+        "4",
+        "--checkers",
+        "8",
+        "--retries",
+        "10",
+        "--low-level-retries",
+        "20",
+        "--drive-stop-on-download-limit",
+        "--use-json-log",
+        "--stats",
+        "500ms",
+        "-v",
+    ]
 
 
 def rclone(drive, *arguments, root_id=None):
-    return subprocess.run(command(drive, *arguments, root_id=root_id), env={**os.environ, **drive.environment()},
-                          capture_output=True, timeout=30)
+    return subprocess.run(
+        command(drive, *arguments, root_id=root_id),
+        env={**os.environ, **drive.environment()},
+        capture_output=True,
+        timeout=30,
+    )
 
 
 def list_files(drive, path, **options):
     # Without --disable ListR, a recursive listing that meets an error now and then (1 to 5 in 100) ends well, with files missing
-    return rclone(drive, "lsjson", f"{drive.remote_name}:{path}", "-R", "--hash", "--hash-type", "md5", "--files-only",
-                  "--disable", "ListR", **options)
+    return rclone(
+        drive,
+        "lsjson",
+        f"{drive.remote_name}:{path}",
+        "-R",
+        "--hash",
+        "--hash-type",
+        "md5",
+        "--files-only",
+        "--disable",
+        "ListR",
+        **options,
+    )
 
 
 def copy_command(drive, tmp_path, names, *arguments):
@@ -64,9 +98,12 @@ def copy(drive, tmp_path, names=NAMES, *arguments):
 
 def whole(tmp_path, names=NAMES):
     """The names whose copy equals the file in the drive."""
-    return [name for name in names
-            if (tmp_path / "here" / name).exists()
-            and (tmp_path / "here" / name).read_bytes() == (tmp_path / "drive" / name).read_bytes()]
+    return [
+        name
+        for name in names
+        if (tmp_path / "here" / name).exists()
+        and (tmp_path / "here" / name).read_bytes() == (tmp_path / "drive" / name).read_bytes()
+    ]
 
 
 def messages(done):
@@ -77,13 +114,13 @@ def messages(done):
 
 
 def test_listing_has_size_time_and_md5_of_every_file(drive, folder):
-    (folder / "0012/sub it's \\ \"odd\"").mkdir()
-    (folder / "0012/sub it's \\ \"odd\"/é.txt").write_text("x")
+    (folder / '0012/sub it\'s \\ "odd"').mkdir()
+    (folder / '0012/sub it\'s \\ "odd"/é.txt').write_text("x")
     (folder / "0012/empty").touch()
     done = list_files(drive, "0012")
     assert done.returncode == 0, done.stderr
     files = {file["Path"]: file for file in json.loads(done.stdout)}
-    assert set(files) == {"a.smc", "b.smc", "c.smc", "d.smc", "empty", "sub it's \\ \"odd\"/é.txt"}
+    assert set(files) == {"a.smc", "b.smc", "c.smc", "d.smc", "empty", 'sub it\'s \\ "odd"/é.txt'}
     assert files["a.smc"]["Size"] == 2 * MB
     assert files["a.smc"]["ModTime"].startswith("2020-09-13T12:26:40")
     assert files["empty"]["Hashes"]["md5"] == "d41d8cd98f00b204e9800998ecf8427e"
@@ -172,8 +209,11 @@ def test_a_large_file_comes_fast(drive, folder):
     connection = http.client.HTTPSConnection("127.0.0.1", drive.port, context=trusting(drive))
     connection.set_tunnel("www.googleapis.com", 443)
     started = time.process_time()
-    connection.request("GET", f"/drive/v3/files/{drive.file_id('large')}?alt=media",
-                       headers={"Authorization": f"Bearer {ACCESS_TOKEN}"})
+    connection.request(
+        "GET",
+        f"/drive/v3/files/{drive.file_id('large')}?alt=media",
+        headers={"Authorization": f"Bearer {ACCESS_TOKEN}"},
+    )
     answer = connection.getresponse()
     buffer = bytearray(MB)
     while answer.readinto(buffer):
@@ -191,8 +231,11 @@ def test_bandwidth_is_shared_by_all_answers(drive, tmp_path):
 
 def test_a_gate_holds_an_answer_at_a_byte(drive, tmp_path):
     gate = drive.gate("c.smc", 1_000_001)
-    process = subprocess.Popen(command(drive, *copy_command(drive, tmp_path, NAMES)), env={**os.environ, **drive.environment()},
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(drive, *copy_command(drive, tmp_path, NAMES)),
+        env={**os.environ, **drive.environment()},
+        stderr=subprocess.DEVNULL,
+    )
     gate.wait()
     assert drive.bytes_sent("c.smc") == 1_000_001
     assert process.poll() is None
@@ -203,8 +246,11 @@ def test_a_gate_holds_an_answer_at_a_byte(drive, tmp_path):
 
 def test_an_answer_to_a_killed_client_ends(drive, tmp_path):
     gate = drive.gate("c.smc", MB)
-    process = subprocess.Popen(command(drive, *copy_command(drive, tmp_path, NAMES)), env={**os.environ, **drive.environment()},
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(drive, *copy_command(drive, tmp_path, NAMES)),
+        env={**os.environ, **drive.environment()},
+        stderr=subprocess.DEVNULL,
+    )
     gate.wait()
     process.kill()
     process.wait()
@@ -224,7 +270,9 @@ def test_quota_of_one_file_stops_rclone(drive, tmp_path):
     assert drive.count("media", "c.smc", 403) == 1
 
 
-@pytest.mark.parametrize("kind, status", [("userRateLimitExceeded", 403), ("rateLimitExceeded", 403), ("500", 500), ("503", 503)])
+@pytest.mark.parametrize(
+    "kind, status", [("userRateLimitExceeded", 403), ("rateLimitExceeded", 403), ("500", 500), ("503", 503)]
+)
 def test_passing_refusals_are_outlived(drive, tmp_path, kind, status):
     fault = drive.fault("c.smc", kind, times=1)
     assert copy(drive, tmp_path).returncode == 0
@@ -255,7 +303,9 @@ def test_a_corrupt_byte_spoils_only_the_ranges_that_hold_it(drive, folder):
     data = (folder / "0012/a.smc").read_bytes()
     path = f"{drive.remote_name}:0012/a.smc"
     assert rclone(drive, "cat", path, "--offset", 0, "--count", 1000).stdout == data[:1000]
-    assert rclone(drive, "cat", path, "--offset", 999, "--count", 3).stdout == bytes([data[999], data[1000] ^ 0xFF, data[1001]])
+    assert rclone(drive, "cat", path, "--offset", 999, "--count", 3).stdout == bytes(
+        [data[999], data[1000] ^ 0xFF, data[1001]]
+    )
 
 
 def test_a_truncated_answer_is_noticed(drive, tmp_path):
@@ -306,8 +356,11 @@ def test_faults_can_wait_and_end(drive, tmp_path):
 
 def test_an_outage_is_outlived(drive, tmp_path):
     drive.bandwidth_per_connection = 2 * MB
-    process = subprocess.Popen(command(drive, *copy_command(drive, tmp_path, NAMES[:2])), env={**os.environ, **drive.environment()},
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(drive, *copy_command(drive, tmp_path, NAMES[:2])),
+        env={**os.environ, **drive.environment()},
+        stderr=subprocess.DEVNULL,
+    )
     while drive.bytes_sent() < MB:
         time.sleep(0.01)
     drive.stop()
@@ -334,8 +387,11 @@ def test_other_hosts_are_refused(drive, target):
 
 def test_it_stops_at_once_with_answers_under_way(folder, tmp_path, capfd):
     with FakeDrive(folder, bandwidth=100_000) as drive:
-        process = subprocess.Popen(command(drive, *copy_command(drive, tmp_path, NAMES)), env={**os.environ, **drive.environment()},
-                                   stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(drive, *copy_command(drive, tmp_path, NAMES)),
+            env={**os.environ, **drive.environment()},
+            stderr=subprocess.DEVNULL,
+        )
         while not drive.bytes_sent():
             time.sleep(0.01)
         scratch = drive.config_path.parent
@@ -348,7 +404,9 @@ def test_it_stops_at_once_with_answers_under_way(folder, tmp_path, capfd):
 
 
 def test_queries_are_read_as_the_service_reads_them():
-    query = Query(r"trashed=false and ('A' in parents or 'B' in parents) and (name='it\'s' or name='x') and not mimeType='folder'")
+    query = Query(
+        r"trashed=false and ('A' in parents or 'B' in parents) and (name='it\'s' or name='x') and not mimeType='folder'"
+    )
     entry = {"trashed": False, "parents": ["B"], "name": "it's", "mimeType": "file"}
     assert query.parents == ["A", "B"]
     assert query.accepts(entry)

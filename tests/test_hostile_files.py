@@ -1,4 +1,5 @@
 """Damaged and hostile SMC files through the extraction, as a user runs it: nothing crashes, leaks or goes astray."""
+
 import csv
 import json
 import os
@@ -58,7 +59,9 @@ class Place:
         before = snapshot(self.folder, without=OURS)
         command = [sys.executable, SCRIPT, "--config", self.folder / "config.yaml"]
         with open(self.folder.parent / "said", "w+") as said:
-            process = subprocess.Popen(command, cwd=self.folder.parent, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            process = subprocess.Popen(
+                command, cwd=self.folder.parent, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+            )
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = self.code = os.waitstatus_to_exitcode(status)
             said.seek(0)
@@ -88,7 +91,11 @@ def place(tmp_path):
 
 
 def pictures_written(folder):
-    return {f"{path.relative_to(folder).parent}/{path.stem}": path.read_bytes() for kind in ("images", "masks") for path in folder.glob(f"{kind}/*/*")}
+    return {
+        f"{path.relative_to(folder).parent}/{path.stem}": path.read_bytes()
+        for kind in ("images", "masks")
+        for path in folder.glob(f"{kind}/*/*")
+    }
 
 
 def check_completed(folder, row, source):
@@ -112,7 +119,9 @@ SEED = int(os.environ.get("MUTATIONS_SEED", 9))  # another one for more of them
 SMALL = dict(cameras=(0, 25), frame_ids=range(3), size=(24, 30), audio_seconds=0.02, masks=(25,), keypoints2d=(25,))
 BASES = {
     "plain": dict(SMALL, keypoints3d=True, calibration=True),
-    "gzip": dict(SMALL, keypoints3d=True, calibration=False, storage="gzip", column_shape=True, scan=True, scan_masks=(0, 3)),
+    "gzip": dict(
+        SMALL, keypoints3d=True, calibration=False, storage="gzip", column_shape=True, scan=True, scan_masks=(0, 3)
+    ),
     "chunked": dict(SMALL, calibration=False, storage="chunked"),
 }
 
@@ -131,7 +140,9 @@ def test_five_hundred_damaged_files_each_end_as_completed_or_failed(tmp_path):
     completed = [key for key, row in rows.items() if row["status"] == "completed"]
     assert 100 < len(completed) < 400
     with ProcessPoolExecutor(2) as apart:  # libhdf5 could crash
-        for key, source in zip(completed, apart.map(plain_pictures, [place.smc(*key) for key in completed], timeout=60)):
+        for key, source in zip(
+            completed, apart.map(plain_pictures, [place.smc(*key) for key in completed], timeout=60)
+        ):
             check_completed(place.output.joinpath(*key), rows[key], source)
 
 
@@ -141,7 +152,10 @@ def test_five_hundred_damaged_files_each_end_as_completed_or_failed(tmp_path):
 def small(path, **options):
     """A small healthy SMC file at a path."""
     subject, performance = path.stem[:4], path.stem[5:].rpartition("_")[0]
-    options = {**dict(cameras=(3, 25), frame_ids=range(3), size=(24, 30), audio_seconds=0.1, calibration=False, masks=(25,)), **options}
+    options = {
+        **dict(cameras=(3, 25), frame_ids=range(3), size=(24, 30), audio_seconds=0.1, calibration=False, masks=(25,)),
+        **options,
+    }
     synthetic.write_smc(path, subject, performance, **options)
     return path
 
@@ -155,7 +169,9 @@ def external(file, secret):
 
 
 def external_storage(file, secret):
-    file["Camera/25/color"].create_dataset("0", (len(SECRET),), np.uint8, external=[(str(secret), secret.read_bytes().find(SECRET), len(SECRET))])
+    file["Camera/25/color"].create_dataset(
+        "0", (len(SECRET),), np.uint8, external=[(str(secret), secret.read_bytes().find(SECRET), len(SECRET))]
+    )
 
 
 def virtual(file, secret):
@@ -247,7 +263,9 @@ def one_picture_many_times(file):
 
 def unpacking_to_more(file):
     for frame in range(3, 20):
-        file.create_dataset(f"Camera/25/color/{frame}", data=np.zeros(1_000_000, np.uint8), chunks=True, compression="gzip")
+        file.create_dataset(
+            f"Camera/25/color/{frame}", data=np.zeros(1_000_000, np.uint8), chunks=True, compression="gzip"
+        )
 
 
 def a_picture_for_a_group(file):
@@ -266,7 +284,16 @@ def endless_heap(file):
 
 
 SKIPPED = (odd_names, many_cameras, odd_attributes, empty_pictures, parameter_names)
-REFUSED = (parameter_groups, two_terabytes, two_terabytes_of_audio, links_without_end, one_picture_many_times, unpacking_to_more, a_picture_for_a_group, endless_heap)  # fmt: skip
+REFUSED = (
+    parameter_groups,
+    two_terabytes,
+    two_terabytes_of_audio,
+    links_without_end,
+    one_picture_many_times,
+    unpacking_to_more,
+    a_picture_for_a_group,
+    endless_heap,
+)
 
 
 def test_hostile_files_are_refused_or_what_is_odd_in_them_is_skipped_with_a_message(place):
@@ -330,7 +357,13 @@ def test_inspecting_damaged_files_says_what_is_wrong_and_goes_on(tmp_path):
 def precious(place):
     """A folder that is nobody's business, beside the output."""
     folder = place.folder / "precious"
-    for name in ("s1_all.partial/file", "s1_all/images/cam_25/frame_000000.jpg", "file", "1000_s1_all_raw.smc", "1000_s2_all_raw.smc.abc.partial"):
+    for name in (
+        "s1_all.partial/file",
+        "s1_all/images/cam_25/frame_000000.jpg",
+        "file",
+        "1000_s1_all_raw.smc",
+        "1000_s2_all_raw.smc.abc.partial",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"precious")
     return folder
@@ -347,7 +380,16 @@ def test_a_link_in_the_place_of_the_subject_is_refused(place, precious):
     assert (place.output / "1000").is_symlink()
 
 
-@pytest.mark.parametrize("link", ["subjects/1000/s1_all", "subjects/1000/s1_all.partial", "subjects/1000/s1_all.old", "temp_smc/1000", "temp_smc/1000/1000_s1_all_raw.smc"])  # fmt: skip
+@pytest.mark.parametrize(
+    "link",
+    [
+        "subjects/1000/s1_all",
+        "subjects/1000/s1_all.partial",
+        "subjects/1000/s1_all.old",
+        "temp_smc/1000",
+        "temp_smc/1000/1000_s1_all_raw.smc",
+    ],
+)
 @pytest.mark.parametrize("target", ["precious", "precious/file", "nowhere"])
 def test_a_link_in_the_place_of_an_output_or_temp_file_is_replaced_and_not_followed(place, precious, link, target):
     source = small(place.smc("1000", "s1_all"))
@@ -360,7 +402,10 @@ def test_a_link_in_the_place_of_an_output_or_temp_file_is_replaced_and_not_follo
     assert place.code == 0, place.said
     folder = place.output / "1000/s1_all"
     check_completed(folder, rows["1000", "s1_all"], plain_pictures(source))
-    assert not any(path.is_symlink() for path in (folder, *folder.rglob("*"), *place.output.rglob("*"), *(place.folder / "temp_smc").rglob("*")))
+    assert not any(
+        path.is_symlink()
+        for path in (folder, *folder.rglob("*"), *place.output.rglob("*"), *(place.folder / "temp_smc").rglob("*"))
+    )
     assert not (place.folder / "nowhere").exists()
 
 

@@ -21,7 +21,9 @@ from renderme_360_reader_new import SMCError, SMCReader
 
 def inspect(*paths, expect=0, folder=None):
     """What --inspect prints, on stdout and stderr; each line has to fit 100 columns."""
-    run = subprocess.run([sys.executable, SCRIPT, "--inspect", *map(str, paths)], capture_output=True, text=True, cwd=folder, timeout=60)
+    run = subprocess.run(
+        [sys.executable, SCRIPT, "--inspect", *map(str, paths)], capture_output=True, text=True, cwd=folder, timeout=60
+    )
     assert run.returncode in (expect if isinstance(expect, tuple) else (expect,)), run.stdout + run.stderr
     assert "Traceback" not in run.stdout + run.stderr, run.stderr
     assert max(map(len, run.stdout.splitlines()), default=0) <= 100, run.stdout
@@ -48,10 +50,16 @@ def test_it_tells_what_a_file_has_without_a_config(release, tmp_path):
     assert found["frames"] == ["3, fps 15, 153 x 128 pixels"]
     assert found["audio"][0] == "0.20 s, 2 channels, 48000 Hz"
     with h5py.File(smc) as file:
-        pictures = [data for camera in file["Camera"].values() if "color" in camera for data in camera["color"].values()]
+        pictures = [
+            data for camera in file["Camera"].values() if "color" in camera for data in camera["color"].values()
+        ]
     cameras = " ".join(map(str, synthetic_release.S3_VIEWS))
     table, which = found["images"]
-    assert table.startswith("38 114 ") and table.endswith("kB jpg 153x128") and which == f"38 cameras with 3 frames: {cameras}"
+    assert (
+        table.startswith("38 114 ")
+        and table.endswith("kB jpg 153x128")
+        and which == f"38 cameras with 3 frames: {cameras}"
+    )
     assert "missing" not in found and "warning" not in found and len(pictures) == 114
 
 
@@ -59,8 +67,18 @@ def test_gaps_missing_cameras_unknown_groups_and_odd_rates_are_named(tmp_path):
     smc = tmp_path / "0019_s3_all_raw.smc"
     cameras = [camera for camera in synthetic_release.S3_VIEWS if camera not in (48, 59)]
     gaps = {3: [1, 2, 3, 7], 5: [1, 2, 3, 7], 25: [0]}
-    synthetic_release.write_smc(smc, "0018", "s3_all", cameras=cameras, frame_ids=range(20), size=(64, 76), gaps=gaps, audio_seconds=1.0,
-                                damaged={(4, 0): "garbage"}, calibration=False)  # fmt: skip
+    synthetic_release.write_smc(
+        smc,
+        "0018",
+        "s3_all",
+        cameras=cameras,
+        frame_ids=range(20),
+        size=(64, 76),
+        gaps=gaps,
+        audio_seconds=1.0,
+        damaged={(4, 0): "garbage"},
+        calibration=False,
+    )
     with h5py.File(smc, "a") as file:
         file.create_group("Hair/strands")
         file.create_dataset("Camera/25/depth/0", data=[1])
@@ -79,8 +97,16 @@ def test_gaps_missing_cameras_unknown_groups_and_odd_rates_are_named(tmp_path):
 
 def test_bytes_are_those_of_the_data_sets_in_the_file(tmp_path):
     smc = synthetic_release.write_subject(tmp_path, "0018", performances=["e0"], size=(64, 76), cameras=(18, 25))[0]
-    groups = {"images": ["Camera/18/color", "Camera/25/color"], "masks": ["Camera/18/mask", "Camera/25/mask"], "flame": ["FLAME"], "scan": ["Scan"],
-              "calibration": ["Calibration"], "scan_masks": ["ScanMask"], "keypoints2d": ["Keypoints2d"], "uv_textures": ["UV_texture"]}  # fmt: skip
+    groups = {
+        "images": ["Camera/18/color", "Camera/25/color"],
+        "masks": ["Camera/18/mask", "Camera/25/mask"],
+        "flame": ["FLAME"],
+        "scan": ["Scan"],
+        "calibration": ["Calibration"],
+        "scan_masks": ["ScanMask"],
+        "keypoints2d": ["Keypoints2d"],
+        "uv_textures": ["UV_texture"],
+    }
     sizes = dict.fromkeys(groups, 0)
     with h5py.File(smc) as file:
         for modality, paths in groups.items():
@@ -90,14 +116,19 @@ def test_bytes_are_those_of_the_data_sets_in_the_file(tmp_path):
                 sizes[modality] += sum(data.nbytes for data in found)
     cameras = {"keypoints2d": (18, 25), "images": (18, 25), "masks": (18, 25)}
     with SMCReader(smc) as reader:
-        assert {modality: sum(reader.stored_bytes(modality, camera) for camera in cameras.get(modality, [None])) for modality in groups} == sizes
+        assert {
+            modality: sum(reader.stored_bytes(modality, camera) for camera in cameras.get(modality, [None]))
+            for modality in groups
+        } == sizes
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """One speech performance in the layout of two files, and its paths."""
     folder = tmp_path_factory.mktemp("pair")
-    return synthetic_release.write_subject(folder, "0018", layout="pair", performances=["s1_all"], frames=2, size=(64, 76))
+    return synthetic_release.write_subject(
+        folder, "0018", layout="pair", performances=["s1_all"], frames=2, size=(64, 76)
+    )
 
 
 def test_two_files_of_a_performance_are_shown_as_one(pair, tmp_path):
@@ -107,14 +138,20 @@ def test_two_files_of_a_performance_are_shown_as_one(pair, tmp_path):
         run = inspect(*given)
         found = rows(run.stdout)
         assert run.stdout.count("0018 s1_all\n") == 1
-        assert [line.split(",")[0] for line in found["file"]] == [raw.name, anno.name if given is not elsewhere else f"Copy of {anno.name}"]
+        assert [line.split(",")[0] for line in found["file"]] == [
+            raw.name,
+            anno.name if given is not elsewhere else f"Copy of {anno.name}",
+        ]
         assert found["images"][1] == found["masks"][1] == "60 cameras with 2 frames"
         assert found["keypoints2d"][0].startswith("15 ") and "missing" not in found
 
 
 def test_a_file_whose_partner_is_not_there_says_what_is_missing(pair, tmp_path):
     raw, anno = pair
-    assert rows(inspect(shutil.copy(anno, tmp_path)).stdout)["missing"] == ["the raw file that belongs to this one", "images, audio"]
+    assert rows(inspect(shutil.copy(anno, tmp_path)).stdout)["missing"] == [
+        "the raw file that belongs to this one",
+        "images, audio",
+    ]
 
 
 def test_performances_that_only_share_their_name_are_not_mixed(pair, release):
@@ -128,12 +165,30 @@ def test_a_file_that_is_no_smc_file_is_a_message_and_the_others_are_shown(releas
     (tmp_path / "text.smc").write_text("this is no HDF5 file")
     whole = (release / "0018/0018_s3_all_raw.smc").read_bytes()
     (tmp_path / "0018_s2_all_raw.smc").write_bytes(whole[: len(whole) // 2])
-    run = inspect(tmp_path / "text.smc", tmp_path / "0018_s2_all_raw.smc", tmp_path / "none.smc", "/none.smc", release / "0018/0018_s1_all_raw.smc", expect=1)
-    assert all(name in run.stderr for name in ("text.smc", "0018_s2_all_raw.smc", "none.smc")) and "camera 25 with 6 frames" in run.stdout
+    run = inspect(
+        tmp_path / "text.smc",
+        tmp_path / "0018_s2_all_raw.smc",
+        tmp_path / "none.smc",
+        "/none.smc",
+        release / "0018/0018_s1_all_raw.smc",
+        expect=1,
+    )
+    assert (
+        all(name in run.stderr for name in ("text.smc", "0018_s2_all_raw.smc", "none.smc"))
+        and "camera 25 with 6 frames" in run.stdout
+    )
 
 
 def test_damage_anywhere_neither_crashes_nor_hangs_it(tmp_path):
-    synthetic_release.write_smc(tmp_path / "whole.smc", cameras=(3, 25), size=(16, 20), audio_seconds=0.01, masks=(3,), keypoints2d=(25,), scan=False)
+    synthetic_release.write_smc(
+        tmp_path / "whole.smc",
+        cameras=(3, 25),
+        size=(16, 20),
+        audio_seconds=0.01,
+        masks=(3,),
+        keypoints2d=(25,),
+        scan=False,
+    )
     whole = (tmp_path / "whole.smc").read_bytes()
     dice = random.Random(1)
     paths = []
@@ -174,12 +229,15 @@ def spin(report):
         pass
 
 
-@pytest.mark.parametrize("work, message", [
-    (lambda report: os._exit(1), "crashed"),
-    (lambda report: os.kill(os.getpid(), signal.SIGKILL), "killed from outside"),
-    (lambda report: bytearray(2 << 30), "memory"),
-    (spin, "does not come to an end"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "work, message",
+    [
+        (lambda report: os._exit(1), "crashed"),
+        (lambda report: os.kill(os.getpid(), signal.SIGKILL), "killed from outside"),
+        (lambda report: bytearray(2 << 30), "memory"),
+        (spin, "does not come to an end"),
+    ],
+)
 def test_what_a_damaged_file_does_to_the_reader_is_an_error_about_that_file(monkeypatch, work, message):
     monkeypatch.setattr(extract_streaming_gdrive, "STUCK_CPU_S", 0.3)
     with pytest.raises(SMCError, match=f"x.smc.*{message}"):
@@ -204,5 +262,9 @@ def test_a_lower_limit_on_memory_that_holds_already_is_no_error(monkeypatch):
     def refuse(*arguments):
         raise ValueError("not allowed to raise maximum limit")
 
-    monkeypatch.setattr(extract_streaming_gdrive.resource, "setrlimit", lambda which, limits: which == extract_streaming_gdrive.resource.RLIMIT_DATA and refuse())
+    monkeypatch.setattr(
+        extract_streaming_gdrive.resource,
+        "setrlimit",
+        lambda which, limits: which == extract_streaming_gdrive.resource.RLIMIT_DATA and refuse(),
+    )
     assert extract_streaming_gdrive.Apart(lambda report: "read", "x.smc").result(print) == "read"

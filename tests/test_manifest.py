@@ -4,9 +4,7 @@ import csv
 
 import pytest
 
-HEADER = (
-    "subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error,cameras,cameras_available,modalities,smc_bytes,download_s,extract_s"
-)
+HEADER = "subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error,cameras,cameras_available,modalities,smc_bytes,download_s,extract_s"
 ALL = "images masks audio calibration keypoints2d keypoints3d"
 DONE = f"0018,s1_all,completed,1,6,0.1,2026-01-01T00:00:00+00:00,,25,25,{ALL},100,1,1"
 
@@ -37,7 +35,17 @@ def did_something(workspace, **options):
         "subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error\n18,s1_all,completed,1,6,0.1,2025-01-01,\n",
         'subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error\n18,s1_all,completed,1,6,0.1,2025-01-01,"two\nlines"\n',
     ],
-    ids=["plain", "CRLF", "byte order mark", "pandas 18", "pandas 18.0", "empty and short lines", "a column more", "older", "older with a line break"],
+    ids=[
+        "plain",
+        "CRLF",
+        "byte order mark",
+        "pandas 18",
+        "pandas 18.0",
+        "empty and short lines",
+        "a column more",
+        "older",
+        "older with a line break",
+    ],
 )
 def test_a_done_row_is_read_however_it_was_written(one, content):
     one.manifest.write_bytes(content.encode())
@@ -56,7 +64,16 @@ def test_a_done_row_is_read_however_it_was_written(one, content):
         f"{HEADER}\n{DONE}\n0018,s1_all,failed,0,0,0,2026-01-02,broken,,,,1,1,1\n",
         f"{HEADER}\n{DONE}\n{DONE[:40]}\0\0\0\0",
     ],
-    ids=["empty", "header only", "without line end", "torn late", "torn early", "a short row", "failed later", "zeros at the end"],
+    ids=[
+        "empty",
+        "header only",
+        "without line end",
+        "torn late",
+        "torn early",
+        "a short row",
+        "failed later",
+        "zeros at the end",
+    ],
 )
 def test_a_row_that_is_torn_or_holds_no_more_is_done_again(one, content):
     one.manifest.write_bytes(content.encode())
@@ -70,17 +87,25 @@ def test_a_torn_row_takes_nothing_else_with_it(workspace):
     workspace.write_config(extraction={"performances": ["s1_all", "s2_all"]})
     workspace.manifest.write_text(f'{HEADER}\n{DONE}\n0018,s2_all,failed,,,,2026,"an error with, a quo')
     workspace.run()
-    assert [(row["performance"], row["status"]) for row in workspace.rows] == [("s1_all", "completed"), ("s2_all", "completed")]
+    assert [(row["performance"], row["status"]) for row in workspace.rows] == [
+        ("s1_all", "completed"),
+        ("s2_all", "completed"),
+    ]
 
 
 def test_new_rows_in_an_older_manifest_can_be_read_by_everybody(workspace):
     workspace.write_config(extraction={"performances": ["s1_all", "s2_all"]})
-    workspace.manifest.write_text("subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error\n18,s1_all,completed,1,6,0.1,2025,\n")
+    workspace.manifest.write_text(
+        "subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error\n18,s1_all,completed,1,6,0.1,2025,\n"
+    )
     workspace.run()
     with open(workspace.manifest, newline="") as file:
         lines = list(csv.reader(file))
     assert all(len(line) == 14 for line in lines) and lines[0] == HEADER.split(",")
-    assert [(line[1], line[2], line[8]) for line in lines[1:]] == [("s1_all", "completed", ""), ("s2_all", "completed", "25")]
+    assert [(line[1], line[2], line[8]) for line in lines[1:]] == [
+        ("s1_all", "completed", ""),
+        ("s2_all", "completed", "25"),
+    ]
     assert not did_something(workspace)
 
 

@@ -1,4 +1,5 @@
 """The reader of SMC files: what it returns, and what it refuses."""
+
 import io
 import os
 import subprocess
@@ -17,8 +18,19 @@ from renderme_360_reader_new import SMCError, SMCReader, camera_name, probe_pict
 
 SIZE = (32, 38)
 FRAMES = [0, 2, 5, 10]  # "10" comes before "2" among names
-EVERYTHING = dict(cameras=(3, 25), frame_ids=FRAMES, size=SIZE, masks=(3, 25), mask_channels=3, audio_seconds=4 / 30,
-                  keypoints2d=(25, 30), keypoints3d=True, scan=True, scan_masks=(0, 25), uv_textures=True)  # fmt: skip
+EVERYTHING = dict(
+    cameras=(3, 25),
+    frame_ids=FRAMES,
+    size=SIZE,
+    masks=(3, 25),
+    mask_channels=3,
+    audio_seconds=4 / 30,
+    keypoints2d=(25, 30),
+    keypoints3d=True,
+    scan=True,
+    scan_masks=(0, 25),
+    uv_textures=True,
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +88,11 @@ def read_everything(reader):
 
 def test_actor_and_camera_info_are_plain_values(reader):
     assert (reader.actor_id, reader.performance_part, reader.capture_date) == ("0018", "e0", "2022-08-20")
-    assert reader.get_actor_info() == reader.actor_info == {"age": 38, "color": "yellow", "gender": "male", "height": 172.5, "weight": 64.0}
+    assert (
+        reader.get_actor_info()
+        == reader.actor_info
+        == {"age": 38, "color": "yellow", "gender": "male", "height": 172.5, "weight": 64.0}
+    )
     assert [type(value) for value in reader.actor_info.values()] == [int, str, str, float, float]
     info = reader.get_Camera_info()
     assert info is reader.Camera_info and (info["num_device"], info["num_frame"]) == (60, 4)
@@ -139,7 +155,9 @@ def test_calibration_audio_keypoints_and_mesh_are_the_stored_numbers(reader):
     assert list(everything) == list(rig)
     for name, shape in {"K": (3, 3), "D": (5,), "RT": (4, 4)}.items():
         assert everything["07"][name].shape == shape and everything["07"][name].dtype == np.float64
-        assert np.array_equal(everything["07"][name], rig["07"][name]) and np.array_equal(reader.get_Calibration(7)[name], rig["07"][name])
+        assert np.array_equal(everything["07"][name], rig["07"][name]) and np.array_equal(
+            reader.get_Calibration(7)[name], rig["07"][name]
+        )
     audio = reader.get_audio()
     assert audio["sample_rate"] == 48000 and type(audio["sample_rate"]) is int
     assert audio["audio"].dtype == np.float32 and np.array_equal(audio["audio"], file["Camera/00/audio/audio"][()])
@@ -157,7 +175,9 @@ def test_flame_is_a_dict_of_arrays_for_a_frame_and_of_stacks_for_more(copy):
             file[f"FLAME/{frame}/file"] = np.zeros(3)  # a name that is an argument of numpy.savez
     with SMCReader(copy) as reader:
         assert reader.get_FLAME(5)["exp"].tolist() == [5] * 50
-        assert reader.get_FLAME()["exp"][:, 0].tolist() == FRAMES and reader.get_FLAME([5, 0])["exp"][:, 0].tolist() == [5, 0]
+        assert reader.get_FLAME()["exp"][:, 0].tolist() == FRAMES and reader.get_FLAME([5, 0])["exp"][
+            :, 0
+        ].tolist() == [5, 0]
         assert set(reader.get_FLAME([0])) == {"exp", "file"}
 
 
@@ -173,7 +193,10 @@ def test_cameras_are_those_with_data_whatever_num_device_says(copy):
         assert reader.Camera_info["num_device"] == 7
         assert reader.cameras() == reader.cameras("masks") == [3, 25]
         assert reader.cameras("keypoints2d") == [25, 30] and reader.cameras("scan_masks") == [0, 25]
-        assert reader.frame_numbers("images", 40) == reader.frame_numbers("images", 0) == [] and reader.count("images", 25) == 4
+        assert (
+            reader.frame_numbers("images", 40) == reader.frame_numbers("images", 0) == []
+            and reader.count("images", 25) == 4
+        )
         assert list(reader.iter_encoded("images", 40)) == []
 
 
@@ -189,7 +212,12 @@ def test_has_and_unknown_groups_tell_what_there_is(copy):
 
 
 def test_frame_numbers_may_have_gaps(reader):
-    assert reader.frame_numbers("masks", 3) == reader.frame_numbers("keypoints3d") == reader.frame_numbers("uv_textures") == FRAMES
+    assert (
+        reader.frame_numbers("masks", 3)
+        == reader.frame_numbers("keypoints3d")
+        == reader.frame_numbers("uv_textures")
+        == FRAMES
+    )
     assert reader.num_frame == 4
 
 
@@ -202,7 +230,10 @@ def test_a_number_of_frames_that_cannot_be_gives_way_to_what_is_there(copy, stat
         assert any(str(stated) in oddity for oddity in reader.oddities)
 
 
-@pytest.mark.parametrize("frames, seconds, fps", [(1911, 63.70, 30), (486, 32.38, 15), (100, 4, 25), (30, None, None), (30, 0, None), (0, 1, 4)])
+@pytest.mark.parametrize(
+    "frames, seconds, fps",
+    [(1911, 63.70, 30), (486, 32.38, 15), (100, 4, 25), (30, None, None), (30, 0, None), (0, 1, 4)],
+)
 def test_fps_comes_from_frames_and_audio(copy, frames, seconds, fps):
     with h5py.File(copy, "r+") as file:
         del file["Camera/00/audio"]
@@ -260,7 +291,13 @@ def test_memory_stays_small_over_a_big_file(tmp_path):
         "with SMCReader(sys.argv[1]) as reader: size = sum(len(data) for _, data in reader.iter_encoded('images', 25))\n"
         "print(size, used() - before)"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "big.smc"], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "big.smc"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     size, kilobytes = map(int, done.stdout.split())
     assert size == 300_000_000 and kilobytes < 30_000
 
@@ -297,7 +334,9 @@ def test_a_pair_is_presented_as_one_performance(pair):
         assert list(reader.iter_encoded("images", 25)) == list(raw.iter_encoded("images", 25))
         assert list(reader.iter_encoded("masks", 3)) == list(anno.iter_encoded("masks", 3))
         assert reader.cameras() == [3, 25] and reader.cameras("masks") == [3]
-        assert reader.has("audio") and reader.has("calibration") and reader.has("keypoints3d") and not reader.has("flame")
+        assert (
+            reader.has("audio") and reader.has("calibration") and reader.has("keypoints3d") and not reader.has("flame")
+        )
         assert np.array_equal(reader.get_Calibration(25)["K"], anno.get_Calibration(25)["K"])
         assert np.array_equal(reader.get_audio()["audio"], raw.get_audio()["audio"])
         assert reader.fps() == 30 and reader.oddities == [] and reader.smc.filename == os.fspath(pair[0])
@@ -310,7 +349,11 @@ def test_where_both_files_have_it_pictures_and_audio_come_from_raw_and_the_rest_
             put(file, "Camera/03/mask/0", mark)
             for name in set(file) & {"Calibration"}:
                 del file[name]
-            file["Calibration/25/K"], file["Calibration/25/D"], file["Calibration/25/RT"] = np.full((3, 3), len(mark)), np.zeros(5), np.eye(4)
+            file["Calibration/25/K"], file["Calibration/25/D"], file["Calibration/25/RT"] = (
+                np.full((3, 3), len(mark)),
+                np.zeros(5),
+                np.eye(4),
+            )
             if "audio" not in file.require_group("Camera/00"):
                 file["Camera/00/audio/audio"], file["Camera/00/audio/sample_rate"] = np.zeros((5, 1), np.float32), 5
     with SMCReader(*pair) as reader:
@@ -345,7 +388,10 @@ def test_files_of_a_pair_that_disagree_are_odd(pair):
 def test_an_error_names_the_file_of_the_pair_that_is_at_fault(pair):
     with h5py.File(pair[1], "r+") as anno:
         put(anno, "Camera/03/mask/0", b"no picture")
-    with SMCReader(*pair) as reader, pytest.raises(SMCError, match="^0018_e0_anno.smc: Camera/03/mask/0 cannot be decoded"):
+    with (
+        SMCReader(*pair) as reader,
+        pytest.raises(SMCError, match="^0018_e0_anno.smc: Camera/03/mask/0 cannot be decoded"),
+    ):
         reader.get_img(3, "mask", 0)
 
 
@@ -426,7 +472,11 @@ def test_a_group_and_a_data_set_are_not_the_same(copy, path):
         if not group:
             del file[path]
             file.create_group(path)
-    read = {"Cal": lambda r: r.get_Calibration(25), "Key": lambda r: r.get_Keypoints3d(), "FLA": lambda r: r.get_FLAME()}
+    read = {
+        "Cal": lambda r: r.get_Calibration(25),
+        "Key": lambda r: r.get_Keypoints3d(),
+        "FLA": lambda r: r.get_FLAME(),
+    }
     assert path in error(copy, read.get(path[:3], lambda reader: list(reader.iter_encoded("images", 25))))
 
 
@@ -439,7 +489,9 @@ def test_entries_that_cannot_be_stacked_are_an_error(copy):
     assert "different parameters" in error(copy, lambda reader: reader.get_FLAME())
 
 
-@pytest.mark.parametrize("content", [b"", b"GIF89a", b"\xff\xd8\xff\xd9", b"\x89PNG\r\n\x1a\n" + bytes(8) + b"\xff" * 20])
+@pytest.mark.parametrize(
+    "content", [b"", b"GIF89a", b"\xff\xd8\xff\xd9", b"\x89PNG\r\n\x1a\n" + bytes(8) + b"\xff" * 20]
+)
 def test_a_picture_that_cannot_be_decoded_is_an_error_and_its_bytes_can_be_had(copy, content):
     with h5py.File(copy, "r+") as file:
         put(file, "Camera/25/color/0", content)
@@ -526,7 +578,12 @@ def test_the_source_of_a_virtual_data_set_is_not_even_looked_at(tmp_path):
         properties.set_virtual(space, os.fsencode(tmp_path / "pipe"), b"here", space)
         h5py.h5d.create(file.create_group("Camera/25/color").id, b"0", h5py.h5t.STD_U8LE, space, properties)
     code = "import sys; from renderme_360_reader_new import SMCReader; list(SMCReader(sys.argv[1]).iter_encoded('images', 25))"
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "virtual.smc"], cwd=Path(__file__).parents[1], capture_output=True, timeout=20)
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "virtual.smc"],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        timeout=20,
+    )
     assert b"virtual.smc: Camera/25/color/0 cannot be read: its data lies in another file" in done.stderr
 
 
@@ -542,12 +599,24 @@ NAMES = ["..", "025", "1e3", "-1", "٣", "5 ", "+5", "a" * 60_000, "new\nline", 
 
 def test_odd_names_are_never_used_and_noted(copy):
     with h5py.File(copy, "r+") as file:
-        for group in ("Camera", "Camera/25/color", "Camera/25/mask", "ScanMask", "UV_texture", "Keypoints3d", "Calibration"):
+        for group in (
+            "Camera",
+            "Camera/25/color",
+            "Camera/25/mask",
+            "ScanMask",
+            "UV_texture",
+            "Keypoints3d",
+            "Calibration",
+        ):
             for name in NAMES:
                 file[group].create_group(name)
     with SMCReader(copy) as reader:
         assert reader.cameras() == [3, 25] and reader.cameras("scan_masks") == [0, 25]
-        assert [number for number, _ in sorted(reader.iter_encoded("images", 25))] == reader.frame_numbers("masks", 25) == FRAMES
+        assert (
+            [number for number, _ in sorted(reader.iter_encoded("images", 25))]
+            == reader.frame_numbers("masks", 25)
+            == FRAMES
+        )
         assert len(list(reader.iter_encoded("uv_textures"))) == 4 and len(reader.get_Calibration_all()) == 60
         assert reader.get_Keypoints3d().shape == (4, 73, 3)
         for group in ("Camera has", "Camera/25/color has", "ScanMask has", "Keypoints3d has"):
@@ -575,7 +644,17 @@ def test_parameters_of_flame_with_odd_names_are_left_out(copy):
     assert "FLAME/2/a is no data set" in error(copy, lambda reader: reader.get_FLAME(2))
 
 
-@pytest.mark.parametrize("name, value", [("actor_id", np.zeros(3)), ("age", "old"), ("height", np.inf), ("weight", h5py.Empty("f8")), ("gender", b"\xff\x1b"), ("color", "x" * 30_000)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("actor_id", np.zeros(3)),
+        ("age", "old"),
+        ("height", np.inf),
+        ("weight", h5py.Empty("f8")),
+        ("gender", b"\xff\x1b"),
+        ("color", "x" * 30_000),
+    ],
+)
 def test_an_attribute_of_another_type_is_noted_and_not_fatal(copy, name, value):
     with h5py.File(copy, "r+") as file:
         file.attrs[name] = value
@@ -600,11 +679,20 @@ def test_missing_attributes_are_none(copy):
             for name in list(place.attrs):
                 del place.attrs[name]
     with SMCReader(copy) as reader:
-        values = [reader.actor_id, reader.performance_part, reader.capture_date, *reader.actor_info.values(), *reader.Camera_info.values()]
+        values = [
+            reader.actor_id,
+            reader.performance_part,
+            reader.capture_date,
+            *reader.actor_info.values(),
+            *reader.Camera_info.values(),
+        ]
         assert set(values) == {None} and reader.oddities == [] and reader.num_frame == 4
 
 
-@pytest.mark.parametrize("shape, options", [((2**41,), {}), ((2**41, 1), {"chunks": (1 << 20, 1)}), ((2**30, 2**30), {"chunks": (10, 10)}), ((10**6,), {})])
+@pytest.mark.parametrize(
+    "shape, options",
+    [((2**41,), {}), ((2**41, 1), {"chunks": (1 << 20, 1)}), ((2**30, 2**30), {"chunks": (10, 10)}), ((10**6,), {})],
+)
 def test_a_data_set_that_claims_more_than_it_has_is_an_error(copy, shape, options):
     with h5py.File(copy, "r+") as file:
         del file["Camera/25/color/0"], file["Calibration/25/K"], file["Camera/00/audio/audio"]
@@ -628,14 +716,20 @@ def test_one_picture_linked_many_times_is_an_error(tmp_path, options):
         picture = color.create_dataset("0", data=np.frombuffer(os.urandom(300_000), np.uint8), **options)
         for frame in range(1, 2000):
             color[str(frame)] = picture
-    assert "claim 600000000 bytes" in error(tmp_path / "links.smc", lambda reader: list(reader.iter_encoded("images", 25)))
+    assert "claim 600000000 bytes" in error(
+        tmp_path / "links.smc", lambda reader: list(reader.iter_encoded("images", 25))
+    )
 
 
 def test_pictures_that_unpack_to_far_more_than_the_file_are_an_error(tmp_path):
     with h5py.File(tmp_path / "bomb.smc", "w") as file:
         for frame in range(20):
-            file.create_dataset(f"Camera/25/color/{frame}", data=np.zeros(5_000_000, np.uint8), chunks=(1_000_000,), compression="gzip")
-    assert "claim 100000000 bytes" in error(tmp_path / "bomb.smc", lambda reader: next(reader.iter_encoded("images", 25)))
+            file.create_dataset(
+                f"Camera/25/color/{frame}", data=np.zeros(5_000_000, np.uint8), chunks=(1_000_000,), compression="gzip"
+            )
+    assert "claim 100000000 bytes" in error(
+        tmp_path / "bomb.smc", lambda reader: next(reader.iter_encoded("images", 25))
+    )
 
 
 def test_ten_thousand_cameras_are_left_alone(tmp_path):

@@ -19,7 +19,15 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", SECTION, re.M | re.S)
 def demo(request, tmp_path_factory):
     """A folder in which the demo is extracted, as the quick start does it."""
     folder = tmp_path_factory.mktemp("readme")
-    synthetic_release.write_demo(folder / "demo", ["0018"], performances=["s3_all"], seconds=1.6, cameras=(25,), size=(512, 612), distortion=request.param)
+    synthetic_release.write_demo(
+        folder / "demo",
+        ["0018"],
+        performances=["s3_all"],
+        seconds=1.6,
+        cameras=(25,),
+        size=(512, 612),
+        distortion=request.param,
+    )
     command = [sys.executable, SCRIPT, "--config", "demo/config.yaml"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return folder
@@ -64,8 +72,12 @@ def test_without_the_distortion_a_pinhole_camera_fits(demo, monkeypatch):
 
 
 def test_what_inspect_prints_stands_in_the_readme(tmp_path):
-    smc = synthetic_release.write_demo(tmp_path / "demo", ["0018"], performances=["s3_all"], seconds=1.6, size=(512, 612))[0]
+    smc = synthetic_release.write_demo(
+        tmp_path / "demo", ["0018"], performances=["s3_all"], seconds=1.6, size=(512, 612)
+    )[0]
     run = subprocess.run([sys.executable, SCRIPT, "--inspect", smc], capture_output=True, text=True)
     shown = re.search(r"^```\n(0018 s3_all\n.*?)^```", SECTION, re.M | re.S)[1]
-    without_sizes = lambda text: re.sub(r"[0-9.]+ MB", "", text).split()  # which differ a little from one libjpeg to the next
+    without_sizes = lambda text: re.sub(
+        r"[0-9.]+ MB", "", text
+    ).split()  # which differ a little from one libjpeg to the next
     assert without_sizes(run.stdout) == without_sizes(shown)

@@ -64,11 +64,17 @@ def test_pictures_are_the_stored_bytes(finished):
         for performance in SPEECH:
             with h5py.File(finished.smc(subject, performance)) as smc:
                 cameras = {c: g["color"] for c, g in smc["Camera"].items() if "color" in g}
-                stored = {f"images/cam_{c}/frame_{int(f):06d}.jpg": d[()].tobytes() for c, g in cameras.items() for f, d in g.items()}
+                stored = {
+                    f"images/cam_{c}/frame_{int(f):06d}.jpg": d[()].tobytes()
+                    for c, g in cameras.items()
+                    for f, d in g.items()
+                }
             folder = finished.path(subject, performance)
             written = {str(p.relative_to(folder)): p.read_bytes() for p in folder.glob("images/*/*")}
             assert written == stored
-            assert finished.info(subject, performance)["frames"] == {c: len(g) for c, g in stored_counts(stored).items()}
+            assert finished.info(subject, performance)["frames"] == {
+                c: len(g) for c, g in stored_counts(stored).items()
+            }
 
 
 def stored_counts(stored):
@@ -87,7 +93,9 @@ def test_s3_all_has_38_views_at_15_fps_and_the_others_camera_25_at_30(finished):
 
 @pytest.mark.parametrize("kind, subtype", [("pcm16", "PCM_16"), ("float", "FLOAT")])
 def test_audio_read_back_equals_the_stored_samples(tmp_path, kind, subtype):
-    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s1_all"], frames=4, size=(64, 76), audio=kind)
+    synthetic_release.write_subject(
+        tmp_path / "release", "0018", performances=["s1_all"], frames=4, size=(64, 76), audio=kind
+    )
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     workspace.run("--performance", "s1_all")
     path = workspace.path("0018", "s1_all", "audio", "audio.wav")
@@ -137,7 +145,17 @@ def test_info_json_says_what_was_extracted_and_from_what(finished):
 
 
 def test_all_other_modalities_are_written_as_the_file_has_them(tmp_path):
-    modalities = ["images", "masks", "calibration", "keypoints2d", "keypoints3d", "flame", "uv_textures", "scan", "scan_masks"]
+    modalities = [
+        "images",
+        "masks",
+        "calibration",
+        "keypoints2d",
+        "keypoints3d",
+        "flame",
+        "uv_textures",
+        "scan",
+        "scan_masks",
+    ]
     synthetic_release.write_subject(tmp_path / "release", "0018", performances=["e0"], size=(64, 76))
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     workspace.write_config(extraction={"performances": ["e0"], "modalities": modalities})
@@ -157,14 +175,23 @@ def test_all_other_modalities_are_written_as_the_file_has_them(tmp_path):
         for camera, group in smc["Keypoints2d"].items():
             points = np.load(folder / f"keypoints2d/cam_{camera}.npz")
             assert points["frame_ids"].tolist() == sorted(map(int, group))
-            assert all(np.array_equal(points["points"][i], group[str(f)][()]) for i, f in enumerate(points["frame_ids"]))
+            assert all(
+                np.array_equal(points["points"][i], group[str(f)][()]) for i, f in enumerate(points["frame_ids"])
+            )
         points = np.load(folder / "keypoints3d/keypoints3d.npz")
-        assert points["frame_ids"].tolist() == sorted(map(int, smc["Keypoints3d"])) and points["points"].shape[1:] == (73, 3)
+        assert points["frame_ids"].tolist() == sorted(map(int, smc["Keypoints3d"])) and points["points"].shape[1:] == (
+            73,
+            3,
+        )
         for frame, group in smc["FLAME"].items():
             arrays = np.load(folder / f"flame/frame_{int(frame):06d}.npz")
-            assert sorted(arrays) == sorted(group) and all(np.array_equal(arrays[name], group[name][()]) for name in group)
+            assert sorted(arrays) == sorted(group) and all(
+                np.array_equal(arrays[name], group[name][()]) for name in group
+            )
         vertices, faces = read_ply(folder / "scan/mesh.ply")
-        assert np.array_equal(vertices, smc["Scan/vertex"][()]) and np.array_equal(faces, smc["Scan/vertex_indices"][()])
+        assert np.array_equal(vertices, smc["Scan/vertex"][()]) and np.array_equal(
+            faces, smc["Scan/vertex_indices"][()]
+        )
 
 
 def read_ply(path):
@@ -201,7 +228,11 @@ def test_added_cameras_are_extracted_together_with_the_old_ones(workspace):
     assert sorted(row["performance"] for row in workspace.rows) == ["s1_all", "s3_all", "s3_all"]
     assert workspace.rows[-1]["performance"] == "s3_all"
     assert workspace.rows[-1]["cameras"] == "0 1 25"
-    assert sorted(p.name for p in workspace.path("0018", "s3_all", "images").iterdir()) == ["cam_00", "cam_01", "cam_25"]
+    assert sorted(p.name for p in workspace.path("0018", "s3_all", "images").iterdir()) == [
+        "cam_00",
+        "cam_01",
+        "cam_25",
+    ]
     assert workspace.leftovers() == []
 
 
@@ -214,7 +245,10 @@ def test_added_modalities_are_extracted_together_with_the_old_ones(workspace):
     workspace.write_config(extraction={"modalities": ["images"]})
     workspace.run()
     assert set(workspace.rows[-1]["modalities"].split()) == {"audio", "images"}
-    assert workspace.path("0018", "s1_all", "audio", "audio.wav").exists() and workspace.path("0018", "s1_all", "images").exists()
+    assert (
+        workspace.path("0018", "s1_all", "audio", "audio.wav").exists()
+        and workspace.path("0018", "s1_all", "images").exists()
+    )
 
 
 def test_a_subject_that_was_moved_away_stays_done_and_the_summary_says_so(done):
@@ -254,7 +288,9 @@ def test_a_file_that_was_absent_is_fetched_when_it_is_there(tmp_path):
 
 
 def test_copies_that_drive_has_renamed_are_found(tmp_path):
-    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s1_all"], frames=2, size=(64, 76), copy_of=True)
+    synthetic_release.write_subject(
+        tmp_path / "release", "0018", performances=["s1_all"], frames=2, size=(64, 76), copy_of=True
+    )
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     workspace.run("--performance", "s1_all")
     assert workspace.states == {("0018", "s1_all"): "completed"} and workspace.leftovers() == []
@@ -282,12 +318,19 @@ def test_a_performance_without_the_cameras_asked_for_is_a_warning_and_a_note(wor
     assert rows["s1_all"]["status"] == "completed" and "none of the cameras asked for" in rows["s1_all"]["error"]
     assert rows["s3_all"]["error"] == "" and rows["s3_all"]["cameras"] == "0 1"
     assert run.out.count("none of the cameras asked for") == 1
-    assert workspace.path("0018", "s1_all", "audio").exists() and not workspace.path("0018", "s1_all", "images").exists()
+    assert (
+        workspace.path("0018", "s1_all", "audio").exists() and not workspace.path("0018", "s1_all", "images").exists()
+    )
 
 
 def test_damaged_and_missing_pictures_are_listed_and_do_not_fail_the_performance(tmp_path):
     synthetic_release.write_subject(
-        tmp_path / "release", "0018", performances=["s1_all"], frames=8, size=(64, 76), gaps={25: [6]},
+        tmp_path / "release",
+        "0018",
+        performances=["s1_all"],
+        frames=8,
+        size=(64, 76),
+        gaps={25: [6]},
         damaged={(25, 1): "cut", (25, 2): "garbage", (25, 3): "empty", (25, 4): "zeroed"},
     )
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
@@ -299,7 +342,9 @@ def test_damaged_and_missing_pictures_are_listed_and_do_not_fail_the_performance
     assert info["frames"] == {"25": 6}
     with h5py.File(workspace.smc("0018", "s1_all")) as smc:
         for frame in (1, 2, 4):
-            assert next(folder.glob(f"frame_{frame:06d}.*")).read_bytes() == smc[f"Camera/25/color/{frame}"][()].tobytes()
+            assert (
+                next(folder.glob(f"frame_{frame:06d}.*")).read_bytes() == smc[f"Camera/25/color/{frame}"][()].tobytes()
+            )
     assert "3 damaged" in workspace.rows[0]["error"] and workspace.rows[0]["status"] == "completed"
 
 
@@ -318,7 +363,11 @@ def test_modalities_that_the_file_lacks_are_noted_and_it_is_not_fetched_again(tm
     workspace.write_config(extraction={"performances": ["s1_all"], "modalities": ["flame", "uv_textures"]})
     run = workspace.run()
     (row,) = workspace.rows
-    assert row["status"] == "completed" and "none of what is asked for (flame, uv_textures)" in row["error"] and row["modalities"] == "flame uv_textures"
+    assert (
+        row["status"] == "completed"
+        and "none of what is asked for (flame, uv_textures)" in row["error"]
+        and row["modalities"] == "flame uv_textures"
+    )
     assert "none of what is asked for" in run.out and workspace.info("0018", "s1_all")["modalities"] == []
     workspace.run()
     assert len(workspace.rows) == 1
@@ -336,7 +385,9 @@ def test_a_picture_of_another_size_than_the_performance_counts_as_damaged(tmp_pa
 
 
 def test_a_file_that_cannot_be_read_fails_alone(tmp_path):
-    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s1_all", "s2_all"], frames=3, size=(64, 76))
+    synthetic_release.write_subject(
+        tmp_path / "release", "0018", performances=["s1_all", "s2_all"], frames=3, size=(64, 76)
+    )
     (tmp_path / "release/0018/0018_s1_all_raw.smc").write_bytes(b"no HDF5" * 1000)
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     run = workspace.run("--performance", "s1_all", "s2_all", expect=1)
@@ -346,7 +397,9 @@ def test_a_file_that_cannot_be_read_fails_alone(tmp_path):
 
 
 def test_a_file_that_takes_long_does_not_keep_the_next_one_from_being_extracted(tmp_path):
-    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s1_all", "s2_all", "s4_all"], frames=150, size=(256, 306))
+    synthetic_release.write_subject(
+        tmp_path / "release", "0018", performances=["s1_all", "s2_all", "s4_all"], frames=150, size=(256, 306)
+    )
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     workspace.write_config(extraction={"performances": ["s1_all", "s2_all", "s4_all"]})
     run = workspace.start()
@@ -365,14 +418,18 @@ def test_a_file_that_takes_long_does_not_keep_the_next_one_from_being_extracted(
 
 
 def test_a_file_of_another_subject_than_its_name_says_is_a_warning(tmp_path):
-    synthetic_release.write_smc(tmp_path / "release/0018/0018_s1_all_raw.smc", "0099", "s2_all", frame_ids=range(2), size=(64, 76))
+    synthetic_release.write_smc(
+        tmp_path / "release/0018/0018_s1_all_raw.smc", "0099", "s2_all", frame_ids=range(2), size=(64, 76)
+    )
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     run = workspace.run("--performance", "s1_all")
     assert "0099" in run.err and "s2_all" in run.err and workspace.states == {("0018", "s1_all"): "completed"}
 
 
 def test_files_that_do_not_fit_together_into_temp_go_in_turns(tmp_path):
-    synthetic_release.write_subject(tmp_path / "release", "0018", performances=SPEECH[:3], frames=60, size=(512, 612), cameras=(0, 25))
+    synthetic_release.write_subject(
+        tmp_path / "release", "0018", performances=SPEECH[:3], frames=60, size=(512, 612), cameras=(0, 25)
+    )
     size = (tmp_path / "release/0018/0018_s1_all_raw.smc").stat().st_size
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     environment, calls = rclone_log(workspace)
@@ -407,7 +464,9 @@ def test_a_killed_run_is_mended_by_the_next(workspace, moment, tmp_path):
     undisturbed = Workspace(tmp_path / "undisturbed", workspace.release)
     undisturbed.run()
     assert workspace.tree() == undisturbed.tree()
-    assert workspace.leftovers() == [] and set(workspace.states.values()) == {"completed"} and len(workspace.states) == 6
+    assert (
+        workspace.leftovers() == [] and set(workspace.states.values()) == {"completed"} and len(workspace.states) == 6
+    )
 
 
 def test_dry_run_lists_sizes_and_states_and_touches_nothing(workspace):
@@ -447,13 +506,27 @@ def test_every_run_has_its_log(finished):
 
 
 def test_peak_memory_does_not_grow_with_the_file(tmp_path):
-    synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s3_all"], frames=16, size=(1024, 1224), jpeg_bytes=500_000, distinct=1)
+    synthetic_release.write_subject(
+        tmp_path / "release",
+        "0018",
+        performances=["s3_all"],
+        frames=16,
+        size=(1024, 1224),
+        jpeg_bytes=500_000,
+        distinct=1,
+    )
     assert (tmp_path / "release/0018/0018_s3_all_raw.smc").stat().st_size > 120e6
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     measured = subprocess.run(
-        [sys.executable, "-c", "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode; "
-         "print('KB', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)", *workspace.command("--performance", "s3_all")],
-        capture_output=True, text=True,
+        [
+            sys.executable,
+            "-c",
+            "import resource, subprocess, sys; code = subprocess.run(sys.argv[1:]).returncode; "
+            "print('KB', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss); sys.exit(code)",
+            *workspace.command("--performance", "s3_all"),
+        ],
+        capture_output=True,
+        text=True,
     )
     assert measured.returncode == 0, measured.stderr
     assert int(re.search(r"KB (\d+)", measured.stdout)[1]) < 250_000

@@ -33,7 +33,14 @@ class DriveWorkspace(Workspace):
     def __init__(self, folder, drive, release):
         super().__init__(folder, release)
         self.drive = drive
-        self.write_config(google_drive={"root_folder_id": drive.root_id, "remote_name": drive.remote_name, "rclone_flags": [], "download": "selective"})
+        self.write_config(
+            google_drive={
+                "root_folder_id": drive.root_id,
+                "remote_name": drive.remote_name,
+                "rclone_flags": [],
+                "download": "selective",
+            }
+        )
 
     def run(self, *arguments, **options):
         return super().run(*arguments, environment=self.drive.environment(), **options)
@@ -55,7 +62,17 @@ def s3_all(tmp_path_factory):
     """A release with one s3_all of 65 MB; not to be changed."""
     folder = tmp_path_factory.mktemp("large")
     path = folder / "0018/0018_s3_all_raw.smc"
-    synthetic_release.write_smc(path, "0018", "s3_all", cameras=VIEWS, frame_ids=range(80), size=(128, 153), jpeg_bytes=30000, distinct=1, audio_seconds=6.67)
+    synthetic_release.write_smc(
+        path,
+        "0018",
+        "s3_all",
+        cameras=VIEWS,
+        frame_ids=range(80),
+        size=(128, 153),
+        jpeg_bytes=30000,
+        distinct=1,
+        audio_seconds=6.67,
+    )
     return folder
 
 
@@ -70,7 +87,17 @@ def small(tmp_path):
     """A release of its own with three performances of camera 24, 2 MB each: of camera 25 they would be copied."""
     release = tmp_path / "release"
     for name in ("s1_all", "s2_all", "s4_all"):
-        synthetic_release.write_smc(release / f"0018/0018_{name}_raw.smc", "0018", name, cameras=[24], frame_ids=range(60), size=(128, 153), jpeg_bytes=30000, distinct=1, audio_seconds=2)
+        synthetic_release.write_smc(
+            release / f"0018/0018_{name}_raw.smc",
+            "0018",
+            name,
+            cameras=[24],
+            frame_ids=range(60),
+            size=(128, 153),
+            jpeg_bytes=30000,
+            distinct=1,
+            audio_seconds=2,
+        )
     with FakeDrive(release) as drive:
         workspace = DriveWorkspace(tmp_path / "work", drive, release)
         workspace.write_config(extraction={"performances": ["s1_all", "s2_all", "s4_all"], "cameras": [24]})
@@ -123,34 +150,65 @@ def test_little_room_in_temp_dir_costs_no_byte_more(large, tmp_path):
     """What was read makes room for what comes: here 5 MB at a time, of cameras of 2 MB each."""
     large.write_config(extraction=only(cameras=VIEWS[1:]))
     code = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import extract_streaming_gdrive as script; script.TEMP_WINDOW = 5_000_000; sys.exit(script.exit_code())"
-    subprocess.run([sys.executable, "-c", code, "--config", str(large.folder / "config.yaml")], env={**os.environ, **large.drive.environment()}, check=True, timeout=60)
+    subprocess.run(
+        [sys.executable, "-c", code, "--config", str(large.folder / "config.yaml")],
+        env={**os.environ, **large.drive.environment()},
+        check=True,
+        timeout=60,
+    )
     assert large.drive.bytes_sent() <= 1.05 * large.smc("0018", "s3_all").stat().st_size
     assert large.tree() == full_tree(large, tmp_path)
 
 
-MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d", "flame", "uv_textures", "scan", "scan_masks"]
+MODALITIES = [
+    "images",
+    "masks",
+    "audio",
+    "calibration",
+    "keypoints2d",
+    "keypoints3d",
+    "flame",
+    "uv_textures",
+    "scan",
+    "scan_masks",
+]
 
 
 def test_room_for_one_file_at_a_time_is_enough(tmp_path):
     names = ["s1_all", "s2_all", "s4_all"]
-    synthetic_release.write_subject(tmp_path / "release", "0018", performances=names, frames=20, size=(128, 153), jpeg_bytes=20_000)
+    synthetic_release.write_subject(
+        tmp_path / "release", "0018", performances=names, frames=20, size=(128, 153), jpeg_bytes=20_000
+    )
     largest = max(path.stat().st_size for path in (tmp_path / "release").rglob("*.smc"))
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
-    workspace.write_config(google_drive={"download": "selective"}, extraction={"performances": names, "modalities": ["audio"]},
-                           storage={"max_temp_size_gb": 1.5 * largest / 1e9})  # fmt: skip
+    workspace.write_config(
+        google_drive={"download": "selective"},
+        extraction={"performances": names, "modalities": ["audio"]},
+        storage={"max_temp_size_gb": 1.5 * largest / 1e9},
+    )
     workspace.run(timeout=60)
     assert set(workspace.states.values()) == {"completed"} and len(workspace.rows) == 3
 
 
 def test_masks_that_are_not_asked_for_are_not_fetched(tmp_path):
-    synthetic_release.write_subject(tmp_path / "release", "0018", layout="pair", performances=["s1_all"], frames=30, size=(512, 612),
-                                    jpeg_bytes=30_000, cameras=(0, 25, 48))  # fmt: skip
+    synthetic_release.write_subject(
+        tmp_path / "release",
+        "0018",
+        layout="pair",
+        performances=["s1_all"],
+        frames=30,
+        size=(512, 612),
+        jpeg_bytes=30_000,
+        cameras=(0, 25, 48),
+    )
     anno = next((tmp_path / "release").rglob("*_anno.smc"))
     with h5py.File(anno, "r+") as smc:  # larger than the blocks that are fetched to find out what there is
         smc.create_dataset("Camera/59/mask/0", data=np.frombuffer(os.urandom(8_000_000), np.uint8))
     with FakeDrive(tmp_path / "release") as drive:
         workspace = DriveWorkspace(tmp_path / "work", drive, tmp_path / "release")
-        workspace.write_config(google_drive={"layout": "pair"}, extraction=only("s1_all", modalities=["images", "audio"]))
+        workspace.write_config(
+            google_drive={"layout": "pair"}, extraction=only("s1_all", modalities=["images", "audio"])
+        )
         workspace.run()
         assert drive.bytes_sent("*_anno.smc") < 0.5 * anno.stat().st_size
 
@@ -158,10 +216,21 @@ def test_masks_that_are_not_asked_for_are_not_fetched(tmp_path):
 @pytest.mark.parametrize("storage", ["contiguous", "chunked", "gzip"])
 def test_every_modality_is_the_same_as_in_a_full_download(tmp_path, storage):
     release = tmp_path / "release"
-    synthetic_release.write_subject(release, "0018", performances=["e0", "s1_all"], everything=True, frames=5, size=(64, 76), cameras=range(16, 34), storage=storage)
+    synthetic_release.write_subject(
+        release,
+        "0018",
+        performances=["e0", "s1_all"],
+        everything=True,
+        frames=5,
+        size=(64, 76),
+        cameras=range(16, 34),
+        storage=storage,
+    )
     with FakeDrive(release) as drive:
         workspace = DriveWorkspace(tmp_path / "work", drive, release)
-        workspace.write_config(extraction={"performances": ["e0", "s1_all"], "cameras": [18, 25, 33], "modalities": MODALITIES})
+        workspace.write_config(
+            extraction={"performances": ["e0", "s1_all"], "cameras": [18, 25, 33], "modalities": MODALITIES}
+        )
         workspace.run()
         assert workspace.tree() == full_tree(workspace, tmp_path)
 
@@ -169,7 +238,17 @@ def test_every_modality_is_the_same_as_in_a_full_download(tmp_path, storage):
 def test_a_file_in_another_order_is_read_all_the_same(tmp_path):
     """Frame by frame instead of camera by camera, the groups made first."""
     path = tmp_path / "release/0018/0018_s3_all_raw.smc"
-    synthetic_release.write_smc(path, "0018", "s3_all", cameras=[0, 25, 40], frame_ids=range(40), size=(256, 306), jpeg_bytes=60000, distinct=1, audio_seconds=2.7)
+    synthetic_release.write_smc(
+        path,
+        "0018",
+        "s3_all",
+        cameras=[0, 25, 40],
+        frame_ids=range(40),
+        size=(256, 306),
+        jpeg_bytes=60000,
+        distinct=1,
+        audio_seconds=2.7,
+    )
     with h5py.File(path) as old, h5py.File(tmp_path / "new.smc", "w") as new:
         for name, value in old.attrs.items():
             new.attrs[name] = value
@@ -212,10 +291,18 @@ def test_a_whole_smc_in_temp_dir_is_used(small):
 FULL_TREE = {}  # of s1_all in `small`, the same in every test
 
 
-@pytest.mark.parametrize("fault", [
-    {"kind": "cut", "times": 5}, {"kind": "cut", "times": 3, "after_bytes": 0}, {"kind": "truncated", "times": 3},
-    {"kind": "500", "times": 2}, {"kind": "503", "times": 1}, {"kind": "userRateLimitExceeded", "times": 1},
-], ids=lambda fault: fault["kind"] + str(fault.get("after_bytes", "")))  # fmt: skip
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"kind": "cut", "times": 5},
+        {"kind": "cut", "times": 3, "after_bytes": 0},
+        {"kind": "truncated", "times": 3},
+        {"kind": "500", "times": 2},
+        {"kind": "503", "times": 1},
+        {"kind": "userRateLimitExceeded", "times": 1},
+    ],
+    ids=lambda fault: fault["kind"] + str(fault.get("after_bytes", "")),
+)
 def test_faults_that_pass_are_lived_through(small, tmp_path, fault):
     small.write_config(extraction=only("s1_all"))
     if not FULL_TREE:
@@ -225,13 +312,19 @@ def test_faults_that_pass_are_lived_through(small, tmp_path, fault):
     small.run()
     assert spoilt.hits == fault["times"]
     assert small.tree() == FULL_TREE
-    assert small.drive.bytes_sent() < 1.2 * small.smc("0018", "s1_all").stat().st_size + 100_000  # what had come was kept
+    assert (
+        small.drive.bytes_sent() < 1.2 * small.smc("0018", "s1_all").stat().st_size + 100_000
+    )  # what had come was kept
 
 
 def test_a_quota_fails_one_performance_with_few_requests_and_the_others_go_on(small):
     small.drive.fault("*s2_all*", "downloadQuotaExceeded")
     small.run(expect=1)
-    assert small.states == {("0018", "s1_all"): "completed", ("0018", "s2_all"): "quota_exceeded", ("0018", "s4_all"): "completed"}
+    assert small.states == {
+        ("0018", "s1_all"): "completed",
+        ("0018", "s2_all"): "quota_exceeded",
+        ("0018", "s4_all"): "completed",
+    }
     assert small.drive.count("media", "*s2_all*") <= 5
     assert small.leftovers() == []
 
@@ -307,7 +400,11 @@ def test_the_servers_password_is_neither_in_its_arguments_nor_in_the_log(small):
     process = small.start("--verbose", environment=small.drive.environment())
     gate.wait()
     (server,) = rclone_servers(small.drive)
-    secret = next(entry for entry in Path(f"/proc/{server}/environ").read_bytes().split(b"\0") if entry.startswith(b"RCLONE_PASS="))[12:].decode()
+    secret = next(
+        entry
+        for entry in Path(f"/proc/{server}/environ").read_bytes().split(b"\0")
+        if entry.startswith(b"RCLONE_PASS=")
+    )[12:].decode()
     arguments = Path(f"/proc/{server}/cmdline").read_text()
     gate.release()
     output, _ = process.communicate(timeout=60)
@@ -321,7 +418,10 @@ def rclone_servers(drive):
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if b"restic" in (folder / "cmdline").read_bytes() and str(drive.config_path).encode() in (folder / "environ").read_bytes():
+            if (
+                b"restic" in (folder / "cmdline").read_bytes()
+                and str(drive.config_path).encode() in (folder / "environ").read_bytes()
+            ):
                 found.append(int(folder.name))
         except OSError:
             pass
@@ -339,17 +439,34 @@ def print_table(megabytes_per_s=20.0, latency=0.05):
     with tempfile.TemporaryDirectory(prefix="selective_") as name:
         release = Path(name) / "release"
         path = release / "0018/0018_s3_all_raw.smc"
-        synthetic_release.write_smc(path, "0018", "s3_all", cameras=VIEWS, frame_ids=range(110), size=(2048, 2448), jpeg_bytes=330_000, distinct=2, audio_seconds=7.33)
-        print(f"an s3_all of {path.stat().st_size / MB:.0f} MB, {megabytes_per_s:g} MB/s, latency {latency * 1000:g} ms")
+        synthetic_release.write_smc(
+            path,
+            "0018",
+            "s3_all",
+            cameras=VIEWS,
+            frame_ids=range(110),
+            size=(2048, 2448),
+            jpeg_bytes=330_000,
+            distinct=2,
+            audio_seconds=7.33,
+        )
+        print(
+            f"an s3_all of {path.stat().st_size / MB:.0f} MB, {megabytes_per_s:g} MB/s, latency {latency * 1000:g} ms"
+        )
         print(f"{'selection':24} {'download':10} {'s':>6} {'MB sent':>8} {'requests':>8} {'MB of output':>12}")
         for selection, extraction in selections.items():
             for mode in ("full", "selective"):
                 with FakeDrive(release, latency=latency, bandwidth=megabytes_per_s * MB) as drive:
                     workspace = DriveWorkspace(Path(name) / "work", drive, release)
-                    workspace.write_config(google_drive={"download": mode}, extraction=extraction, storage={"max_temp_size_gb": 10})
+                    workspace.write_config(
+                        google_drive={"download": mode}, extraction=extraction, storage={"max_temp_size_gb": 10}
+                    )
                     seconds = workspace.run(timeout=3600).seconds
                     output = sum(file.stat().st_size for file in workspace.path().rglob("*") if file.is_file())
-                    print(f"{selection:24} {mode:10} {seconds:6.1f} {drive.bytes_sent() / MB:8.1f} {drive.count():8} {output / MB:12.1f}", flush=True)
+                    print(
+                        f"{selection:24} {mode:10} {seconds:6.1f} {drive.bytes_sent() / MB:8.1f} {drive.count():8} {output / MB:12.1f}",
+                        flush=True,
+                    )
                 shutil.rmtree(workspace.folder)
 
 

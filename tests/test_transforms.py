@@ -95,8 +95,13 @@ def test_the_top_says_what_all_pictures_share_and_no_intrinsics(tmp_path):
     workspace, folder = extracted(tmp_path)
     transforms = load(folder)
     frames = transforms.pop("frames")
-    assert transforms == {"camera_model": "OPENCV", "fps": 15, "audio_path": "audio/audio.wav",
-                          "camera_indices": list(range(38)), "timestep_indices": [0, 1]}  # fmt: skip
+    assert transforms == {
+        "camera_model": "OPENCV",
+        "fps": 15,
+        "audio_path": "audio/audio.wav",
+        "camera_indices": list(range(38)),
+        "timestep_indices": [0, 1],
+    }
     assert (folder / transforms["audio_path"]).is_file()
     assert len(frames) == 38 * 2
     assert workspace.info("0018", "s3_all")["modalities"] == EVERYTHING
@@ -106,7 +111,10 @@ def test_the_top_says_what_all_pictures_share_and_no_intrinsics(tmp_path):
 def test_pictures_are_numbered_by_camera_and_by_moment(tmp_path):
     _, folder = extracted(tmp_path, "e0", modalities=["images", "transforms"], cameras=(3, 25))
     transforms = load(folder)
-    found = [[frame[k] for k in ("camera_index", "camera_id", "timestep_index", "timestep_id", "file_path")] for frame in transforms["frames"]]
+    found = [
+        [frame[k] for k in ("camera_index", "camera_id", "timestep_index", "timestep_id", "file_path")]
+        for frame in transforms["frames"]
+    ]
     assert found == [
         [c, camera, t, moment, f"images/cam_{camera}/frame_{moment}.jpg"]
         for c, camera in enumerate(["03", "25"])
@@ -116,8 +124,13 @@ def test_pictures_are_numbered_by_camera_and_by_moment(tmp_path):
 
 
 def test_only_whole_pictures_that_exist_are_listed_each_with_its_mask_if_it_has_one(tmp_path):
-    options = {"gaps": {3: [1], 25: [0, 2]}, "damaged": {(3, 0): "cut", (4, 1): "empty"}, "masks": (3, 25), "mask_gaps": {25: [1]},
-               "damaged_masks": {(3, 2): "garbage"}}  # fmt: skip
+    options = {
+        "gaps": {3: [1], 25: [0, 2]},
+        "damaged": {(3, 0): "cut", (4, 1): "empty"},
+        "masks": (3, 25),
+        "mask_gaps": {25: [1]},
+        "damaged_masks": {(3, 2): "garbage"},
+    }
     workspace, folder = extracted(tmp_path, frames=8, cameras=(3, 4, 25), **options)
     found = {frame["file_path"]: frame.get("mask_path") for frame in load(folder)["frames"]}
     assert found == {
@@ -135,11 +148,15 @@ def test_only_whole_pictures_that_exist_are_listed_each_with_its_mask_if_it_has_
 
 def test_pictures_stored_as_png_have_their_name(tmp_path):
     _, folder = extracted(tmp_path, png_images=True, cameras=(25,))
-    assert [frame["file_path"] for frame in load(folder)["frames"]] == [f"images/cam_25/frame_00000{n}.png" for n in (0, 1)]
+    assert [frame["file_path"] for frame in load(folder)["frames"]] == [
+        f"images/cam_25/frame_00000{n}.png" for n in (0, 1)
+    ]
 
 
 def test_the_size_is_the_pictures_own_where_no_attribute_says_it(tmp_path):
-    path = synthetic_release.write_subject(tmp_path / "release", "0018", performances=["s1_all"], frames=2, size=(64, 76))[0]
+    path = synthetic_release.write_subject(
+        tmp_path / "release", "0018", performances=["s1_all"], frames=2, size=(64, 76)
+    )[0]
     with h5py.File(path, "a") as smc:
         del smc["Camera"].attrs["resolution"]
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
@@ -148,10 +165,13 @@ def test_the_size_is_the_pictures_own_where_no_attribute_says_it(tmp_path):
     assert {(frame["w"], frame["h"]) for frame in load(workspace.path("0018", "s1_all"))["frames"]} == {(76, 64)}
 
 
-@pytest.mark.parametrize("modalities, options, reason", [
-    (EVERYTHING, {"calibration": False}, "the file has no calibration"),
-    (["calibration", "transforms"], {}, "no undamaged pictures were extracted"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "modalities, options, reason",
+    [
+        (EVERYTHING, {"calibration": False}, "the file has no calibration"),
+        (["calibration", "transforms"], {}, "no undamaged pictures were extracted"),
+    ],
+)
 def test_what_it_cannot_be_made_from_is_a_note_and_no_failure(tmp_path, modalities, options, reason):
     workspace, folder = extracted(tmp_path, cameras=(25,), modalities=modalities, **options)
     assert not (folder / "transforms.json").exists()
@@ -196,7 +216,9 @@ def test_18000_pictures_take_less_than_3_seconds_and_little_memory(tmp_path):
             for frame in range(300):
                 (folder / f"frame_{frame:06d}.{ending}").touch()
     with SMCReader(smc) as reader:
-        task = SimpleNamespace(reader=reader, folder=tmp_path, resolution=[2048, 2448], damaged={}, bytes=0, report=lambda: None)
+        task = SimpleNamespace(
+            reader=reader, folder=tmp_path, resolution=[2048, 2448], damaged={}, bytes=0, report=lambda: None
+        )
         tracemalloc.start()
         begin = time.process_time()
         write_transforms(task, "transforms")

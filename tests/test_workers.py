@@ -14,7 +14,9 @@ SUBJECTS = [f"{n:04d}" for n in range(100, 112)]
 @pytest.fixture(scope="module")
 def twelve_subjects(tmp_path_factory):
     folder = tmp_path_factory.mktemp("twelve")
-    synthetic_release.write_release(folder, SUBJECTS, performances=["s1_all", "s3_all"], frames=4, size=(64, 76), cameras=(0, 25))
+    synthetic_release.write_release(
+        folder, SUBJECTS, performances=["s1_all", "s3_all"], frames=4, size=(64, 76), cameras=(0, 25)
+    )
     return folder
 
 
@@ -68,7 +70,12 @@ def test_a_file_system_without_locks_is_named_instead_of_pretending(workspace, t
         "import errno, fcntl, os\ndef flock(*a): raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))\nfcntl.flock = flock\n"
     )
     run = workspace.run(expect=2, environment={"PYTHONPATH": str(tmp_path)})
-    assert "without file locks" in run.err and "-o flock" in run.err and not workspace.manifest.exists() and workspace.leftovers() == []
+    assert (
+        "without file locks" in run.err
+        and "-o flock" in run.err
+        and not workspace.manifest.exists()
+        and workspace.leftovers() == []
+    )
 
 
 def test_what_another_process_has_done_is_seen_although_stat_answers_from_a_cache(workspace, tmp_path):
