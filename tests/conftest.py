@@ -24,6 +24,17 @@ import synthetic_release  # noqa: E402
 RCLONE = shutil.which("rclone") or str(Path(sys.executable).parent / "rclone")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--sweep", action="store_true", help="try every moment and every mutation instead of a few")
+
+
+@pytest.fixture(scope="session")
+def sample(request):
+    """Give a function of (cases, few): all the cases with --sweep, else so few of them, evenly spread."""
+    sweep = request.config.getoption("--sweep")
+    return lambda cases, few: list(cases) if sweep else list(cases)[few // 2 % len(cases) :: max(1, len(cases) // few)]
+
+
 @pytest.fixture(scope="session")
 def release(tmp_path_factory):
     """Two subjects with six speech performances each, small; not to be changed."""

@@ -13,7 +13,7 @@ from conftest import Workspace, tree, wait_for
 PERFORMANCES = ["s1_all", "s3_all"]
 
 # Python runs this before the script. Each step that changes something on disk is counted, in the script and in the process
-# that it forks; before the one whose number is KILL_AT, the whole process group dies, rclone with it.
+# that it starts; before the one whose number is KILL_AT, the whole process group dies, rclone with it.
 COUNT_STEPS = """
 import functools, os, shutil, signal
 counter, last = os.open(os.environ["STEPS"], os.O_RDWR | os.O_CREAT | os.O_APPEND), int(os.environ.get("KILL_AT", 0))
@@ -28,19 +28,6 @@ def counted(function):
 write = os.write
 for name in "write pwrite ftruncate fsync rename replace unlink rmdir mkdir".split():
     setattr(os, name, counted(getattr(os, name)))
-"""
-
-
-# When the script itself, not a thread of it, makes its process number SIGNAL_AT, it gets a signal.
-SIGNAL_WHILE_FORKING = """
-import os, signal, threading
-made = []
-def made_one():
-    if threading.current_thread() is threading.main_thread():
-        made.append(1)
-        if len(made) == int(os.environ["SIGNAL_AT"]):
-            os.kill(os.getpid(), signal.SIGTERM)
-os.register_at_fork(after_in_parent=made_one)
 """
 
 
@@ -99,7 +86,7 @@ def check_promises(workspace, reference):
 
 
 @pytest.mark.parametrize("layout, moments", [("small_release", 64), ("small_pair_release", 16)])
-def test_a_run_killed_at_any_of_its_steps_is_mended_by_the_next(layout, moments, request, tmp_path):
+def test_a_run_killed_at_any_of_its_steps_is_mended_by_the_next(layout, moments, request, tmp_path, sample):
     small_release = request.getfixturevalue(layout)
     undisturbed = new_workspace(tmp_path / "undisturbed", small_release)
     total = run_until(undisturbed, 0)
@@ -115,27 +102,29 @@ def test_a_run_killed_at_any_of_its_steps_is_mended_by_the_next(layout, moments,
         assert workspace.leftovers() == [] and workspace.states == undisturbed.states
 
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(kill_and_run_again, range(moments)))
+        list(threads.map(kill_and_run_again, sample(range(moments), 8)))
 
 
-def test_a_redo_killed_at_any_of_its_steps_never_loses_what_was_done(small_release, tmp_path):
-    """Adding a camera replaces folders that have their completed row: there is one at every moment."""
+def test_a_redo_killed_at_any_of_its_steps_never_loses_what_was_done(small_release, tmp_path, sample):
+    """Adding a camera replaces folders that have their completed row: one of the two is there at every moment."""
     finished = new_workspace(tmp_path / "finished", small_release)
     finished.run()
     reference = tree(finished.path("0018"))
     one = new_workspace(tmp_path / "one", small_release, cameras=[25])
     one.run()
     before = tree(one.path("0018"))
+    one.write_config(extraction={"cameras": "all"})
+    total = run_until(one, 0)
 
     def kill_and_run_again(moment):
         workspace = new_workspace(tmp_path / f"more{moment}", small_release, cameras=[25])
         workspace.run()
         workspace.write_config(extraction={"cameras": "all"})
-        run_until(workspace, 1 + moment * 8)
+        run_until(workspace, 1 + moment * total // 12)
         for performance in PERFORMANCES:
-            there = {
-                f"{performance}/{name}": value for name, value in tree(workspace.path("0018", performance)).items()
-            }
+            folder = workspace.path("0018", performance)
+            folder = folder if folder.exists() else workspace.path("0018", f"{performance}.old")
+            there = {f"{performance}/{name}": value for name, value in tree(folder).items()}
             assert any(
                 there == {n: v for n, v in whole.items() if n.startswith(f"{performance}/")}
                 for whole in (before, reference)
@@ -144,7 +133,7 @@ def test_a_redo_killed_at_any_of_its_steps_never_loses_what_was_done(small_relea
         assert tree(workspace.path("0018")) == reference and workspace.leftovers() == []
 
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(kill_and_run_again, range(8)))
+        list(threads.map(kill_and_run_again, sample(range(12), 4)))
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -222,15 +211,3 @@ def test_what_a_crash_left_of_a_finished_subject_is_cleaned_up(tmp_path, release
         path.write_bytes(b"left over")
     workspace.run()
     assert workspace.leftovers() == [] and workspace.tree() == before and len(workspace.rows) == 1
-
-
-@pytest.mark.parametrize("process", [1, 3], ids=["rclone", "an extraction"])
-def test_a_signal_while_a_process_is_made_is_not_lost(tmp_path, small_release, process):
-    (tmp_path / "sitecustomize.py").write_text(SIGNAL_WHILE_FORKING)
-    workspace = Workspace(tmp_path / "work", small_release)
-    workspace.write_config(extraction={"performances": PERFORMANCES})
-    run = workspace.run(expect=143, environment={"PYTHONPATH": str(tmp_path), "SIGNAL_AT": str(process)}, timeout=30)
-    assert "ignored" not in run.err and "go on" in run.err
-    assert not workspace.manifest.exists() or "failed" not in workspace.manifest.read_text()
-    workspace.run()
-    assert set(workspace.states.values()) == {"completed"}

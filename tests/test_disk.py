@@ -60,7 +60,7 @@ def fill(folder, leave=0):
     with open(folder / "filler", "ab", buffering=0) as file:
         try:
             while shutil.disk_usage(folder).free > leave:
-                file.write(bytes(4096))
+                file.write(bytes(max(4096, (shutil.disk_usage(folder).free - leave) // 2)))
         except OSError:
             pass
 

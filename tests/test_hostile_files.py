@@ -369,15 +369,15 @@ def precious(place):
     return folder
 
 
-def test_a_link_in_the_place_of_the_subject_is_refused(place, precious):
-    small(place.smc("1000", "s1_all"))
+def test_through_a_link_in_the_place_of_the_subject_a_new_performance_is_written_and_nothing_deleted(place, precious):
+    source = small(place.smc("1000", "s2_all"))
     place.output.mkdir()
     (place.output / "1000").symlink_to(precious)
-    place.run()
-    with open(place.folder / "MANIFEST.csv", newline="") as file:
-        (row,) = csv.DictReader(file)
-    assert row["status"] == "failed" and "is a symbolic link" in row["error"] and place.code == 1
-    assert (place.output / "1000").is_symlink()
+    before = snapshot(precious)
+    row = place.run().rows()["1000", "s2_all"]
+    check_completed(precious / "s2_all", row, plain_pictures(source))
+    shutil.rmtree(precious / "s2_all")
+    assert place.code == 0 and snapshot(precious) == before
 
 
 @pytest.mark.parametrize(

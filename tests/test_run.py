@@ -59,6 +59,15 @@ def test_a_run_extracts_every_performance_and_leaves_no_smc(finished):
     assert re.search(r"completed +12 ", finished.first.out)
 
 
+def test_performances_are_done_in_the_order_of_the_config(workspace):
+    order = ["s6_all", "s3_all", "s1_all", "s2_all"]
+    workspace.write_config(extraction={"performances": order, "subjects": ["0019", "0018"]})
+    workspace.run()
+    assert [(row["subject"], row["performance"]) for row in workspace.rows] == [
+        (subject, performance) for subject in ("0019", "0018") for performance in order
+    ]
+
+
 def test_pictures_are_the_stored_bytes(finished):
     for subject in ("0018", "0019"):
         for performance in SPEECH:
@@ -394,27 +403,6 @@ def test_a_file_that_cannot_be_read_fails_alone(tmp_path):
     assert workspace.states == {("0018", "s1_all"): "failed", ("0018", "s2_all"): "completed"}
     assert "0018_s1_all_raw.smc" in workspace.row("0018", "s1_all")["error"] and "0018_s1_all_raw.smc" in run.err
     assert workspace.leftovers() == [] and not workspace.path("0018", "s1_all").exists()
-
-
-def test_a_file_that_takes_long_does_not_keep_the_next_one_from_being_extracted(tmp_path):
-    synthetic_release.write_subject(
-        tmp_path / "release", "0018", performances=["s1_all", "s2_all", "s4_all"], frames=150, size=(256, 306)
-    )
-    workspace = Workspace(tmp_path / "work", tmp_path / "release")
-    workspace.write_config(extraction={"performances": ["s1_all", "s2_all", "s4_all"]})
-    run = workspace.start()
-    begun = lambda: list(workspace.folder.glob("subjects/0018/*.partial"))
-    wait_for(begun)
-    child = int(subprocess.check_output(["pgrep", "-P", str(run.pid), "-f", "extract_streaming_gdrive"]).split()[0])
-    os.kill(child, signal.SIGSTOP)
-    try:
-        wait_for(lambda: any((folder / "metadata/info.json").exists() for folder in begun()))
-        time.sleep(0.5)
-        assert len(begun()) == 2
-    finally:
-        os.kill(child, signal.SIGCONT)
-    output = run.communicate(timeout=60)[0]
-    assert run.returncode == 0 and list(workspace.states.values()) == ["completed"] * 3 and not begun(), output
 
 
 def test_a_file_of_another_subject_than_its_name_says_is_a_warning(tmp_path):

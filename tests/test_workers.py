@@ -53,17 +53,6 @@ def test_the_subject_of_a_killed_process_is_finished_by_the_others(workspace):
     assert workspace.leftovers() == []
 
 
-def test_processes_together_keep_temp_below_its_limit(workspace):
-    size = max(path.stat().st_size for path in workspace.release.rglob("*.smc"))
-    workspace.write_config(storage={"max_temp_size_gb": 1.5 * size / 1e9})
-    runs = [workspace.start() for _ in range(3)]
-    most = 0
-    while any(run.poll() is None for run in runs):
-        most = max(most, sizes_in_temp(workspace))
-    assert [run.returncode for run in runs] == [0] * 3, [run.stdout.read() for run in runs]
-    assert 0 < most <= 1.5 * size and done_once(workspace)
-
-
 def test_a_file_system_without_locks_is_named_instead_of_pretending(workspace, tmp_path):
     """flock is made to answer as it does on a Lustre mounted without -o flock."""
     (tmp_path / "sitecustomize.py").write_text(
