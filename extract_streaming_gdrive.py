@@ -58,7 +58,7 @@ import urllib.parse
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, NamedTuple
@@ -71,46 +71,8 @@ from tqdm import tqdm
 from renderme_360_reader_new import NUM_CAMERAS, SMCError, SMCReader, printable, probe_picture
 
 SPEECH = ["s1_all", "s2_all", "s3_all", "s4_all", "s5_all", "s6_all"]
-S3_VIEWS = {
-    0,
-    1,
-    3,
-    4,
-    5,
-    7,
-    9,
-    11,
-    13,
-    15,
-    16,
-    17,
-    19,
-    20,
-    21,
-    23,
-    24,
-    25,
-    27,
-    28,
-    29,
-    31,
-    32,
-    33,
-    35,
-    37,
-    39,
-    40,
-    41,
-    43,
-    45,
-    47,
-    48,
-    49,
-    53,
-    55,
-    57,
-    59,
-}  # those of s3_all, of every subject seen
+S3_VIEWS = {0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27, 28, 29}  # of every subject seen
+S3_VIEWS |= {31, 32, 33, 35, 37, 39, 40, 41, 43, 45, 47, 48, 49, 53, 55, 57, 59}
 FRONT_CAMERA = 25  # faces the person: azimuth 0, and always among the suggestions
 SUGGESTED_COUNTS = (4, 8, 12, 16, 20)  # the buttons of the page that --camera-grid writes
 DEFAULT_MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
@@ -124,9 +86,7 @@ RCLONE_DISK_FULL = ("no space left on device", "disk quota exceeded", "file too 
 RCLONE_FLAGS = "--drive-acknowledge-abuse --transfers 4 --checkers 8 --retries 10 --low-level-retries 20".split()
 RCLONE_FLAGS += ["--drive-stop-on-download-limit"]
 RCLONE_AT_ONCE = "--retries 1 --low-level-retries 1 --contimeout 15s --timeout 60s".split()  # for the first look
-RCLONE_PATIENT = (
-    "--low-level-retries 8".split()
-)  # for a listing: about five minutes, where 20 make fifteen without a word
+RCLONE_PATIENT = "--low-level-retries 8".split()  # for a listing: five minutes, where 20 make fifteen without a word
 RCLONE_LOG = "--use-json-log --log-level INFO --stats 500ms --stats-log-level NOTICE --stats-one-line=false".split()
 FAILURES_IN_A_ROW = 3  # quota or network failures after which the rest would fail too
 QUOTA_LASTS = timedelta(hours=24)
@@ -140,14 +100,10 @@ FETCH_TRIES = 10  # in a row that bring nothing
 FETCH_TIMEOUT_S = 900  # without a byte; rclone itself gives up after about five minutes
 REPORT_BYTES = 16 << 20  # of pictures: that many are reported at once
 MEMORY_LIMIT = 700 << 20  # that unpacking may take; damaged files can ask for any amount
-DECODER_MEMORY = (
-    48 << 20
-)  # that each decoding thread may take besides: a batch, a picture's pixels in colour, the thread itself
+DECODER_MEMORY = 48 << 20  # that each decoding thread may take besides: a picture's pixels in colour, and its stack
 
 SUBJECT = re.compile(r"[0-9]{4}")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-REMOTE_NAME = re.compile(r"[\w.+@][\w.+@ -]*")
-FOLDER_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 SMC_NAME = re.compile(
     r"(?:Copy of )*(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)\.smc"
 )
@@ -189,10 +145,32 @@ class Interrupted(BaseException):
 
 
 def load_config(path: str) -> Config:
-    """The config file as a Config. Raises ConfigError with the place of the first thing that is wrong."""
+    """Return the settings of a config file. Raise ConfigError with the place of the first thing that is wrong."""
+    known: dict[str, dict[str, Field]] = {}
+    for setting in fields(Config):
+        if setting.metadata:
+            known.setdefault(setting.metadata["section"], {})[setting.name] = setting
+    sections, values = mapping(path, composed(path), "", known), {}
+    for section, settings in known.items():
+        nodes = mapping(path, sections.get(section), section, settings)
+        for key, setting in settings.items():
+            if key in nodes:
+                values[key] = parsed(path, nodes[key], f"{section}.{key}", setting.metadata["parse"])
+            elif setting.metadata["required"]:
+                raise ConfigError(f"{path}: {section}.{key} is missing")
+    config = Config(path=Path(path).absolute(), **values)
+    places = {
+        key: config.path.parent / getattr(config, key) for key in ("temp_dir", "output_dir", "manifest", "log_dir")
+    }
+    if places["temp_dir"].resolve() == places["output_dir"].resolve():
+        raise ConfigError(f"{path}: storage.temp_dir and storage.output_dir are the same folder")
+    return replace(config, **places)
+
+
+def composed(path: str) -> yaml.Node | None:
+    """Return the syntax tree of a YAML file, which knows the line of each value."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        return yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
@@ -200,231 +178,171 @@ def load_config(path: str) -> Config:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}, line {mark.line + 1}" if mark else path
         raise ConfigError(f"{place}: this is no YAML: {getattr(error, 'problem', error)}") from None
-    sections = mapping(root, path, "", SETTINGS)
-    values = {}
-    for section, settings in SETTINGS.items():
-        nodes = mapping(sections[section], path, section, settings) if section in sections else {}
-        for key, (parse, default) in settings.items():
-            node = nodes.get(key)
-            if node is None or is_null(node):
-                if default is REQUIRED:
-                    raise ConfigError(f"{path}: {section}.{key} is missing")
-                values[key] = default
-                continue
-            try:
-                values[key] = parse(node)
-            except NodeError as error:
-                raise ConfigError(f"{path}, line {error.line}: {section}.{key}: {error}") from None
-    folder = Path(path).absolute().parent
-    for key in ("temp_dir", "output_dir", "manifest", "log_dir"):
-        values[key] = folder / Path(values[key]).expanduser()
-    for key in ("subjects", "performances", "modalities"):
-        values[key] = values[key] and list(dict.fromkeys(values[key]))
-    if values["temp_dir"].resolve() == values["output_dir"].resolve():
-        raise ConfigError(f"{path}: storage.temp_dir and storage.output_dir are the same folder")
-    return Config(path=Path(path).absolute(), **values)
 
 
-class NodeError(ValueError):
-    """What is wrong with a value in the config, and its line."""
-
-    def __init__(self, node, message):
-        super().__init__(message)
-        self.line = node.start_mark.line + 1
-
-
-def mapping(node, path, section, known) -> dict:
-    """{key: node} of a YAML mapping whose keys are all known."""
-    if node is None or is_null(node):
+def mapping(path: str, node: yaml.Node | None, section: str, known: Iterable[str]) -> dict[str, yaml.Node]:
+    """Return {key: value} of a YAML mapping whose keys are all known, without the keys that have no value."""
+    empty = "tag:yaml.org,2002:null"
+    if node is None or node.tag == empty:
         return {}
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(
-            f"{path}, line {node.start_mark.line + 1}: {section or 'this'} has to be a list of 'key: value' lines"
-        )
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{path}, line {line}: {section or 'this'} has to be a list of 'key: value' lines")
     found = {}
     for key, value in node.value:
-        place = f"{path}, line {key.start_mark.line + 1}"
-        name = f"{section}.{key.value}" if section else str(key.value)
+        place = f"{path}, line {key.start_mark.line + 1}: {printable(f'{section}.{key.value}'.lstrip('.'))}"
         if key.value not in known:
-            near = difflib.get_close_matches(str(key.value), known, 1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-            raise ConfigError(f"{place}: {printable(name)}: unknown key; {hint}")
+            raise ConfigError(f"{place}: unknown key; {hint(str(key.value), known)}")
         if key.value in found:
-            raise ConfigError(f"{place}: {name}: is there twice")
+            raise ConfigError(f"{place}: is there twice")
         found[key.value] = value
-    return found
+    return {key: value for key, value in found.items() if value.tag != empty}
 
 
-def is_null(node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
+def parsed(path: str, node: yaml.Node, name: str, parse: Callable):
+    """Return the value of a setting. Each word gets to `parse` as it stands in the file: YAML would read 0026 as 22."""
+    try:
+        return parse(yaml.constructor.BaseConstructor().construct_document(node))
+    except (ValueError, yaml.YAMLError) as error:
+        reason = getattr(error, "problem", None) or error
+        raise ConfigError(f"{path}, line {node.start_mark.line + 1}: {name}: {reason}") from None
 
 
-def scalar(node) -> str:
-    """The text of a plain value as it stands in the file: YAML itself would read 0026 as 22."""
-    if not isinstance(node, yaml.ScalarNode):
-        raise NodeError(node, "has to be a single value")
-    return node.value
+def hint(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
-def text(node) -> str:
-    value = scalar(node)
+def text(value) -> str:
+    if not isinstance(value, str):
+        raise ValueError("has to be a single value")
     if not value.isprintable():
-        raise NodeError(node, f"{value!r} holds control characters")
+        raise ValueError(f"{value!r} holds control characters")
     return value
 
 
-def file_name(node) -> str:
-    value = text(node)
-    if not value.strip():
-        raise NodeError(node, "must not be empty")
+def path_name(value) -> Path:
+    if not text(value).strip():
+        raise ValueError("must not be empty")
+    return Path(value).expanduser()
+
+
+def remote_name(value) -> str:
+    if not re.fullmatch(r"[\w.+@][\w.+@ -]*", text(value)):
+        raise ValueError(f"{value!r} is no name of an rclone remote (write it without the colon)")
     return value
 
 
-def pattern(expression, explanation):
-    def parse(node):
-        if not expression.fullmatch(text(node)):
-            raise NodeError(node, f"{printable(text(node))!r} {explanation}")
-        return text(node)
-
-    return parse
-
-
-def folder_id(node) -> str:
-    value = text(node)
+def folder_id(value) -> str:
+    where = "it is the part of the folder's address after /folders/"
     if value == "YOUR_SHARED_FOLDER_ID":
-        raise NodeError(node, "put the id of the shared Drive folder here: the part of its address after /folders/")
-    if value and not FOLDER_ID.fullmatch(value):
-        raise NodeError(
-            node, f"{printable(value)!r} is no folder id: it is the part of the folder's address after /folders/"
-        )
+        raise ValueError(f"put the id of the shared Drive folder here: {where}")
+    if not re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_-]*)?", text(value)):
+        raise ValueError(f"{value!r} is no folder id: {where}")
     return value
 
 
-def choice(*allowed):
-    def parse(node):
-        value = scalar(node)
-        if value not in allowed:
-            near = difflib.get_close_matches(value, allowed, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it has to be one of {', '.join(allowed)}"
-            raise NodeError(node, f"{printable(value)!r} is not known; {hint}")
+def subject_id(value) -> str:
+    if SUBJECT.fullmatch(text(value)):
         return value
-
-    return parse
-
-
-def number(kind, least):
-    def parse(node):
-        try:
-            value = kind(scalar(node))
-        except ValueError:
-            value = None
-        if value is None or not least <= value < 1e9:
-            what = "a whole number" if kind is int else "a number"
-            raise NodeError(node, f"{printable(scalar(node))!r} has to be {what} of at least {least:g}")
-        return value
-
-    return parse
+    near = f"; did you mean {value.zfill(4)!r}?" if re.fullmatch("[0-9]{1,3}", value) else ""
+    raise ValueError(f"{value!r} is no subject: subjects are four digits such as '0018'{near}")
 
 
-def list_of(parse_item, example, word_all=False, may_be_empty=False):
-    """A list, or the word "all" where that is allowed (None then)."""
-
-    def parse(node):
-        if word_all and isinstance(node, yaml.ScalarNode) and node.value == "all":
-            return None
-        if not isinstance(node, yaml.SequenceNode):
-            raise NodeError(node, f"has to be a list such as {example}" + (", or all" if word_all else ""))
-        if not node.value and not may_be_empty:
-            raise NodeError(node, f"the list is empty; write one such as {example}")
-        return [parse_item(item) for item in node.value]
-
-    return parse
+def performance_name(value) -> str:
+    if not PLAIN_NAME.fullmatch(text(value)):
+        raise ValueError(f"{value!r} is no performance: they have names such as s1_all, e0 or h1_3bk")
+    return value
 
 
-def subject_id(node) -> str:
-    value = text(node)
-    if SUBJECT.fullmatch(value):
-        return value
-    hint = f"; did you mean {value.zfill(4)!r}?" if re.fullmatch("[0-9]{1,3}", value) else ""
-    raise NodeError(node, f"{printable(value)!r} is no subject: subjects are four digits such as '0018'{hint}")
-
-
-performance_name = pattern(PLAIN_NAME, "is no performance: they have names such as s1_all, e0 or h1_3bk")
-
-
-def camera_number(node) -> int:
-    value = scalar(node)
-    if not re.fullmatch("[0-9]{1,2}", value) or int(value) >= NUM_CAMERAS:
-        raise NodeError(
-            node, f"{printable(value)!r} is no camera: cameras are whole numbers from 0 to {NUM_CAMERAS - 1}"
-        )
+def camera_number(value) -> int:
+    if not re.fullmatch("[0-9]{1,2}", text(value)) or int(value) >= NUM_CAMERAS:
+        raise ValueError(f"{value!r} is no camera: cameras are whole numbers from 0 to {NUM_CAMERAS - 1}")
     return int(value)
 
 
-camera_list = list_of(camera_number, "[0, 25]", word_all=True, may_be_empty=True)
+def modality_name(value) -> str:
+    return choice(*WRITERS)(value)
 
 
-def cameras(node) -> dict:
-    """{performance or "default": list of cameras, or None for all}."""
-    if not isinstance(node, yaml.MappingNode):
-        return {"default": camera_list(node)}
-    return {performance_name(key): camera_list(value) for key, value in node.value}
+def choice(*known: str) -> Callable:
+    def parse(value) -> str:
+        if text(value) not in known:
+            raise ValueError(f"{value!r} is not known; {hint(value, known)}")
+        return value
+
+    return parse
 
 
-REQUIRED = object()
+def number(kind: type, least: float) -> Callable:
+    def parse(value) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= kind(text(value)) < 1e9:
+                return kind(value)
+        raise ValueError(f"{value!r} has to be {'a whole' if kind is int else 'a'} number of at least {least:g}")
 
-# Every setting: how it is read, and its default.
-SETTINGS = {
-    "google_drive": {
-        "root_folder_id": (folder_id, ""),
-        "remote_name": (pattern(REMOTE_NAME, "is no name of an rclone remote (write it without the colon)"), REQUIRED),
-        "layout": (choice("single", "pair"), "single"),
-        "download": (choice("full", "selective"), "full"),
-        "rclone_flags": (list_of(text, '["--bwlimit", "20M"]', may_be_empty=True), []),
-    },
-    "extraction": {
-        "subjects": (list_of(subject_id, '["0018", "0026"]', word_all=True), REQUIRED),
-        "performances": (list_of(performance_name, "[s1_all, s3_all]", word_all=True), SPEECH),
-        "cameras": (cameras, {}),
-        "modalities": (list_of(lambda node: choice(*WRITERS)(node), "[images, audio]"), DEFAULT_MODALITIES),
-    },
-    "storage": {
-        "temp_dir": (file_name, REQUIRED),
-        "output_dir": (file_name, REQUIRED),
-        "manifest": (file_name, "MANIFEST.csv"),
-        "log_dir": (file_name, "logs"),
-        "max_temp_size_gb": (number(float, 1e-6), 50.0),
-        "min_free_gb": (number(float, 0), 100.0),
-    },
-    "processing": {
-        "workers": (number(int, 1), 4),
-        "verify": (choice("fast", "full"), "fast"),
-    },
-}
+    return parse
+
+
+def list_of(parse_item: Callable, example: str, word_all: bool = False, may_be_empty: bool = False) -> Callable:
+    """Return what parses a list without repetitions, or the word "all" where that is allowed (to None)."""
+
+    def parse(value) -> list | None:
+        if word_all and value == "all":
+            return None
+        if not isinstance(value, list):
+            raise ValueError(f"has to be a list such as {example}" + (", or all" if word_all else ""))
+        if not value and not may_be_empty:
+            raise ValueError(f"the list is empty; write one such as {example}")
+        return list(dict.fromkeys(map(parse_item, value)))
+
+    return parse
+
+
+def rclone_options(value) -> list[str]:
+    if not isinstance(value, list):
+        raise ValueError('has to be a list such as ["--bwlimit", "20M"]')
+    return list(map(text, value))
+
+
+def camera_choice(value) -> dict[str, list[int] | None]:
+    """Return {performance or "default": list of cameras, or None for all}."""
+    parse = list_of(camera_number, "[0, 25]", word_all=True, may_be_empty=True)
+    if not isinstance(value, dict):
+        return {"default": parse(value)}
+    return {performance_name(key): parse(cameras) for key, cameras in value.items()}
+
+
+def setting(section: str, parse: Callable, default=...) -> Field:
+    """Return a field of Config that stands in a section of config.yaml. Without a default, it has to be there."""
+    metadata = {"section": section, "parse": parse, "required": default is ...}
+    return field(default_factory=lambda: default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of config.yaml, under the names that they have there; paths are absolute."""
+    """The settings of config.yaml, under the names that they have there; paths are absolute. A list is None for "all"."""
 
     path: Path
-    root_folder_id: str
-    remote_name: str
-    layout: str
-    download: str
-    rclone_flags: list[str]
-    subjects: list[str] | None  # None: all that the remote has
-    performances: list[str] | None  # None: all that a subject has
-    cameras: dict
-    modalities: list[str]
-    temp_dir: Path
-    output_dir: Path
-    manifest: Path
-    log_dir: Path
-    max_temp_size_gb: float
-    min_free_gb: float
-    workers: int
-    verify: str
+    root_folder_id: str = setting("google_drive", folder_id, "")
+    remote_name: str = setting("google_drive", remote_name)
+    layout: str = setting("google_drive", choice("single", "pair"), "single")
+    download: str = setting("google_drive", choice("full", "selective"), "full")
+    rclone_flags: list[str] = setting("google_drive", rclone_options, [])
+    subjects: list[str] | None = setting("extraction", list_of(subject_id, '["0018", "0026"]', word_all=True))
+    performances: list[str] | None = setting(
+        "extraction", list_of(performance_name, "[s1_all, s3_all]", word_all=True), SPEECH
+    )
+    cameras: dict[str, list[int] | None] = setting("extraction", camera_choice, {})
+    modalities: list[str] = setting("extraction", list_of(modality_name, "[images, audio]"), DEFAULT_MODALITIES)
+    temp_dir: Path = setting("storage", path_name)
+    output_dir: Path = setting("storage", path_name)
+    manifest: Path = setting("storage", path_name, Path("MANIFEST.csv"))
+    log_dir: Path = setting("storage", path_name, Path("logs"))
+    max_temp_size_gb: float = setting("storage", number(float, 1e-6), 50.0)
+    min_free_gb: float = setting("storage", number(float, 0), 100.0)
+    workers: int = setting("processing", number(int, 1), 4)
+    verify: str = setting("processing", choice("fast", "full"), "fast")
     redo: bool = False
 
     def asked_cameras(self, performance: str) -> set[int] | None:
@@ -3575,21 +3493,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def configure(arguments: argparse.Namespace) -> Config:
     """The config, with what the command line has to say instead."""
-    config = load_config(arguments.config)
-    changes = {"redo": arguments.redo}
+    config, changes = load_config(arguments.config), {"redo": arguments.redo}
     for option, names, parse in (
-        ("subjects", arguments.subject, subject_id),
-        ("performances", arguments.performance, performance_name),
+        ("subject", arguments.subject, list_of(subject_id, "0018")),
+        ("performance", arguments.performance, list_of(performance_name, "s1_all")),
     ):
-        if names:
-            try:
-                nodes = (
-                    yaml.ScalarNode("tag:yaml.org,2002:str", name, start_mark=yaml.Mark("", 0, 0, 0, None, 0))
-                    for name in names
-                )
-                changes[option] = list(dict.fromkeys(map(parse, nodes)))
-            except NodeError as error:
-                raise ConfigError(f"--{option[:-1]}: {error}") from None
+        try:
+            changes |= {f"{option}s": parse(names)} if names else {}
+        except ValueError as error:
+            raise ConfigError(f"--{option}: {error}") from None
     if arguments.redo and not arguments.subject:
         raise ConfigError("--redo needs --subject: name the subjects that are to be done again")
     return replace(config, **changes)
