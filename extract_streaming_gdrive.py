@@ -382,9 +382,8 @@ class Manifest:
     def refresh(self):
         """Read the file again if another process has written to it."""
         try:
-            with open(
-                self.path, "rb"
-            ) as file:  # opening asks the server; NFS answers a mere stat from what it knew a minute ago
+            # Opening asks the server; NFS answers a mere stat from what it knew a minute ago.
+            with open(self.path, "rb") as file:
                 status = os.fstat(file.fileno())
                 if self.seen == (status.st_ino, status.st_size, status.st_mtime_ns):
                     return
@@ -412,9 +411,8 @@ class Manifest:
             columns, rows = parse_manifest(text)
             if columns[: len(COLUMNS)] != COLUMNS:
                 columns = COLUMNS + [name for name in columns if name not in COLUMNS]
-                replace_file(
-                    self.path, csv_lines([columns] + [[row.get(name, "") for name in columns] for row in rows])
-                )
+                lines = [columns] + [[row.get(name, "") for name in columns] for row in rows]
+                replace_file(self.path, csv_lines(lines))
                 return self.append(row)
             # A line without its end is what a crash left of a row: that row is lost, and so is the line.
             end = text.rfind(b"\n") + 1
@@ -474,8 +472,8 @@ def is_done(row: dict | None, asked: set[int] | None, modalities: Iterable[str])
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True, remove: bool = False):
-    """Hold the exclusive lock of a file, made if need be; gives its descriptor, or None where another process has it and
-    we don't wait. With `remove` the file goes when the lock does. The system frees the lock when a process dies."""
+    """Hold the exclusive lock of a file, made if need be. Give its descriptor, or None where another process has it and we
+    don't wait. With `remove` the file goes when the lock does. The system frees the lock when a process dies."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -578,28 +576,28 @@ def utc_now() -> str:
 
 
 def gb(size: float) -> str:
-    """A size in words, with three figures: 7.36 GB, 45.1 MB."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 999.5:
+    """Return a size in words, with three figures: 7.36 GB, 45.1 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 999.5 or unit == "GB":
             break
         size /= 1000
-    else:
-        unit = "GB"
-    return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
+    return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
 
 
 def duration(seconds: float) -> str:
-    """A time in words: 4.2 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    for unit, size, below, smaller in (("min", 60, "s", 1), ("h", 3600, "min", 60), ("d", 86400, "h", 3600)):
-        if seconds < size * {"min": 60, "h": 24, "d": 10**6}[unit]:
-            return f"{seconds // size:.0f} {unit} {seconds % size // smaller:.0f} {below}"
-    return f"{seconds:.0f} s"
+    """Return a time in words: 4.2 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours} h"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def paths_like(folder: Path, wildcard: str) -> list[Path]:
-    """Paths below a folder that match; what other processes remove meanwhile doesn't matter (to Path.glob it would)."""
+    """Return what matches below a folder. What other processes remove meanwhile doesn't matter; to Path.glob it would."""
     return [Path(path) for path in glob.glob(f"{glob.escape(str(folder))}/{wildcard}")]
 
 
@@ -1231,7 +1229,6 @@ class Extraction:
     def __init__(self, job: Job, config: Config, reader: SMCReader, send: Callable):
         self.job, self.config, self.reader, self.send = job, config, reader, send
         self.folder = config.partial(job.subject, job.performance)
-        self.decoder = Decoder(config.workers) if config.verify == "full" else None
         self.bytes = 0
         self.frames: dict[str, int] = {}
         self.missing: dict[str, dict] = {}
@@ -1247,9 +1244,8 @@ class Extraction:
 
     def selected(self, modality: str) -> list[int]:
         """The cameras to extract among those that have the modality."""
-        return [
-            camera for camera in self.reader.cameras(modality) if self.job.cameras is None or camera in self.job.cameras
-        ]
+        available, asked = self.reader.cameras(modality), self.job.cameras
+        return available if asked is None else [camera for camera in available if camera in asked]
 
     def save(self, name: str, content: bytes | memoryview):
         """Write one file of the performance's folder."""
@@ -1339,46 +1335,38 @@ def store_pictures(
     if files:
         check_folder(path, sizes)
         task.bytes += sum(sizes.values())
-    if task.decoder:
-        damaged |= task.decoder.failed({n: f"{path}/{file}" for n, file in files.items() if n not in damaged})
+        if task.config.verify == "full":
+            whole = {number: f"{path}/{file}" for number, file in files.items() if number not in damaged}
+            damaged |= undecodable(whole, task.config.workers)
     return sorted(files), sorted(damaged)
 
 
-class Decoder:
-    """Decodes pictures to see whether that works, on several threads.
+def undecodable(files: dict[int, str], workers: int) -> set[int]:
+    """Return the numbers of the picture files that cannot be decoded without a complaint.
 
-    libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see in_child)."""
+    libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see in_child): where anything was
+    said, the files are decoded again one by one, to see of which."""
 
-    def __init__(self, workers: int):
-        self.threads = ThreadPoolExecutor(workers)
-        all_here = threading.Barrier(workers)  # starting a thread later, short of memory, would never end
-        list(self.threads.map(lambda _: all_here.wait(), range(workers)))
+    def decodes(file: str) -> bool:
+        """Decode every byte of the stream, at an eighth of the size."""
+        try:
+            return cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None
+        except cv2.error:  # it claims more pixels than OpenCV has room for
+            return False
 
-    def failed(self, files: dict[int, str]) -> set[int]:
-        """Return the numbers of the files that cannot be decoded without a complaint."""
-        before = said_so_far()
-        bad = {number for number, good in zip(files, self.threads.map(decodes, files.values())) if not good}
-        if said_so_far() == before:
-            return bad
-        return {number for number, file in files.items() if number in bad or not decodes_silently(file)}
+    def said() -> int:
+        return os.lseek(2, 0, os.SEEK_END)
 
-
-def decodes(file: str) -> bool:
-    """Return whether a picture can be decoded: every byte of the stream, at an eighth of the size."""
-    try:
-        return cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None
-    except cv2.error:  # it claims more pixels than OpenCV has room for
-        return False
-
-
-def decodes_silently(file: str) -> bool:
-    before = said_so_far()
-    return decodes(file) and said_so_far() == before
-
-
-def said_so_far() -> int:
-    """Return how many bytes were written to stderr, which is a file."""
-    return os.lseek(2, 0, os.SEEK_END)
+    before = said()
+    with ThreadPoolExecutor(workers) as threads:
+        bad = {number for number, good in zip(files, threads.map(decodes, files.values())) if not good}
+    if said() == before:
+        return bad
+    for number, file in files.items():
+        before = said()
+        if not decodes(file) or said() > before:
+            bad.add(number)
+    return bad
 
 
 def check_folder(folder: Path, sizes: dict[str, int]):
@@ -1413,11 +1401,6 @@ def write_audio(task: Extraction, modality: str):
     if peak >= 0:  # this chunk has the time of writing: without it, the same SMC gives the same bytes
         wav.getbuffer()[peak + 12 : peak + 16] = bytes(4)
     task.save("audio/audio.wav", wav.getbuffer())
-    with soundfile.SoundFile(task.folder / "audio/audio.wav") as file:
-        if (file.frames, file.samplerate, file.channels) != (len(samples), rate, samples.shape[1]):
-            raise OSError(
-                errno.EIO, f"has {file.frames} of {len(samples)} samples", str(task.folder / "audio/audio.wav")
-            )
 
 
 def write_calibration(task: Extraction, modality: str):
@@ -1435,9 +1418,8 @@ def write_keypoints2d(task: Extraction, modality: str):
     """keypoints2d/cam_25.npz: frame_ids (F,) int, points (F, 106, 2) float64 pixels."""
     for camera in task.selected(modality):
         frames = np.array(task.reader.frame_numbers(modality, camera), np.int64)
-        task.save(
-            f"keypoints2d/cam_{camera:02d}.npz", npz_bytes(frame_ids=frames, points=task.reader.get_Keypoints2d(camera))
-        )
+        points = task.reader.get_Keypoints2d(camera)
+        task.save(f"keypoints2d/cam_{camera:02d}.npz", npz_bytes(frame_ids=frames, points=points))
 
 
 def write_keypoints3d(task: Extraction, modality: str):
@@ -1469,11 +1451,8 @@ def write_transforms(task: Extraction, modality: str):
     pictures are left out: a loader would stop at them, or a trainer learn them.
 
     Each picture has its own intrinsics, and none stand at the top, where loaders would take them for those of all cameras."""
-    calibration, images, masks = (
-        task.reader.get_Calibration_all(),
-        good_pictures(task, "images"),
-        good_pictures(task, "masks"),
-    )
+    calibration = task.reader.get_Calibration_all()
+    images, masks = good_pictures(task, "images"), good_pictures(task, "masks")
     for camera in set(images) - set(calibration):
         task.reader.oddities.append(f"{task.job}: camera {camera} has no calibration and is not in transforms.json")
         del images[camera]
@@ -1493,10 +1472,8 @@ def write_transforms(task: Extraction, modality: str):
             for frame, name in files.items():
                 size = tuple(task.resolution or probe_picture((task.folder / name).read_bytes())[1:3])
                 if size not in shared:
-                    shared[size] = json.dumps(
-                        {"camera_index": index, "camera_id": camera, **view(calibration[camera], *size)},
-                        allow_nan=False,
-                    )
+                    camera_of = {"camera_index": index, "camera_id": camera, **view(calibration[camera], *size)}
+                    shared[size] = json.dumps(camera_of, allow_nan=False)
                 mask = masks.get(camera, {}).get(frame)
                 own = {"file_path": name, **({"mask_path": mask, "fg_mask_path": mask} if mask else {})}
                 own.update(timestep_index=timesteps[frame], timestep_id=f"{frame:06d}")
