@@ -1375,11 +1375,8 @@ def check_folder(folder: Path, sizes: dict[str, int]):
         found = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
     if found != sizes:
         wrong = sorted(set(found.items()) ^ set(sizes.items()))[0][0]
-        raise OSError(
-            errno.EIO,
-            f"{len(found)} of {len(sizes)} files are there, and {wrong} is missing or not as long as written",
-            str(folder),
-        )
+        said = f"{len(found)} of {len(sizes)} files are there, and {wrong} is missing or not as long as written"
+        raise OSError(errno.EIO, said, str(folder))
 
 
 def write_audio(task: Extraction, modality: str):
@@ -1619,22 +1616,14 @@ def notes(task: Extraction, written: list[str]) -> list[str]:
     elif "images" in task.job.modalities and task.job.cameras and not task.selected("images"):
         found.append(f"none of the cameras asked for is in the file, which has {numbers_text(available)}")
     for kind, frames in (("damaged", task.damaged), ("missing", task.missing)):
-        count = sum(
-            len(numbers)
-            for cameras in frames.values()
-            for numbers in (cameras.values() if isinstance(cameras, dict) else [cameras])
-        )
+        lists = [cameras.values() if isinstance(cameras, dict) else [cameras] for cameras in frames.values()]
+        count = sum(len(numbers) for numbers in itertools.chain(*lists))
         if count:
             found.append(f"{count} {kind} picture{'s' * (count > 1)}, listed in info.json")
     if "transforms" in task.job.modalities and "transforms" not in written:
-        found.append(
-            "no transforms.json: "
-            + (
-                "no undamaged pictures were extracted"
-                if task.reader.has("calibration")
-                else "the file has no calibration"
-            )
-        )
+        calibrated = task.reader.has("calibration")
+        cause = "no undamaged pictures were extracted" if calibrated else "the file has no calibration"
+        found.append(f"no transforms.json: {cause}")
     return found
 
 
@@ -1646,7 +1635,8 @@ def contradictions(reader: SMCReader, name: str, subject: str, performance: str)
             found.append(f"{name}: it says that it is of {printable(stated)!r}")
     if reader.fps() not in (None, 15, 30):
         found.append(
-            f"{name}: {reader.num_frame} frames and {reader.audio_info()['duration_s']:.2f} s of audio make {reader.fps():.2f} pictures per second, not 15 or 30"
+            f"{name}: {reader.num_frame} frames and {reader.audio_info()['duration_s']:.2f} s of audio "
+            f"make {reader.fps():.2f} pictures per second, not 15 or 30"
         )
     return found
 
@@ -1734,7 +1724,7 @@ def in_child(pipe, parent: int, name: str, limits: tuple[int, int], work: Callab
     try:
         die_with(parent)
         limit_resources(memory, seconds)
-        # What libraries print goes to a file: see Decoder.
+        # What libraries print goes to a file: see undecodable.
         said = os.memfd_create("said") if hasattr(os, "memfd_create") else tempfile.TemporaryFile().fileno()
         os.dup2(said, 2)
         pipe.send(("done", work(*arguments, lambda **news: pipe.send(("report", news)))))
@@ -2948,53 +2938,22 @@ class SubjectLocks:
         remove_empty(self.folder)  # it isn't while other processes hold subjects
 
 
-def temp_files(config: Config, subject: str = "[0-9][0-9][0-9][0-9]") -> list[Path]:
-    """What rclone has brought for a subject, or for all: whole SMC files and its own begun ones."""
-    folders = config.remote_folders(subject)
-    return [
-        path
-        for folder in folders
-        for path in paths_like(config.temp_dir, f"{folder}/*.smc*")
-        if SMC_NAME.match(path.name)
-    ]
-
-
-def debris(config: Config, subject: str) -> list[Path]:
-    """Return the folders in which a run that was killed was at work."""
-    folder = config.output_dir / subject
-    if folder.is_symlink():  # nothing is deleted through a link
-        return []
-    return [
-        path
-        for path in paths_like(folder, "*.partial") + paths_like(folder, "*.old")
-        if PLAIN_NAME.fullmatch(path.stem)
-    ]
-
-
-def leftovers(config: Config, subject: str) -> list[Path]:
-    """Return what a run that was killed has left of a subject."""
-    in_temp = [config.temp_dir / folder for folder in config.remote_folders(subject)]
-    return debris(config, subject) + [folder for folder in in_temp if os.path.lexists(folder)]
-
-
 def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
     """Remove what a run that ended early has left of a subject, but for whole SMC files that are wanted (None: all)."""
-    for folder in config.remote_folders(subject):
-        if (config.temp_dir / folder).is_symlink():  # not followed: rclone will make a folder
-            clear(config.temp_dir / folder)
-    for path in debris(config, subject):
-        if path.suffix == ".old" and not os.path.lexists(path.with_suffix("")):
-            os.rename(path, path.with_suffix(""))  # killed between two renames: see put_in_place
-        else:
-            clear(path)
-    for path in temp_files(config, subject):
-        if (
-            path.suffix != ".smc"
-            or path.is_symlink()
-            or not path.is_file()
-            or (wanted is not None and path not in wanted)
-        ):
-            clear(path)
+    finished = config.output_dir / subject
+    if not finished.is_symlink():  # nothing is deleted through a link
+        for path in paths_like(finished, "*.partial") + paths_like(finished, "*.old"):
+            if path.suffix == ".old" and not os.path.lexists(path.with_suffix("")):
+                os.rename(path, path.with_suffix(""))  # killed between two renames: see put_in_place
+            elif PLAIN_NAME.fullmatch(path.stem):
+                clear(path)
+    for folder in [config.temp_dir / name for name in config.remote_folders(subject)]:
+        if folder.is_symlink():  # not followed: rclone will make a folder
+            clear(folder)
+        for path in paths_like(folder, "*.smc*"):
+            whole = path.suffix == ".smc" and path.is_file() and not path.is_symlink()
+            if SMC_NAME.match(path.name) and not (whole and (wanted is None or path in wanted)):
+                clear(path)
     remove_empty_temp(config, subject)
 
 
@@ -3104,7 +3063,10 @@ def subjects_to_do(config: Config, manifest: Manifest, remote: Remote, locks: Su
     passed: list[str] = []
     for subject in itertools.chain(config.subjects, passed):
         manifest.refresh()
-        if not has_work(config, manifest, subject) and not leftovers(config, subject):
+        if not has_work(config, manifest, subject):
+            if locks.take(subject):
+                clean_up(config, subject, wanted=set())  # after a run that was killed between its last row and the end
+                locks.release(subject)
             continue
         if not locks.take(subject):
             if subject not in passed:
@@ -3198,12 +3160,8 @@ def extract_and_describe(job: Job, config: Config, remote: Remote) -> tuple[dict
         clear(config.partial(job.subject, job.performance))
         row["status"], row["error"] = outcome(job, config, error)
     extract_s = time.monotonic() - begin - (job.download_s if job.selective else 0)
-    return {
-        **row,
-        "smc_bytes": job.bytes,
-        "download_s": f"{job.download_s:.2f}",
-        "extract_s": f"{extract_s:.2f}",
-    }, result
+    row.update(smc_bytes=job.bytes, download_s=f"{job.download_s:.2f}", extract_s=f"{extract_s:.2f}")
+    return row, result
 
 
 def outcome(job: Job, config: Config, error: Exception) -> tuple[str, str]:
@@ -3272,10 +3230,8 @@ def bar(**options) -> Iterator[tqdm]:
     terminal = sys.stderr.isatty()
     with tqdm(disable=not terminal, leave=False, dynamic_ncols=True, mininterval=0.2, **options) as progress:
         yield progress
-    if terminal:
-        print(
-            end="\r", file=sys.stderr, flush=True
-        )  # a bar that was below another leaves the cursor at the end of a line
+    if terminal:  # a bar that was below another leaves the cursor at the end of a line
+        print(end="\r", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -3313,102 +3269,77 @@ def extraction_progress(job: Job):
         yield show
 
 
-@dataclass
 class Summary:
     """What a run did, for its end."""
 
-    config: Config
-    counts: dict[str, int] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
-    warnings: dict[str, None] = field(default_factory=dict)
-    frames: int = 0
-    bytes: int = 0
-    fetched: int = 0
-    download_s: float = 0.0
-    extract_s: float = 0.0
+    def __init__(self, config: Config):
+        self.config, self.begin = config, time.monotonic()
+        self.statuses: collections.Counter[str] = collections.Counter()
+        self.failures: list[str] = []
+        self.warnings: dict[str, None] = {}
+        self.frames = self.bytes = self.fetched = 0
+        self.download_s = self.extract_s = 0.0
 
     def add(self, job: Job, row: dict, result: dict | None):
         """Count a performance and say how it went."""
-        status = row["status"]
-        self.counts[status] = self.counts.get(status, 0) + 1
+        self.statuses[row["status"]] += 1
         self.download_s += job.download_s
-        if status == "completed":
-            self.frames += result["frames"]
-            self.bytes += result["bytes"]
-            self.fetched += job.fetched
-            self.extract_s += float(row["extract_s"])
-            cameras = f"{len(result['cameras'])} camera{'s' * (len(result['cameras']) != 1)}"
-            log.info(
-                "%s: %d frames of %s, %s in %s",
-                job,
-                result["frames"],
-                cameras,
-                gb(result["bytes"]),
-                duration(float(row["extract_s"])),
-            )
-            log.debug("%s: %s", job, result)
-            absent = (job.cameras or set()) - set(result["cameras_available"])
-            if absent and "images" in job.modalities:
-                log.debug("%s: the file has no pictures of the cameras %s", job, numbers_text(absent))
-            for note in result["notes"]:
-                self.warn(f"{job}: {note}")
-            for oddity in result["oddities"]:
-                self.warn(oddity)
-        elif status == "absent":
+        if result and row["status"] == "completed":
+            self.add_completed(job, result, float(row["extract_s"]))
+        elif row["status"] == "absent":
             log.info("%s: absent from the remote", job)
         else:
-            self.lines.append(f"{job}: {status.replace('_', ' ')}: {row['error']}")
-            log.error("%s", self.lines[-1])
+            self.failures.append(f"{job}: {row['status'].replace('_', ' ')}: {row['error']}")
+            log.error("%s", self.failures[-1])
+
+    def add_completed(self, job: Job, result: dict, seconds: float):
+        self.frames += result["frames"]
+        self.bytes += result["bytes"]
+        self.fetched += job.fetched
+        self.extract_s += seconds
+        number = len(result["cameras"])
+        cameras = f"{number} camera{'s' * (number != 1)}"
+        log.info(f"{job}: {result['frames']} frames of {cameras}, {gb(result['bytes'])} in {duration(seconds)}")
+        log.debug("%s: %s", job, result)
+        absent = (job.cameras or set()) - set(result["cameras_available"])
+        if absent and "images" in job.modalities:
+            log.debug("%s: the file has no pictures of the cameras %s", job, numbers_text(absent))
+        for message in [f"{job}: {note}" for note in result["notes"]] + result["oddities"]:
+            self.warn(message)
 
     def warn(self, message: str):
         if message not in self.warnings:
             log.warning("warning: %s", message)
         self.warnings[message] = None
 
-    def show(self, manifest: Manifest, seconds: float):
-        """The end of a run: counts, sizes, times, and each warning once."""
+    def show(self, manifest: Manifest):
+        """Say at the end of a run: counts, sizes, times, and each warning once."""
         manifest.refresh()
-        config, count = self.config, self.counts.get
+        config = self.config
         asked = [(s, p) for s in config.subjects for p in asked_performances(config, manifest, s)]
         done = [
             (s, p) for s, p in asked if is_done(manifest.rows.get((s, p)), config.asked_cameras(p), config.modalities)
         ]
         gone = sum(not config.folder(*key).exists() for key in done)
-        log.info("")
-        log.info("Summary after %s", duration(seconds))
-        if not self.counts and len(done) == len(asked):
-            log.info("  nothing was left to do")
-        log.info(
-            "  completed   %5d   %d frames, %s; %s downloaded in %s, extracted in %s",
-            count("completed", 0),
-            self.frames,
-            gb(self.bytes),
-            gb(self.fetched),
-            duration(self.download_s),
-            duration(self.extract_s),
-        )
-        log.info(
-            "  failed      %5d",
-            sum(number for status, number in self.counts.items() if status not in ("completed", "absent")),
-        )
-        log.info("  absent      %5d", count("absent", 0))
-        log.info(
-            "  done in all %5d of %d asked for%s",
-            len(done),
-            len(asked),
-            f"; {gone} of them no longer in {config.output_dir}" if gone else "",
-        )
-        for title, lines in (("Failed", self.lines), ("Warnings", self.warnings)):
-            if lines:
-                log.info("%s", title)
-            for line in lines:
-                log.info("  - %s", line)
+        away = f"; {gone} of them no longer in {config.output_dir}" if gone else ""
+        downloaded = f"{gb(self.fetched)} downloaded in {duration(self.download_s)}"
+        completed = f"{self.frames} frames, {gb(self.bytes)}; {downloaded}, extracted in {duration(self.extract_s)}"
+        lines = ["", f"Summary after {duration(time.monotonic() - self.begin)}"]
+        if not self.statuses and len(done) == len(asked):
+            lines.append("  nothing was left to do")
+        lines.append(f"  completed   {self.statuses['completed']:5d}   {completed}")
+        lines.append(f"  failed      {len(self.failures):5d}")
+        lines.append(f"  absent      {self.statuses['absent']:5d}")
+        lines.append(f"  done in all {len(done):5d} of {len(asked)} asked for{away}")
+        for title, messages in (("Failed", self.failures), ("Warnings", self.warnings)):
+            lines += [title, *(f"  - {message}" for message in messages)] if messages else []
+        for line in lines:
+            log.info("%s", line)
 
 
 def run(config: Config, manifest: Manifest, remote: Remote) -> int:
     """Download, extract, note and delete, subject by subject. Return the exit code."""
-    log_file, begin = open_log(config), time.monotonic()
-    locks, summary = SubjectLocks(config), Summary(config)
+    log_file, locks, summary = open_log(config), SubjectLocks(config), Summary(config)
     for doubt in doubts_about_cameras(config, manifest):
         summary.warn(doubt)
     try:
@@ -3427,9 +3358,9 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
         for subject in locks.held:
             clean_up(config, subject)
         locks.close()
-        summary.show(manifest, time.monotonic() - begin)
+        summary.show(manifest)
         log.info("The log is %s", log_file)
-    return 1 if summary.lines else 0
+    return 1 if summary.failures else 0
 
 
 # ---------------------------------------------------------------------------------------------- main
