@@ -19,7 +19,7 @@ TESTS = Path(__file__).parent
 SCRIPT = TESTS.parent / "extract_streaming_gdrive.py"
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-import synthetic_release  # noqa: E402
+import synthetic_release
 
 RCLONE = shutil.which("rclone") or str(Path(sys.executable).parent / "rclone")
 
@@ -32,7 +32,13 @@ def pytest_addoption(parser):
 def sample(request):
     """Give a function of (cases, few): all the cases with --sweep, else so few of them, evenly spread."""
     sweep = request.config.getoption("--sweep")
-    return lambda cases, few: list(cases) if sweep else list(cases)[few // 2 % len(cases) :: max(1, len(cases) // few)]
+
+    def sampled(cases, few):
+        cases = list(cases)
+        step = 1 if sweep else max(1, len(cases) // few)
+        return cases[step // 2 :: step]
+
+    return sampled
 
 
 @pytest.fixture(scope="session")

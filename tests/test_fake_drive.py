@@ -11,7 +11,6 @@ import sys
 import time
 
 import pytest
-
 from fake_drive import ACCESS_TOKEN, FakeDrive, Query, matches
 
 RCLONE = (
