@@ -161,7 +161,7 @@ def test_a_signal_ends_the_run_and_rclone_within_5_seconds_and_cleans_up(tmp_pat
     run.send_signal(number)
     output = run.communicate(timeout=5)[0]
     assert run.returncode == code and "run the same command again" in output and "Traceback" not in output
-    wait_for(lambda: subprocess.run(["pgrep", "-s", str(run.pid)], capture_output=True).returncode == 1, 2)
+    wait_for(lambda: subprocess.run(["pgrep", "-s", str(run.pid)], check=False, capture_output=True).returncode == 1, 2)
     left = [path for path in workspace.leftovers() if path.is_file()]
     assert all(path.name == "0018_s3_all_raw.smc" for path in left) and len(left) <= 1
     workspace.write_config(google_drive={"rclone_flags": ["--config", "rclone.conf"]})
@@ -192,7 +192,7 @@ def test_a_script_killed_alone_takes_rclone_with_it_and_is_mended_by_the_next(tm
     wait_for(lambda: any((workspace.folder / "temp_smc").rglob("*.smc*")))
     os.kill(run.pid, signal.SIGKILL)
     run.communicate(timeout=5)
-    wait_for(lambda: subprocess.run(["pgrep", "-s", str(run.pid)], capture_output=True).returncode == 1, 5)
+    wait_for(lambda: subprocess.run(["pgrep", "-s", str(run.pid)], check=False, capture_output=True).returncode == 1, 5)
     workspace.write_config(google_drive={"rclone_flags": ["--config", "rclone.conf"]})
     workspace.run()
     assert workspace.states == {("0018", "s3_all"): "completed"} and workspace.leftovers() == []

@@ -42,6 +42,7 @@ def small_disk(tmp_path):
         folder.mkdir(parents=True)
         done = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * MB)}", "tmpfs", folder],
+            check=False,
             capture_output=True,
             text=True,
         )
@@ -98,7 +99,7 @@ def test_a_disk_that_fills_during_the_extraction_stops_the_run_and_a_rerun_finis
 
     def fill_when_it_writes():
         while not stop.is_set():
-            if (output_disk / "subjects/0018/s3_all.partial/images").exists():
+            if (output_disk / "subjects/0018/s1_all").exists():  # s3_all is next
                 fill(output_disk, leave=50_000)
                 return
             time.sleep(0.001)
