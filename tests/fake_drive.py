@@ -433,7 +433,7 @@ def file_id(path):
 
 
 def rfc3339(seconds):
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
     return moment.strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
 
 
@@ -841,7 +841,7 @@ def make_certificate(path):
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Fake Drive")])
     alternatives = [x509.DNSName(host) for host in ("googleapis.com", "*.googleapis.com")]
     alternatives.append(x509.IPAddress(ipaddress.ip_address("127.0.0.1")))
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)

@@ -18,7 +18,7 @@ import argparse
 import itertools
 import struct
 import zlib
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import cv2
@@ -465,7 +465,7 @@ def scan_mesh(rows=40, columns=64):
     return HEAD + vertices * PART_RADII[0], triangles
 
 
-@lru_cache(maxsize=None)
+@cache
 def _uv_texture(look):
     """An unwrapped skin, (256, 256, 3) PNG bytes."""
     y, x = np.mgrid[-1:1:256j, -1:1:256j]

@@ -42,6 +42,7 @@ def small_disk(tmp_path):
         folder.mkdir(parents=True)
         done = subprocess.run(
             ["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * MB)}", "tmpfs", folder],
+            check=False,
             capture_output=True,
             text=True,
         )
@@ -98,7 +99,7 @@ def test_a_disk_that_fills_during_the_extraction_stops_the_run_and_a_rerun_finis
 
     def fill_when_it_writes():
         while not stop.is_set():
-            if (output_disk / "subjects/0018/s3_all.partial/images").exists():
+            if (output_disk / "subjects/0018/s1_all").exists():  # s3_all is next
                 fill(output_disk, leave=50_000)
                 return
             time.sleep(0.001)
@@ -161,15 +162,15 @@ def test_a_disk_that_is_full_when_the_row_is_written_leaves_no_half_row(tmp_path
 
 def test_temp_never_holds_more_than_max_temp_size_gb(tmp_path):
     """Six files of which two fit at a time, watched while the run goes on."""
-    synthetic_release.write_subject(
-        tmp_path / "release", "0018", frames=40, size=(128, 153), cameras=(25,), jpeg_bytes=20_000, distinct=1
-    )
-    synthetic_release.write_subject(
-        tmp_path / "release", "0019", frames=40, size=(128, 153), cameras=(25,), jpeg_bytes=20_000, distinct=1
-    )
+    performances = ["s1_all", "s2_all", "s4_all"]
+    options = {"frames": 40, "size": (128, 153), "jpeg_bytes": 20_000, "distinct": 1}
+    synthetic_release.write_release(tmp_path / "release", performances=performances, **options)
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     limit = int(2.5 * workspace.smc("0018", "s1_all").stat().st_size)
-    workspace.write_config(storage={"max_temp_size_gb": limit / 1e9}, extraction={"subjects": ["0018", "0019"]})
+    workspace.write_config(
+        storage={"max_temp_size_gb": limit / 1e9},
+        extraction={"subjects": ["0018", "0019"], "performances": performances},
+    )
     run, most = workspace.start(), 0
     while run.poll() is None:
         most = max(most, sizes_in_temp(workspace))

@@ -11,7 +11,6 @@ import sys
 import time
 
 import pytest
-
 from fake_drive import ACCESS_TOKEN, FakeDrive, Query, matches
 
 RCLONE = (
@@ -64,6 +63,7 @@ def rclone(drive, *arguments, root_id=None):
     return subprocess.run(
         command(drive, *arguments, root_id=root_id),
         env={**os.environ, **drive.environment()},
+        check=False,
         capture_output=True,
         timeout=30,
     )

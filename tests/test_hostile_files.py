@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
@@ -12,7 +13,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-
 import synthetic_release as synthetic
 from hostile import mutations, plain_pictures, snapshot
 
@@ -52,11 +52,11 @@ class Place:
         (self.release / subject).mkdir(exist_ok=True)
         return self.release / subject / f"{subject}_{performance}_raw.smc"
 
-    def run(self, verify="fast"):
-        """Run the script; exit code, what it said and its memory (kB) are kept."""
+    def run(self, verify="fast", but=OURS):
+        """Run the script; exit code, what it said and its memory (kB) are kept. It changes nothing but what is its own."""
         text = CONFIG.format(performances=", ".join(self.performances), modalities=MODALITIES, verify=verify)
         (self.folder / "config.yaml").write_text(text)
-        before = snapshot(self.folder, without=OURS)
+        before = snapshot(self.folder, without=but)
         command = [sys.executable, SCRIPT, "--config", self.folder / "config.yaml"]
         with open(self.folder.parent / "said", "w+") as said:
             process = subprocess.Popen(
@@ -66,14 +66,18 @@ class Place:
             process.returncode = self.code = os.waitstatus_to_exitcode(status)
             said.seek(0)
             self.said, self.memory = said.read(), usage.ru_maxrss
-        assert snapshot(self.folder, without=OURS) == before
+        assert snapshot(self.folder, without=but) == before
         assert "Traceback" not in self.said and all(c.isprintable() or c == "\n" for c in self.said), self.said
         return self
 
-    def rows(self):
-        """{(subject, performance): row} of the manifest, and what has to be true of every run's."""
+    def all_rows(self):
+        """{(subject, performance): row} of the manifest."""
         with open(self.folder / "MANIFEST.csv", newline="") as file:
-            rows = {(row["subject"], row["performance"]): row for row in csv.DictReader(file)}
+            return {(row["subject"], row["performance"]): row for row in csv.DictReader(file)}
+
+    def rows(self):
+        """The same, when what has to be true after every run was found to be so."""
+        rows = self.all_rows()
         for row in rows.values():
             assert row["status"] in ("completed", "failed", "absent"), row
             assert (row["status"] == "failed") <= bool(row["error"])
@@ -114,9 +118,16 @@ def check_completed(folder, row, source):
 
 # ---- damage
 
-SEED = int(os.environ.get("MUTATIONS_SEED", 9))  # another one for more of them
+SEED = int(os.environ.get("MUTATIONS_SEED", "9"))  # another one for more of them
 
-SMALL = dict(cameras=(0, 25), frame_ids=range(3), size=(24, 30), audio_seconds=0.02, masks=(25,), keypoints2d=(25,))
+SMALL = {
+    "cameras": (0, 25),
+    "frame_ids": range(3),
+    "size": (24, 30),
+    "audio_seconds": 0.02,
+    "masks": (25,),
+    "keypoints2d": (25,),
+}
 BASES = {
     "plain": dict(SMALL, keypoints3d=True, calibration=True),
     "gzip": dict(
@@ -126,19 +137,17 @@ BASES = {
 }
 
 
-def test_five_hundred_damaged_files_each_end_as_completed_or_failed(tmp_path):
-    (tmp_path / "here").mkdir()
-    place = Place(tmp_path / "here")
+def test_damaged_files_each_end_as_completed_or_failed(place, tmp_path, sample):
+    """Every eleventh mutation, so that each kind of damage is among them; all 510 with --sweep."""
     for number, (name, options) in enumerate(BASES.items()):
         base = tmp_path / f"{name}.smc"
         synthetic.write_smc(base, "1000", "m000", **options)
-        for k, (_, content) in enumerate(mutations(base, 170, seed=SEED)):
+        for k, (_, content) in sample(enumerate(mutations(base, 170, seed=SEED)), 15):
             place.smc(f"{1000 + number}", f"m{k:03d}").write_bytes(content)
     place.run()
     rows = place.rows()
-    assert len(rows) == 510 and place.code == 1
     completed = [key for key, row in rows.items() if row["status"] == "completed"]
-    assert 100 < len(completed) < 400
+    assert 0.2 < len(completed) / len(list(place.release.glob("*/*"))) < 0.8 and place.code == 1
     with ProcessPoolExecutor(2) as apart:  # libhdf5 could crash
         for key, source in zip(
             completed, apart.map(plain_pictures, [place.smc(*key) for key in completed], timeout=60)
@@ -152,10 +161,8 @@ def test_five_hundred_damaged_files_each_end_as_completed_or_failed(tmp_path):
 def small(path, **options):
     """A small healthy SMC file at a path."""
     subject, performance = path.stem[:4], path.stem[5:].rpartition("_")[0]
-    options = {
-        **dict(cameras=(3, 25), frame_ids=range(3), size=(24, 30), audio_seconds=0.1, calibration=False, masks=(25,)),
-        **options,
-    }
+    usual = {"cameras": (3, 25), "frame_ids": range(3), "size": (24, 30), "audio_seconds": 0.1, "masks": (25,)}
+    options = {**usual, "calibration": False, **options}
     synthetic.write_smc(path, subject, performance, **options)
     return path
 
@@ -315,33 +322,35 @@ def test_hostile_files_are_refused_or_what_is_odd_in_them_is_skipped_with_a_mess
     assert not list(place.folder.rglob("x")) and "missing" in rows["empty_pictures"]["error"]
 
 
-@pytest.mark.parametrize("side", [30_000, 60_000])
-def test_a_picture_that_claims_too_many_pixels_to_decode_is_a_damaged_one(place, side):
+def test_pictures_that_claim_too_many_pixels_to_decode_are_damaged_ones(place):
     with h5py.File(small(place.smc("1000", "s1_all")), "r+") as file:
-        picture = bytearray(file["Camera/25/mask/0"][()].tobytes())
-        picture[16:24] = side.to_bytes(4, "big") * 2
-        picture[29:33] = zlib.crc32(picture[12:29]).to_bytes(4, "big")
-        del file["Camera/25/mask/0"]
-        file["Camera/25/mask/0"] = np.frombuffer(picture, np.uint8)
+        for frame, side in ((0, 30_000), (1, 60_000)):
+            picture = bytearray(file[f"Camera/25/mask/{frame}"][()].tobytes())
+            picture[16:24] = side.to_bytes(4, "big") * 2
+            picture[29:33] = zlib.crc32(picture[12:29]).to_bytes(4, "big")
+            del file[f"Camera/25/mask/{frame}"]
+            file[f"Camera/25/mask/{frame}"] = np.frombuffer(picture, np.uint8)
         del file["Camera"].attrs["resolution"]
     row = place.run(verify="full").rows()["1000", "s1_all"]
-    assert (row["status"], row["error"]) == ("completed", "1 damaged picture, listed in info.json")
+    assert (row["status"], row["error"]) == ("completed", "2 damaged pictures, listed in info.json")
     info = json.loads((place.output / "1000/s1_all/metadata/info.json").read_text())
-    assert info["damaged_frames"] == {"masks": {"25": [0]}}
+    assert info["damaged_frames"] == {"masks": {"25": [0, 1]}}
 
 
 # ---- inspection
 
 
-def test_inspecting_damaged_files_says_what_is_wrong_and_goes_on(tmp_path):
+def test_inspecting_damaged_files_says_what_is_wrong_and_goes_on(tmp_path, sample):
     for trick in (odd_names, odd_attributes, endless_heap, two_terabytes):
         path = small(tmp_path / f"1000_{trick.__name__}_raw.smc")
         with h5py.File(path, "r+") as file:
             trick(file)
-    for number, (_, content) in enumerate(mutations(small(tmp_path / "1000_s1_all_raw.smc"), 40, seed=3)):
+    for number, (_, content) in sample(enumerate(mutations(small(tmp_path / "1000_s1_all_raw.smc"), 40, seed=3)), 13):
         (tmp_path / f"damaged_{number}.smc").write_bytes(content)
     paths = sorted(tmp_path.glob("*.smc"))
-    done = subprocess.run([sys.executable, SCRIPT, "--inspect", *paths], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--inspect", *paths], check=False, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert all(c.isprintable() or c == "\n" for c in done.stdout + done.stderr)
     for path in paths:
@@ -374,44 +383,42 @@ def test_through_a_link_in_the_place_of_the_subject_a_new_performance_is_written
     place.output.mkdir()
     (place.output / "1000").symlink_to(precious)
     before = snapshot(precious)
-    row = place.run().rows()["1000", "s2_all"]
+    row = place.run(but=(*OURS, "precious")).all_rows()["1000", "s2_all"]
     check_completed(precious / "s2_all", row, plain_pictures(source))
     shutil.rmtree(precious / "s2_all")
     assert place.code == 0 and snapshot(precious) == before
 
 
-@pytest.mark.parametrize(
-    "link",
-    [
-        "subjects/1000/s1_all",
-        "subjects/1000/s1_all.partial",
-        "subjects/1000/s1_all.old",
-        "temp_smc/1000",
-        "temp_smc/1000/1000_s1_all_raw.smc",
-    ],
+LINKS = (
+    "subjects/{}/s1_all",
+    "subjects/{}/s1_all.partial",
+    "subjects/{}/s1_all.old",
+    "temp_smc/{}",
+    "temp_smc/{}/{}_s1_all_raw.smc",
 )
-@pytest.mark.parametrize("target", ["precious", "precious/file", "nowhere"])
-def test_a_link_in_the_place_of_an_output_or_temp_file_is_replaced_and_not_followed(place, precious, link, target):
-    source = small(place.smc("1000", "s1_all"))
-    if link.endswith(".smc") and target == "precious/file":  # as long and as old as the file on the remote
-        (place.folder / target).write_bytes(bytes(source.stat().st_size))
-        os.utime(place.folder / target, ns=(source.stat().st_mtime_ns,) * 2)
-    (place.folder / link).parent.mkdir(parents=True)
-    (place.folder / link).symlink_to(place.folder / target)
+PIPES = (LINKS[1], LINKS[4])
+
+
+def test_a_link_or_a_pipe_in_the_place_of_an_output_or_temp_file_is_replaced_and_not_followed(place, precious):
+    cases = [(name, target) for name in LINKS for target in ("precious", "precious/file", "nowhere")]
+    cases += [(name, None) for name in PIPES]
+    odd = {f"{1000 + number}": case for number, case in enumerate(cases)}
+    for subject, (name, target) in odd.items():
+        source, path = small(place.smc(subject, "s1_all")), place.folder / name.format(subject, subject)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if target is None:
+            os.mkfifo(path)
+        else:
+            path.symlink_to(place.folder / target)
+        if path.suffix == ".smc" and target == "precious/file":  # as long and as old as the file on the remote
+            path.write_bytes(bytes(source.stat().st_size))
+            os.utime(path, ns=(source.stat().st_mtime_ns,) * 2)
     rows = place.run().rows()
     assert place.code == 0, place.said
-    folder = place.output / "1000/s1_all"
-    check_completed(folder, rows["1000", "s1_all"], plain_pictures(source))
-    assert not any(
-        path.is_symlink()
-        for path in (folder, *folder.rglob("*"), *place.output.rglob("*"), *(place.folder / "temp_smc").rglob("*"))
-    )
+    for subject, case in odd.items():
+        pictures = plain_pictures(place.smc(subject, "s1_all"))
+        assert rows[subject, "s1_all"]["status"] == "completed", case
+        check_completed(place.output / subject / "s1_all", rows[subject, "s1_all"], pictures)
+    paths = [*place.output.rglob("*"), *(place.folder / "temp_smc").rglob("*")]
+    assert not any(path.is_symlink() or path.is_fifo() for path in paths)
     assert not (place.folder / "nowhere").exists()
-
-
-@pytest.mark.parametrize("name", ["subjects/1000/s1_all.partial", "temp_smc/1000/1000_s1_all_raw.smc"])
-def test_a_pipe_in_the_place_of_an_output_or_temp_file_is_removed(place, name):
-    small(place.smc("1000", "s1_all"))
-    (place.folder / name).parent.mkdir(parents=True)
-    os.mkfifo(place.folder / name)
-    assert place.run().rows()["1000", "s1_all"]["status"] == "completed"

@@ -141,7 +141,7 @@ def test_both_files_count_for_the_limit_of_temp(workspace):
     assert set(workspace.states.values()) == {"download_failed"} and "max_temp_size_gb to at least" in run.err
     workspace.write_config(storage={"max_temp_size_gb": sum(sizes) * 0.6 / 1e9})
     workspace.run()
-    log = sorted((workspace.folder / "logs").iterdir())[-1].read_text()
+    log = max((workspace.folder / "logs").iterdir()).read_text()
     assert set(workspace.states.values()) == {"completed"} and log.count("rclone copy") == 2
 
 

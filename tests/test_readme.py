@@ -11,8 +11,8 @@ import synthetic_release
 from conftest import SCRIPT
 
 README = (SCRIPT.parent / "README.md").read_text()
-SECTION = re.search(r"^## Using the data$(.*?)(?=^## )", README, re.M | re.S)[1]
-BLOCKS = re.findall(r"^```python\n(.*?)^```", SECTION, re.M | re.S)
+SECTION = re.search(r"^## Using the data$(.*?)(?=^## )", README, re.MULTILINE | re.DOTALL)[1]
+BLOCKS = re.findall(r"^```python\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module", params=[(0, 0, 0, 0, 0), (-0.12, 0.09, 0.003, -0.002, 0.05)], ids=["pinhole", "lens"])
@@ -37,7 +37,7 @@ def run(number, folder, monkeypatch):
     """What the names in a block stand for after it has run, by itself, in a folder."""
     monkeypatch.chdir(folder)
     names = {}
-    exec(compile(BLOCKS[number], "README.md", "exec"), names)
+    exec(compile(BLOCKS[number], "README.md", "exec"), names)  # noqa: S102
     return names
 
 
@@ -75,8 +75,8 @@ def test_what_inspect_prints_stands_in_the_readme(tmp_path):
     smc = synthetic_release.write_demo(
         tmp_path / "demo", ["0018"], performances=["s3_all"], seconds=1.6, size=(512, 612)
     )[0]
-    run = subprocess.run([sys.executable, SCRIPT, "--inspect", smc], capture_output=True, text=True)
-    shown = re.search(r"^```\n(0018 s3_all\n.*?)^```", SECTION, re.M | re.S)[1]
+    run = subprocess.run([sys.executable, SCRIPT, "--inspect", smc], check=False, capture_output=True, text=True)
+    shown = re.search(r"^```\n(0018 s3_all\n.*?)^```", SECTION, re.MULTILINE | re.DOTALL)[1]
     without_sizes = lambda text: re.sub(
         r"[0-9.]+ MB", "", text
     ).split()  # which differ a little from one libjpeg to the next

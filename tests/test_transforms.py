@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import synthetic_release
 from conftest import Workspace
+
 from extract_streaming_gdrive import write_transforms
 from renderme_360_reader_new import SMCReader
 
@@ -61,7 +62,7 @@ def seen_by_calibration(camera, points):
 
 @pytest.mark.parametrize("distortion", [(0, 0, 0, 0, 0), LENS], ids=["pinhole", "lens"])
 def test_points_of_the_head_project_to_where_the_pictures_show_them(tmp_path, distortion):
-    _, folder = extracted(tmp_path, frames=2, size=(512, 612), distortion=distortion)
+    _, folder = extracted(tmp_path, frames=2, size=(512, 612), cameras=range(0, 60, 5), distortion=distortion)
     cameras = json.loads((folder / "calibration/cameras.json").read_text())["cameras"]
     names = list(synthetic_release.LANDMARKS)
     points = np.array([synthetic_release.LANDMARKS[name] for name in names])
@@ -75,7 +76,7 @@ def test_points_of_the_head_project_to_where_the_pictures_show_them(tmp_path, di
                 if name in visible:
                     assert np.hypot(*(pixel - synthetic_release.find_landmark(picture, name))) < 1
                     checked.add((frame["camera_id"], name, project))
-    assert len(checked) > 200 and len({camera for camera, *_ in checked}) == 38
+    assert len(checked) > 60 and len({camera for camera, *_ in checked}) == 12
 
 
 def test_every_number_is_that_of_the_calibration(tmp_path):
@@ -131,7 +132,7 @@ def test_only_whole_pictures_that_exist_are_listed_each_with_its_mask_if_it_has_
         "mask_gaps": {25: [1]},
         "damaged_masks": {(3, 2): "garbage"},
     }
-    workspace, folder = extracted(tmp_path, frames=8, cameras=(3, 4, 25), **options)
+    _, folder = extracted(tmp_path, frames=8, cameras=(3, 4, 25), **options)
     found = {frame["file_path"]: frame.get("mask_path") for frame in load(folder)["frames"]}
     assert found == {
         "images/cam_03/frame_000002.jpg": None,
@@ -185,7 +186,10 @@ def test_what_it_cannot_be_made_from_is_a_note_and_no_failure(tmp_path, modaliti
 def test_cameras_and_modalities_added_later_are_in_it_together_with_the_old_ones(tmp_path):
     workspace, folder = extracted(tmp_path, modalities=["images", "calibration"])
     before = len(workspace.rows)
-    cameras = lambda: sorted({frame["camera_id"] for frame in load(folder)["frames"]})
+
+    def cameras():
+        return {frame["camera_id"] for frame in load(folder)["frames"]}
+
     workspace.write_config(extraction={"cameras": [0, 25], "modalities": ["transforms"]})
     workspace.run()
     assert len(cameras()) == 38 and len(workspace.rows) == before + 1

@@ -6,14 +6,14 @@ import signal
 
 import pytest
 import synthetic_release
-from conftest import SCRIPT, Workspace, sizes_in_temp, wait_for
+from conftest import SCRIPT, Workspace, wait_for
 
-SUBJECTS = [f"{n:04d}" for n in range(100, 112)]
+SUBJECTS = [f"{n:04d}" for n in range(100, 106)]
 
 
 @pytest.fixture(scope="module")
-def twelve_subjects(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("twelve")
+def six_subjects(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("six")
     synthetic_release.write_release(
         folder, SUBJECTS, performances=["s1_all", "s3_all"], frames=4, size=(64, 76), cameras=(0, 25)
     )
@@ -21,8 +21,8 @@ def twelve_subjects(tmp_path_factory):
 
 
 @pytest.fixture
-def workspace(tmp_path, twelve_subjects):
-    workspace = Workspace(tmp_path / "work", twelve_subjects)
+def workspace(tmp_path, six_subjects):
+    workspace = Workspace(tmp_path / "work", six_subjects)
     workspace.write_config(extraction={"subjects": SUBJECTS, "performances": ["s1_all", "s3_all"]})
     return workspace
 
@@ -49,7 +49,7 @@ def test_the_subject_of_a_killed_process_is_finished_by_the_others(workspace):
     os.killpg(victim.pid, signal.SIGKILL)
     outputs = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [0] * 3, outputs
-    assert set(workspace.states.values()) == {"completed"} and len(workspace.states) == 24
+    assert set(workspace.states.values()) == {"completed"} and len(workspace.states) == 12
     assert workspace.leftovers() == []
 
 
