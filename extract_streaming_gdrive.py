@@ -2062,524 +2062,290 @@ def usual_content(performance: str, pair: bool) -> dict[str, set[int]]:
 # ---------------------------------------------------------------------------------------------- cameras
 
 
-def rig_directions(calibration):
-    """The directions in which the cameras of a rig stand, seen from the point nearest to all optical axes.
+def rig_directions(calibration: dict) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
+    """Return the directions in which the cameras of a rig stand, seen from the point nearest to all optical axes.
 
-    calibration: {"00": {"K": (3, 3), "D": (5,), "RT": (4, 4)}, …}; RT maps camera to world, OpenCV axes (x right,
-        y down, z forward), metres. Only RT is used.
-    Returns ids (list of n int, sorted), directions (n, 3) float64 unit vectors from that point to the camera centres,
-    distances (n,) in metres, up (3,) unit: against gravity as far as the cameras are mounted level, that is, the
-    normal of their x axes on the side where their pictures have the top. All in world axes; nothing derived from
-    them depends on the choice of those axes or their origin.
-    Raises ValueError where the optical axes are parallel (a single camera, for one) and meet nowhere.
+    calibration: {"00": {"RT": (4, 4), …}, …}; RT maps camera to world, OpenCV axes, metres.
+    Return the camera numbers in ascending order, unit vectors from that point to the cameras (n, 3), distances in
+    metres (n,), and the unit vector that points up (3,): the normal of the cameras' x axes on the side where their
+    pictures have the top, because the cameras are mounted level. Raise ValueError where the optical axes are parallel.
     """
     ids = sorted(int(camera) for camera in calibration)
-    by_id = {int(camera): np.asarray(entry["RT"], float) for camera, entry in calibration.items()}
-    poses = np.array([by_id[i] for i in ids]).reshape(-1, 4, 4)
+    pose_of = {int(camera): np.asarray(entry["RT"], float) for camera, entry in calibration.items()}
+    poses = np.array([pose_of[camera] for camera in ids]).reshape(-1, 4, 4)
     right, down, forward, centers = (poses[:, :3, k] for k in range(4))
     forward = forward / np.linalg.norm(forward, axis=1, keepdims=True)
-    across_axis = np.eye(3) - forward[:, :, None] * forward[:, None, :]  # projects onto the plane across each axis
-    normal_matrix = across_axis.sum(0)
-    if np.linalg.cond(normal_matrix) > 1e8:
+    # Each of these matrices projects onto the plane across an optical axis.
+    across = np.eye(3) - forward[:, :, None] * forward[:, None, :]
+    if np.linalg.cond(across.sum(0)) > 1e8:
         raise ValueError(f"the optical axes of the {len(ids)} calibrated camera(s) meet in no point")
-    origin = centers.mean(0)  # keeps precision if the world is far away
-    middle = origin + np.linalg.solve(normal_matrix, np.einsum("nij,nj->i", across_axis, centers - origin))
-    offsets = centers - middle
+    # Offsets from the mean of the centers keep the precision where the origin of the world is far away.
+    offsets = centers - centers.mean(0)
+    offsets = offsets - np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, offsets))
     distances = np.linalg.norm(offsets, axis=1)
     up = -down.mean(0)
     _, spread, axes = np.linalg.svd(right)
-    if spread[1] > 0.1 * spread[0]:  # x axes that span a plane: level cameras all round; else they are in one column
+    # The x axes span no plane where all cameras stand in one column.
+    if spread[1] > 0.1 * spread[0]:
         up = axes[2] * np.sign(axes[2] @ up)
     return ids, offsets / distances[:, None], distances, up / np.linalg.norm(up)
 
 
-def azimuth_elevation(ids, directions, up, front=FRONT_CAMERA):
-    """Azimuth and elevation of each camera in degrees, (n,) each; arguments as rig_directions returns them.
+def azimuth_elevation(ids: list[int], directions: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return azimuth and elevation of each camera in degrees, (n,) each, for what rig_directions returns.
 
-    Azimuth 0 is the front camera's. It grows to the right of someone who stands at the front camera and looks at the
-    person: cameras on the person's LEFT are at 0…180, those on the person's RIGHT at -180…0. Laid out with azimuth
-    growing to the right, the rig is unrolled as seen from outside, and in every picture the nose points towards the
-    front camera's. Elevation is positive above the point at which the cameras look.
+    The front camera is at azimuth 0, cameras on the person's left are at 0…180, those on the right at -180…0. So with
+    azimuth growing to the right, the rig is unrolled as seen from outside, and noses point towards the front camera.
     """
-    if front not in ids:
-        raise ValueError(f"the calibration has no camera {front}, which would be the front")
-    ahead = directions[ids.index(front)]
+    if FRONT_CAMERA not in ids:
+        raise ValueError(f"the calibration has no camera {FRONT_CAMERA}, which would be the front")
+    ahead = directions[ids.index(FRONT_CAMERA)]
     ahead = ahead - up * (ahead @ up)
     ahead = ahead / np.linalg.norm(ahead)
     azimuth = np.degrees(np.arctan2(directions @ np.cross(up, ahead), directions @ ahead))
-    azimuth[azimuth < -180 + 1e-6] += 360  # straight behind is 180, whatever the rounding says
+    # Straight behind is 180, whatever the rounding says.
+    azimuth[azimuth < -180 + 1e-6] += 360
     return azimuth, np.degrees(np.arcsin(np.clip(directions @ up, -1, 1)))
 
 
-def pairwise_angles(directions):
-    """Angles between unit vectors (n, 3): (n, n) float64 degrees, exactly 0 on the diagonal."""
+def pairwise_angles(directions: np.ndarray) -> np.ndarray:
+    """Return the angles between unit vectors (n, 3) in degrees, (n, n), exactly 0 on the diagonal."""
     angles = np.degrees(np.arccos(np.clip(directions @ directions.T, -1, 1)))
     np.fill_diagonal(angles, 0)
     return angles
 
 
-def coverage(directions, chosen):
-    """How well some cameras see the person all round.
+def coverage(directions: np.ndarray, chosen: list[int]) -> tuple[float, float]:
+    """Return the largest and the mean angle in degrees between a direction of the rig and its nearest chosen one.
 
-    directions (n, 3): unit vectors to all the rig's cameras; chosen: rows of it.
-    Returns the largest and the mean angle in degrees between a direction of the rig and its nearest chosen one
-    (180 and 180 where none is chosen).
+    directions (n, 3): unit vectors to all cameras of the rig; chosen: rows of it. Without any, both angles are 180.
     """
-    if not len(chosen):
-        return 180.0, 180.0
-    nearest = pairwise_angles(directions)[:, list(chosen)].min(1)
+    nearest = pairwise_angles(directions)[:, list(chosen)].min(1, initial=180)
     return float(nearest.max()), float(nearest.mean())
 
 
-def suggest_cameras(directions, available, n, always=FRONT_CAMERA):
-    """The n available cameras with the smallest coverage angle, and among equals a small mean angle.
+def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, always: int = FRONT_CAMERA) -> list[int]:
+    """Return the n available cameras with the smallest coverage angle, sorted.
 
-    directions (m, 3): unit vectors to all the rig's cameras; available: rows of it that have pictures; always: the row
-    that is kept in any case, if it is available. Rows are camera numbers as long as the rig has all of 0…m-1.
-    Returns a sorted list of n rows, the same for the same input. Raises ValueError for n < 1 or > len(available).
-
-    This is the k-center problem: exact for the sizes at hand, unless the search runs into its node limit, where
-    what exchanging single cameras found remains.
+    directions (m, 3): unit vectors to all cameras of the rig; available: rows of it that have pictures; always: the row
+    that is kept if it is available. Raise ValueError for n < 1 or n > len(available). The result is exact: a bisection
+    over all angles between cameras finds the smallest within which n cameras cover the rig.
     """
-    available = sorted({int(camera) for camera in available})
-    if not 1 <= n <= len(available):
-        raise ValueError(
-            f"{n} cameras were asked for; {len(available)} have pictures"
-            if n > 0
-            else f"the number of cameras must be at least 1, not {n}"
-        )
-    angles = np.round(pairwise_angles(directions), 6)  # so that ties do not depend on the world's axes
+    available = sorted(set(available))
+    if n < 1:
+        raise ValueError(f"the number of cameras must be at least 1, not {n}")
+    if n > len(available):
+        raise ValueError(f"{n} cameras were asked for; {len(available)} have pictures")
+    # Rounded angles keep ties independent of the world's axes.
+    angles = np.round(pairwise_angles(directions), 6)
     keep = [always] if always in available else []
-    best = _exchange(angles, available, _fill(angles, available, keep, n), keep)
     radii = np.unique(angles[:, available])
-    low, high = 0, int(np.searchsorted(radii, _score(angles, best)[0]))  # radii[high] is reached; below, who knows
+    low, high, chosen = 0, len(radii) - 1, keep or available[:1]
     while low < high:
         middle = (low + high) // 2
-        found = _cover(angles <= radii[middle], available, n, keep)
+        found = cover(angles <= radii[middle], available, n, keep)
         if found is None:
             low = middle + 1
         else:
-            best = _fill(angles, available, found, n)
-            high = int(np.searchsorted(radii, _score(angles, best)[0]))
-    return sorted(_exchange(angles, available, best, keep))
-
-
-def _score(angles, chosen):
-    nearest = angles[:, chosen].min(1)
-    return nearest.max(), nearest.mean()
-
-
-def _fill(angles, available, chosen, n):
-    """Add to the chosen until they are n, each time the camera that leaves the best coverage and mean."""
-    chosen = list(chosen)
+            high, chosen = middle, found
     while len(chosen) < n:
-        chosen.append(min((c for c in available if c not in chosen), key=lambda c: _score(angles, chosen + [c])))
-    return chosen
+        others = [camera for camera in available if camera not in chosen]
+        chosen = chosen + [min(others, key=lambda camera: angles[:, chosen + [camera]].min(1).mean())]
+    return sorted(chosen)
 
 
-def _exchange(angles, available, chosen, keep):
-    """Exchange one chosen camera for another as long as that makes the coverage, or with it the mean, smaller."""
-    chosen, score = list(chosen), _score(angles, chosen)
-    while True:
-        others = [c for c in available if c not in chosen]
-        trials = []
-        for leaving in (c for c in chosen if c not in keep) if others else ():
-            staying = [c for c in chosen if c != leaving]
-            nearest = angles[:, staying].min(1, initial=180)
-            nearest = np.minimum(nearest[:, None], angles[:, others])
-            trials += zip(nearest.max(0), nearest.mean(0), others, [staying] * len(others))
-        largest, mean, entering, staying = min(trials, key=lambda t: t[:3], default=(180, 180, 0, []))
-        if (largest, mean + 1e-9) >= score:
-            return chosen
-        chosen, score = staying + [entering], (largest, mean)
+def cover(near: np.ndarray, available: list[int], n: int, keep: list[int]) -> list[int] | None:
+    """Return at most n cameras, with those to keep, that together are near every direction; None where there are none.
 
+    near (m, m) bool: near[direction, camera]. This is a branch and bound on bit masks of directions.
+    """
+    masks = {camera: sum(1 << int(d) for d in np.flatnonzero(near[:, camera])) for camera in available}
 
-def _cover(near, available, n, keep, nodes=4000):
-    """At most n cameras, among them those to keep, that together are near every direction: a list, or None where there
-    are none or the search takes too long. near (m, m) bool: near[direction, camera]. Branch and bound on bit masks."""
-    masks = {c: sum(1 << int(d) for d in np.flatnonzero(near[:, c])) for c in available}
-    size = lambda mask: bin(mask).count("1")
+    def size(mask: int) -> int:
+        return bin(mask).count("1")
 
-    def search(open_directions, candidates, left):
-        nonlocal nodes
-        nodes -= 1
-        if not open_directions:
+    def search(uncovered: int, candidates: list[int], left: int) -> list[int] | None:
+        if not uncovered:
             return []
-        gains = {c: masks[c] & open_directions for c in candidates}
-        by_size = sorted((c for c in candidates if gains[c]), key=lambda c: (-size(gains[c]), c))
-        if nodes < 0 or sum(size(gains[c]) for c in by_size[:left]) < size(open_directions):
+        gains = {camera: masks[camera] & uncovered for camera in candidates}
+        by_size = sorted(candidates, key=lambda camera: -size(gains[camera]))
+        if sum(size(gains[camera]) for camera in by_size[:left]) < size(uncovered):
             return None
-        useful = []  # without those that see nothing but what another one sees as well
-        for c in by_size:
-            if not any(gains[c] | gains[other] == gains[other] for other in useful):
-                useful.append(c)
-        directions = [d for d in range(len(near)) if open_directions >> d & 1]
-        hardest = min(directions, key=lambda d: sum(gains[c] >> d & 1 for c in useful))
-        for c in [c for c in useful if gains[c] >> hardest & 1]:
-            useful.remove(c)  # from here on for the branches without it
-            found = search(open_directions & ~masks[c], useful[:], left - 1)
+        # A camera that is near nothing but what another one is near as well is no use.
+        useful = []
+        for camera in by_size:
+            if not any(gains[camera] | gains[other] == gains[other] for other in useful):
+                useful.append(camera)
+        directions = [d for d in range(len(near)) if uncovered >> d & 1]
+        hardest = min(directions, key=lambda d: sum(gains[camera] >> d & 1 for camera in useful))
+        for camera in [camera for camera in useful if gains[camera] >> hardest & 1]:
+            # What follows are the branches without this camera.
+            useful.remove(camera)
+            found = search(uncovered & ~masks[camera], useful[:], left - 1)
             if found is not None:
-                return [c] + found
+                return [camera] + found
         return None
 
-    open_directions = (1 << len(near)) - 1
-    for c in keep:
-        open_directions &= ~masks[c]
-    found = search(open_directions, [c for c in available if c not in keep], n - len(keep))
-    return None if found is None else list(keep) + found
+    uncovered = (1 << len(near)) - 1
+    for camera in keep:
+        uncovered &= ~masks[camera]
+    found = search(uncovered, [camera for camera in available if camera not in keep], n - len(keep))
+    return None if found is None else keep + found
 
 
 class Layout(NamedTuple):
-    """Where each camera's view stands in the picture and the page (see rig_layout)."""
+    """Where each camera's view stands in the picture and on the page: one entry per camera, but for the labels."""
 
-    ids: list  # n camera numbers, sorted; the order of all that follows
-    azimuth: np.ndarray  # (n,) degrees, as azimuth_elevation
-    elevation: np.ndarray  # (n,) degrees
-    angles: np.ndarray  # (n, n) degrees between directions, to four decimals: picture and page agree on ties
-    row: list  # row of the grid, 0 on top
-    slot: list  # left edge in half columns, 0 at the left
-    spot: (
-        np.ndarray
-    )  # (n, 2) place on the round map, in the unit circle: x right, y down, the front camera at the bottom
-    row_labels: list  # a text per row
-    columns: list  # (slot, text) per column
-
-    @property
-    def width(self):
-        """Of the grid, in half columns."""
-        return max(self.slot) + 2
+    ids: list[int]  # camera numbers, ascending
+    directions: np.ndarray  # (n, 3) unit vectors, as rig_directions returns them
+    places: list[str]  # azimuth and elevation in words
+    row: list[int]  # row of the grid, 0 on top
+    slot: list[int]  # left edge in half columns, 0 at the left
+    spot: np.ndarray  # (n, 2) on the round map, in the unit circle: x right, y down, the front camera at the bottom
+    row_labels: list[str]
+    columns: list[tuple[int, str]]  # slot and label of each column
 
 
-def rig_layout(calibration, front=FRONT_CAMERA):
-    """The rig unrolled: columns by azimuth (growing to the right, see azimuth_elevation), rows by elevation, upper ones
-    first. Cameras that stand closer to the person than those around them have a row of their own, at their elevation, and
-    may stand between two columns. On the map, seen from above, each row is a circle: the closer cameras' is the
-    innermost, then the rows from the top down."""
+def rig_layout(calibration: dict) -> Layout:
+    """Return the rig unrolled: columns by azimuth, growing to the right, and rows by elevation, from the top down.
+
+    Cameras that stand closer to the person than those around them have a row of their own and may stand between two
+    columns. On the map, seen from above, each row is a circle: the closer cameras' is the innermost, then the rows from
+    the top down.
+    """
     ids, directions, distances, up = rig_directions(calibration)
-    azimuth, elevation = azimuth_elevation(ids, directions, up, front)
-    angles = np.round(pairwise_angles(directions), 4)
-    closer = np.array([d < 0.93 * np.median(distances[a < 45]) for d, a in zip(distances, angles)])
-
-    columns = _groups(azimuth, np.flatnonzero(~closer), gap=8)
+    azimuth, elevation = azimuth_elevation(ids, directions, up)
+    around = pairwise_angles(directions) < 45
+    closer = np.array([distance < 0.93 * np.median(distances[near]) for distance, near in zip(distances, around)])
+    columns = groups(azimuth, np.flatnonzero(~closer))
     column_azimuths = [azimuth[members].mean() for members in columns]
-    rings = [
-        (elevation[members].mean(), "ring", members) for members in _groups(elevation, np.flatnonzero(~closer), gap=8)
-    ]
+    rings = [("ring", members) for members in groups(elevation, np.flatnonzero(~closer))]
     if closer.any():
-        rings.append((elevation[closer].mean(), "closer", np.flatnonzero(closer)))
-    rings.sort(key=lambda ring: -ring[0])
+        rings.append(("closer", np.flatnonzero(closer)))
+    rings.sort(key=lambda ring: -elevation[ring[1]].mean())
 
     row, slot = [0] * len(ids), [0] * len(ids)
-    for number, (_, _, members) in enumerate(rings):
+    for number, (_, members) in enumerate(rings):
         free = 0
         for i in sorted(members, key=lambda i: azimuth[i]):
             row[i] = number
-            slot[i] = max(free, int(round(2 * np.interp(azimuth[i], column_azimuths, range(len(columns))))))
+            slot[i] = max(free, round(2 * np.interp(azimuth[i], column_azimuths, range(len(columns)))))
             free = slot[i] + 2
-    outwards = sorted(range(len(rings)), key=lambda r: (rings[r][1] != "closer", r))
-    radius = dict(zip(reversed(outwards), np.linspace(1, 0.4, max(4, len(rings)))))
-    turned = np.radians(azimuth)
-    spot = np.stack([np.sin(turned), np.cos(turned)], 1) * [[radius[r]] for r in row]
-    return Layout(
-        ids,
-        azimuth,
-        elevation,
-        angles,
-        row,
-        slot,
-        spot,
-        [f"{name} {_degrees(mean)}" for mean, name, _ in rings],
-        [
-            (2 * k, "front" if ids.index(front) in members else _degrees(a))
-            for k, (members, a) in enumerate(zip(columns, column_azimuths))
-        ],
-    )
+    inwards = sorted(reversed(range(len(rings))), key=lambda number: rings[number][0] == "closer")
+    radius = dict(zip(inwards, np.linspace(1, 0.4, max(4, len(rings)))))
+    spot = [(radius[r] * np.sin(a), radius[r] * np.cos(a)) for r, a in zip(row, np.radians(azimuth))]
+    places = [f"azimuth {degrees(a)}, elevation {degrees(e)}" for a, e in zip(azimuth, elevation)]
+    row_labels = [f"{name} {degrees(elevation[members].mean())}" for name, members in rings]
+    labels = [
+        "front" if ids.index(FRONT_CAMERA) in members else degrees(azimuth[members].mean()) for members in columns
+    ]
+    return Layout(ids, directions, places, row, slot, np.array(spot), row_labels, [*zip(range(0, 99, 2), labels)])
 
 
-def _groups(values, members, gap):
-    """Members whose values lie close together, in ascending order of value; a step of more than the gap starts a group."""
+def groups(values: np.ndarray, members: Iterable[int]) -> list[list[int]]:
+    """Return the members in ascending order of value, with a new group after each step of more than 8 degrees."""
     members = sorted(members, key=lambda i: values[i])
-    starts = [k for k in range(1, len(members)) if values[members[k]] - values[members[k - 1]] > gap]
+    starts = [k for k in range(1, len(members)) if values[members[k]] - values[members[k - 1]] > 8]
     return [members[a:b] for a, b in zip([0] + starts, starts + [len(members)])]
 
 
-def _degrees(angle):
+def degrees(angle: float) -> str:
     return f"{round(angle):+d}°" if round(angle) else "0°"
 
 
-def largest_hole(angles, chosen):
-    """The rig's camera farthest from any chosen one, the chosen one nearest to it, and the cameras that lie less than
-    that far from it: (row, row, rows) of angles (n, n)."""
-    to_chosen = angles[:, chosen]
-    worst = int(to_chosen.min(1).argmax())
-    nearest = chosen[int(to_chosen[worst].argmin())]
-    return worst, nearest, [int(i) for i in np.flatnonzero(angles[worst] < angles[worst, nearest])]
+def read_tiles(views: dict[int, Path], width: int = 400) -> dict[int, np.ndarray | None]:
+    """Return a small version of each camera's picture, (h, w, 3) uint8 BGR with w <= width; None for an unreadable one."""
 
-
-def read_tiles(views, width=400):
-    """Small versions of one picture per camera, decoded small where they are JPEG, several at a time.
-
-    views: {camera number: path of a JPEG or PNG}. Returns {camera number: (h, w, 3) uint8 BGR, w <= width}, None where
-    the file is no picture. Raises OSError where there is no file."""
-
-    def read(path):
-        data = np.frombuffer(Path(path).read_bytes(), np.uint8)
-        for flag in (cv2.IMREAD_REDUCED_COLOR_4, cv2.IMREAD_REDUCED_COLOR_2, cv2.IMREAD_COLOR):
-            tile = cv2.imdecode(data, flag) if data.size else None
-            if tile is None or tile.shape[1] >= width:
-                break
-        return _fit(tile, width, 10 * width) if tile is not None and tile.shape[1] > width else tile
+    def read(path: Path) -> np.ndarray | None:
+        try:
+            tile = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
+        except cv2.error:  # it is empty, or claims more pixels than OpenCV has room for
+            return None
+        if tile is None or tile.shape[1] <= width:
+            return tile
+        height = max(1, round(tile.shape[0] * width / tile.shape[1]))
+        return cv2.resize(tile, (width, height), interpolation=cv2.INTER_AREA)
 
     with ThreadPoolExecutor() as pool:
         return dict(zip(views, pool.map(read, views.values())))
 
 
-def _fit(tile, width, height):
-    """The tile shrunk or enlarged to fit into width x height pixels."""
-    scale = min(width / tile.shape[1], height / tile.shape[0])
-    size = max(1, round(tile.shape[1] * scale)), max(1, round(tile.shape[0] * scale))
-    return cv2.resize(tile, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+# BGR. This blue differs from the colours of faces for people with any colour vision (Okabe and Ito).
+BLUE, DARK_GREY, LIGHT_GREY, WHITE = (178, 114, 0), (36, 31, 27), (226, 222, 219), (255, 255, 255)
 
 
-# Blue and vermilion are told apart with any colour vision (Okabe and Ito); BGR.
-PAPER, INK, QUIET, FAINT = (255, 255, 255), (36, 31, 27), (120, 112, 105), (226, 222, 219)
-CHOSEN, HOLE = (178, 114, 0), (0, 94, 213)
+def camera_grid(tiles: dict, layout: Layout, selected: Iterable[int], title: str) -> np.ndarray:
+    """Return a contact sheet of the views as the cameras stand, (h, w, 3) uint8 BGR.
 
-
-def camera_grid(tiles, calibration, selected, title):
-    """One picture of all views, laid out as the cameras stand (rig_layout), and a map of the rig from above.
-
-    tiles: as read_tiles returns them; calibration: of all the rig's cameras (see rig_directions), also those without
-    tiles, which are grey; selected: camera numbers, framed where they have a tile; title: one line.
-    Returns (about 2000, 4000, 3) uint8 BGR. Raises ValueError for a tile of a camera that is not calibrated."""
-    layout = rig_layout(calibration)
-    _check_calibrated(tiles, layout)
-    chosen = [i for i, camera in enumerate(layout.ids) if camera in set(selected) & set(tiles)]
-    width, margin, header = 4000, 40, 210
-    unit = min((width - 2 * margin) / (layout.width / 2 + 1), 560)  # a column; one more for the row labels
-    shapes = [tile.shape for tile in tiles.values() if tile is not None] or [(5, 6)]
-    tile_width, tile_height = int(unit) - 14, int((unit - 14) * shapes[0][0] / shapes[0][1])
-    left = (width - unit * (layout.width / 2 + 1)) / 2 + unit
-    map_top = header + len(layout.row_labels) * (tile_height + 14) + 90
-    picture = np.full((map_top + 1130, width, 3), 255, np.uint8)
-
-    _write(picture, title, margin, 70, 60, INK, bold=True)
-    for slot, text in ((0, "person's right"), (layout.width - 2, "person's left")) if len(layout.columns) > 2 else ():
-        _write(picture, text, left + slot * unit / 2 + tile_width / 2, 132, 28, QUIET, "middle")
-    for slot, label in layout.columns:
-        _write(picture, label, left + slot * unit / 2 + tile_width / 2, 188, 26, QUIET, "middle")
-    for number, label in enumerate(layout.row_labels):
-        _write(picture, label, left - 24, header + number * (tile_height + 14) + tile_height // 2, 30, QUIET, "right")
+    tiles: as read_tiles returns them; a camera without a picture is a grey field. The selected cameras that have one
+    are framed. Below stand a line with the title and the coverage, and the line for the config.
+    """
+    views = [i for i, camera in enumerate(layout.ids) if tiles.get(camera) is not None]
+    chosen = [i for i in views if layout.ids[i] in selected]
+    first = tiles[layout.ids[views[0]]] if views else np.empty((5, 6, 3))
+    width, gap, margin = 200, 14, 40
+    height = round(width * first.shape[0] / first.shape[1])
+    rows, columns = len(layout.row_labels), max(layout.slot) / 2 + 1
+    bottom = margin + rows * (height + gap)
+    sheet = np.full((bottom + 190, max(1600, int(2 * margin + columns * (width + gap))), 3), 255, np.uint8)
     for i, camera in enumerate(layout.ids):
-        x, y = int(left + layout.slot[i] * unit / 2), header + layout.row[i] * (tile_height + 14)
-        _draw_tile(
-            picture[y - 6 : y + tile_height + 6, x - 6 : x + tile_width + 6],
-            camera,
-            tiles.get(camera),
-            i in chosen,
-            "unreadable" if camera in tiles else "no picture",
+        x, y = margin + layout.slot[i] * (width + gap) // 2, margin + layout.row[i] * (height + gap)
+        field = sheet[y : y + height, x : x + width]
+        field[:] = (
+            cv2.resize(tiles[camera], (width, height), interpolation=cv2.INTER_AREA) if i in views else LIGHT_GREY
         )
-    _draw_map(picture, layout, tiles, chosen, (width // 2, map_top + 560), 450)
-    _draw_facts(picture, layout, tiles, chosen, margin + 40, map_top + 170)
-    _draw_legend(picture, 2770, map_top + 170)
-    return picture
-
-
-def _check_calibrated(tiles, layout):
-    unknown = sorted(set(tiles) - set(layout.ids))
-    if unknown:
-        raise ValueError(f"no calibration for camera {', '.join(map(str, unknown))}")
-
-
-def _write(picture, text, x, y, height, color, align="left", bold=False):
-    """One line of text with capitals of a height in pixels, or less if it would leave the picture; middle of the line at y.
-    OpenCV 4 has an ASCII font only, and a wider one than OpenCV 5: the degree sign is drawn, other letters become "?"."""
-    font, thickness = cv2.FONT_HERSHEY_SIMPLEX, max(1, round(height / (7 if bold else 11)))
-    scale, gap = height / 22, round(height * 0.45)
-    parts = [part.encode("ascii", "replace").decode() for part in text.split("°")]
-    widths = [cv2.getTextSize(part, font, scale, thickness)[0][0] if part else 0 for part in parts]
-    total = sum(widths) + gap * (len(parts) - 1)
-    room = {"left": picture.shape[1] - x, "middle": 2 * min(x, picture.shape[1] - x), "right": x}[align] - 8
-    if total > room:
-        return _write(picture, text, x, y, height * 0.98 * room / total, color, align, bold)
-    x = int(x - {"left": 0, "middle": 0.5, "right": 1}[align] * total)
-    for k, (part, part_width) in enumerate(zip(parts, widths)):
-        if k:
-            cv2.circle(
-                picture,
-                (x + gap // 2, int(y - height * 0.36)),
-                max(2, round(height * 0.14)),
-                color,
-                max(1, thickness - 1),
-                cv2.LINE_AA,
-            )
-            x += gap
-        cv2.putText(picture, part, (x, int(y + height / 2)), font, scale, color, thickness, cv2.LINE_AA)
-        x += part_width
-
-
-def _draw_check(picture, x, y, size, color):
-    points = np.array([(-0.5, 0), (-0.12, 0.38), (0.55, -0.42)]) * size + (x, y)
-    cv2.polylines(picture, [points.round().astype(np.int32)], False, color, max(2, round(size / 5)), cv2.LINE_AA)
-
-
-def _draw_tile(area, camera, tile, is_chosen, reason):
-    """A view with its number; area: the part of the picture for it, with 6 pixels around for the frame."""
-    height, width = area.shape[:2]
-    area[6:-6, 6:-6] = FAINT
-    if tile is None:
-        _write(area, str(camera), width / 2, height * 0.44, height * 0.2, QUIET, "middle", bold=True)
-        _write(area, reason, width / 2, height * 0.72, height * 0.1, QUIET, "middle")
-        return
-    tile = _fit(tile, width - 12, height - 12)
-    top, left = (height - tile.shape[0]) // 2, (width - tile.shape[1]) // 2
-    area[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-    high = max(24, height // 4)
-    wide = int(high * (0.5 + 0.45 * len(str(camera)) + (0.75 if is_chosen else 0)))
-    area[6 : 6 + high, 6 : 6 + wide] = CHOSEN if is_chosen else PAPER
-    _write(area, str(camera), 6 + high * 0.22, 6 + high / 2, high * 0.52, PAPER if is_chosen else INK, bold=True)
-    if is_chosen:
-        _draw_check(area, wide - high * 0.42, 6 + high / 2, high * 0.5, PAPER)
-        cv2.rectangle(area, (5, 5), (width - 6, height - 6), CHOSEN, 10)
-
-
-def _draw_map(picture, layout, tiles, chosen, center, radius):
-    """The rig from above: a circle per row, the person in the middle with the nose to the front, the largest hole."""
-    places = [(round(center[0] + x * radius), round(center[1] + y * radius)) for x, y in layout.spot]
-    for r in {round(float(np.hypot(*spot)), 3) for spot in layout.spot}:
-        cv2.circle(picture, center, round(r * radius), FAINT, 3, cv2.LINE_AA)
-    if 0 < len(chosen) < len(layout.ids):
-        worst, nearest, hole = largest_hole(layout.angles, chosen)
-        half = radius + 70
-        around = picture[center[1] - half : center[1] + half, center[0] - half : center[0] + half]
-        shade = around.copy()
-        for i in hole:
-            cv2.circle(
-                shade, (places[i][0] - center[0] + half, places[i][1] - center[1] + half), 62, HOLE, -1, cv2.LINE_AA
-            )
-        around[:] = cv2.addWeighted(shade, 0.25, around, 0.75, 0)
-        cv2.circle(picture, places[worst], 40, HOLE, 7, cv2.LINE_AA)
-        for a, b in _dashes(places[worst], places[nearest], 42, 36):
-            cv2.line(picture, a, b, HOLE, 6, cv2.LINE_AA)
-    _draw_person(picture, center, radius // 8)
-    for i, camera in enumerate(layout.ids):
-        has_view, size = tiles.get(camera) is not None, 33
-        cv2.circle(picture, places[i], size, CHOSEN if i in chosen else PAPER if has_view else FAINT, -1, cv2.LINE_AA)
-        if i not in chosen and has_view:
-            cv2.circle(picture, places[i], size, QUIET, 3, cv2.LINE_AA)
-        color = PAPER if i in chosen else INK if has_view else QUIET
-        _write(picture, str(camera), *places[i], 25, color, "middle", bold=i in chosen)
-    for text, x, y, align in (
-        ("front", 0, 1.18, "middle"),
-        ("behind", 0, -1.18, "middle"),
-        ("person's left", 1.14, 0, "left"),
-        ("person's right", -1.14, 0, "right"),
-    ):
-        _write(picture, text, center[0] + x * radius, center[1] + y * radius, 30, QUIET, align)
-
-
-def _dashes(start, end, gap_start, gap_end):
-    """Pieces of the line between two circles of those radii."""
-    start, end = np.array(start, float), np.array(end, float)
-    length = np.linalg.norm(end - start)
-    steps = np.arange(gap_start, length - gap_end, 26)
-    point = lambda d: tuple(int(v) for v in np.round(start + (end - start) * d / length))
-    return [(point(d), point(min(d + 15, length - gap_end))) for d in steps]
-
-
-def _draw_person(picture, center, size):
-    """A head from above that faces down, towards the front camera."""
-    x, y = center
-    nose = (np.array([(-0.25, 1.05), (0.25, 1.05), (0, 1.55)]) * size + center).round().astype(np.int32)
-    cv2.fillPoly(picture, [nose], QUIET, cv2.LINE_AA)
-    for side in (-1, 1):
-        cv2.ellipse(
-            picture, (x + side * round(size * 0.92), y), (size // 6, size // 4), 0, 0, 360, QUIET, -1, cv2.LINE_AA
-        )
-    cv2.ellipse(picture, center, (round(size * 0.9), round(size * 1.15)), 0, 0, 360, QUIET, -1, cv2.LINE_AA)
-
-
-def _draw_facts(picture, layout, tiles, chosen, x, y):
-    views = sum(tile is not None for tile in tiles.values())
-    lines = [(f"{len(chosen)} of {views} view{'s' * (views != 1)} selected", INK)]
+        color, ink = (BLUE, WHITE) if i in chosen else (WHITE, DARK_GREY)
+        if i in views:
+            field[:40, : 16 + 24 * len(str(camera))] = color
+        cv2.putText(field, str(camera), (8, 31), cv2.FONT_HERSHEY_SIMPLEX, 1.1, ink, 2, cv2.LINE_AA)
+        if i in chosen:
+            cv2.rectangle(sheet, (x - 3, y - 3), (x + width + 2, y + height + 2), BLUE, 8)
+    largest, mean = coverage(layout.directions, chosen)
+    facts = f"{title}: {len(chosen)} of {len(views)} views selected"
     if chosen:
-        to_chosen = layout.angles[:, chosen].min(1)
-        lines += [(f"coverage {to_chosen.max():.1f}°, mean {to_chosen.mean():.1f}°", HOLE)]
-    if 0 < len(chosen) < len(layout.ids):
-        worst, nearest, _ = largest_hole(layout.angles, chosen)
-        lines += [(f"largest hole: around camera {layout.ids[worst]}, nearest selected {layout.ids[nearest]}", QUIET)]
-    numbers = ", ".join(str(layout.ids[i]) for i in chosen)
-    lines += [("", INK)] + [(line, INK) for line in textwrap.wrap(f"cameras: [{numbers}]", 52)]
-    for number, (line, color) in enumerate(lines):
-        _write(picture, line, x, y + 66 * number, 42 if number < 2 else 34, color, bold=number < 2)
+        facts += f", largest hole {largest:.1f} degrees, mean {mean:.1f} degrees"
+    for y, line in ((bottom + 60, facts), (bottom + 130, config_line(layout.ids[i] for i in chosen))):
+        room = sheet.shape[1] - 2 * margin
+        scale = min(1.6, 1.6 * room / cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 1.6, 3)[0][0])
+        cv2.putText(sheet, line, (margin, y), cv2.FONT_HERSHEY_SIMPLEX, scale, DARK_GREY, 3, cv2.LINE_AA)
+    return sheet
 
 
-def _draw_legend(picture, x, y):
-    """What the marks mean, a line each."""
-    texts = (
-        "selected",
-        "view, not selected",
-        "camera without a picture",
-        "largest hole: the camera farthest from any",
-        "selected one, those nearer to it than that,",
-        "and the way to the nearest selected one",
-        "circles, from the middle: closer cameras, then",
-        "the rings from the top down",
-    )
-    for number, text in enumerate(texts):
-        _write(picture, text, x + 70, y + 66 * number, 34, INK if number < 4 else QUIET)
-    cv2.circle(picture, (x, y), 30, CHOSEN, -1, cv2.LINE_AA)
-    _draw_check(picture, x, y, 30, PAPER)
-    cv2.circle(picture, (x, y + 66), 28, QUIET, 3, cv2.LINE_AA)
-    cv2.circle(picture, (x, y + 132), 30, FAINT, -1, cv2.LINE_AA)
-    cv2.circle(picture, (x, y + 198), 30, (191, 215, 245), -1, cv2.LINE_AA)
-    cv2.circle(picture, (x, y + 198), 27, HOLE, 7, cv2.LINE_AA)
+def config_line(cameras: Iterable[int]) -> str:
+    return f"cameras: [{', '.join(map(str, cameras))}]"
 
 
-def camera_page(tiles, calibration, selected, title, details="", max_bytes=2_800_000):
-    """The same layout as camera_grid as one HTML file to choose views in, without network or libraries.
+def camera_page(tiles: dict, layout: Layout, selected: Iterable[int], title: str, details: str = "") -> str:
+    """Return an HTML page with the same layout as camera_grid to choose views in, without network or libraries.
 
-    tiles, calibration, selected: as for camera_grid; title and details: plain text, the heading and a line beside it.
-    Coverages in the page are maxima over the angles of pairwise_angles, with four decimals; the suggestions are
-    suggest_cameras' for SUGGESTED_COUNTS. Returns the text of the file; the pictures' quality falls until it has at most
-    max_bytes, as far as that goes. Raises ValueError for a tile of a camera that is not calibrated."""
-    layout = rig_layout(calibration)
-    _check_calibrated(tiles, layout)
-    directions = rig_directions(calibration)[1]
-    has_view = [i for i, camera in enumerate(layout.ids) if tiles.get(camera) is not None]
-    suggestions = []
-    for n in (n for n in SUGGESTED_COUNTS if n < len(has_view)):
-        rows = suggest_cameras(directions, has_view, n, layout.ids.index(FRONT_CAMERA))
-        suggestions.append({"chosen": rows, "coverage": round(coverage(directions, rows)[0], 4)})
-    page = {
-        "angles": layout.angles.tolist(),
-        "suggestions": suggestions,
-        "width": layout.width,
+    tiles, layout, selected: as for camera_grid; title and details: the heading and a line beside it. The page computes
+    coverages from the angles in it, which have four decimals; the suggestions are those of suggest_cameras.
+    """
+    views = [i for i, camera in enumerate(layout.ids) if tiles.get(camera) is not None]
+    front = layout.ids.index(FRONT_CAMERA)
+    counts = [n for n in SUGGESTED_COUNTS if n < len(views)]
+    cameras = []
+    for i, camera in enumerate(layout.ids):
+        x, y = layout.spot[i].round(3).tolist()
+        cameras.append({"id": camera, "row": layout.row[i], "slot": layout.slot[i], "x": x, "y": y})
+        cameras[i]["place"] = layout.places[i]
+        if i in views:
+            jpeg = cv2.imencode(".jpg", tiles[camera], [cv2.IMWRITE_JPEG_QUALITY, 75])[1]
+            cameras[i]["image"] = "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode()
+        else:
+            cameras[i]["why"] = "unreadable" if camera in tiles else "no picture"
+    data = {
+        "angles": pairwise_angles(layout.directions).round(4).tolist(),
+        "suggestions": [suggest_cameras(layout.directions, views, n, front) for n in counts],
+        "width": max(layout.slot) + 2,
         "rows": layout.row_labels,
         "columns": layout.columns,
-        "front": layout.ids.index(FRONT_CAMERA),
-        "selected": [i for i in has_view if layout.ids[i] in set(selected)],
-        "cameras": [
-            {
-                "id": camera,
-                "row": layout.row[i],
-                "slot": layout.slot[i],
-                "x": round(float(layout.spot[i, 0]), 3),
-                "y": round(float(layout.spot[i, 1]), 3),
-                "place": f"azimuth {_degrees(layout.azimuth[i])}, elevation {_degrees(layout.elevation[i])}",
-                "why": "unreadable" if camera in tiles else "no picture",
-            }
-            for i, camera in enumerate(layout.ids)
-        ],
+        "front": front,
+        "selected": [i for i in views if layout.ids[i] in selected],
+        "cameras": cameras,
     }
-    for quality in (82, 70, 55, 40, 25):
-        for i in has_view:
-            jpeg = cv2.imencode(".jpg", tiles[layout.ids[i]], [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-            page["cameras"][i]["image"] = "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode()
-        data = json.dumps(page, separators=(",", ":")).replace("<", "\\u003c")
-        if len(data) + len(PAGE) < max_bytes:
-            break
-    parts = {"TITLE": html.escape(title), "DETAILS": html.escape(details), "DATA": data}
+    parts = {"TITLE": html.escape(title), "DETAILS": html.escape(details)}
+    parts["DATA"] = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     return re.sub("@(TITLE|DETAILS|DATA)@", lambda match: parts[match[1]], PAGE)
 
 
@@ -2608,7 +2374,7 @@ PAGE = r"""<!doctype html>
   button, input { font: inherit; color: inherit; background: var(--back); border: 1px solid var(--line); border-radius: 5px; padding: 3px 9px; }
   button[aria-pressed=true] { background: var(--chosen); color: var(--on-chosen); border-color: var(--chosen); }
   :focus-visible { outline: 3px solid var(--ink); outline-offset: 2px; }
-  #suggestions { display: contents; }
+  #presets { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
   #line { flex: 1; min-width: 12em; font-family: ui-monospace, monospace; }
   #grid { display: grid; gap: 4px; padding: 8px 16px; overflow-x: auto; align-items: center; justify-content: safe center; }
   #grid > span { font-size: 11px; text-align: center; color: var(--quiet); white-space: nowrap; }
@@ -2639,7 +2405,7 @@ PAGE = r"""<!doctype html>
 <header>
   <div><h1>@TITLE@</h1><span class="quiet">@DETAILS@</span>
     <span id="status" role="status"><b id="count"></b> <span id="of"></span> · coverage <b id="coverage"></b> <span id="where" class="quiet"></span></span></div>
-  <div><span id="suggestions"></span><button id="all">all</button><button id="none">none</button>
+  <div><span id="presets">Suggested</span>
     <input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy">Copy</button></div>
 </header>
 <section id="grid" aria-label="views, as the cameras stand"></section>
@@ -2653,7 +2419,7 @@ PAGE = r"""<!doctype html>
   </svg>
   <figure><img id="large" alt=""><figcaption id="caption"></figcaption></figure>
   <div class="help quiet">
-    <p>Click a view, here or on the map, to choose it or not. With the keyboard: <kbd>Tab</kbd> or arrow keys, and <kbd>Space</kbd>.</p>
+    <p>Click a view, here or on the map, to choose it or not. With the keyboard: <kbd>Tab</kbd> and <kbd>Space</kbd>.</p>
     <p>Coverage is the largest angle between any camera of the rig and the nearest chosen view: smaller is better. Orange on the map: the
        camera that is worst off, those nearer to it than any chosen view, and the way to the nearest chosen one.</p>
     <p>The map's circles, from the middle: closer cameras, if any, then the rings from the top down.</p>
@@ -2682,17 +2448,13 @@ function enlarge(i) {
   $("large").src = camera.image;
   $("large").alt = $("caption").textContent = `Camera ${camera.id}: ${camera.place}`;
 }
+function gapsOf(rows) {              // how well these views cover the rig
+  const nearest = rig.angles.map(row => rows.reduce((best, j) => best < 0 || row[j] < row[best] ? j : best, -1));
+  const gaps = nearest.map((j, i) => j < 0 ? 180 : rig.angles[i][j]), coverage = Math.max(...gaps);
+  return {nearest, coverage, worst: gaps.indexOf(coverage)};
+}
 function choose(rows) { chosen = new Set(rows); show(); }
 function toggle(i) { chosen.delete(i) || chosen.add(i); show(); }
-
-function step(i, right, down) {           // the next view in the direction of an arrow key
-  const from = rig.cameras[i];
-  const across = j => rig.cameras[j].slot - from.slot, below = j => rig.cameras[j].row - from.row;
-  const away = j => Math.abs(across(j)) + 2 * Math.abs(below(j));
-  const ahead = views.filter(j => right ? !below(j) && across(j) * right > 0 : below(j) * down > 0);
-  if (ahead.length) rig.cameras[ahead.sort((a, b) => away(a) - away(b))[0]].tile.focus();
-}
-const arrows = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
 
 function show() {
   const list = [...chosen].sort((a, b) => a - b);
@@ -2700,25 +2462,21 @@ function show() {
     rig.cameras[i].tile.setAttribute("aria-pressed", chosen.has(i));
     rig.cameras[i].dot.classList.toggle("on", chosen.has(i));
   }
-  const same = rows => rows.length === list.length && rows.every(i => chosen.has(i));
-  rig.suggestions.forEach(s => s.button.setAttribute("aria-pressed", same(s.chosen)));
-  $("all").setAttribute("aria-pressed", same(views));
-  $("none").setAttribute("aria-pressed", !list.length);
+  for (const [button, rows] of buttons) {
+    button.setAttribute("aria-pressed", rows.length === list.length && rows.every(i => chosen.has(i)));
+  }
   $("count").textContent = list.length;
   $("line").value = `cameras: [${list.map(i => rig.cameras[i].id).join(", ")}]`;
   $("hole").replaceChildren();
   $("edge").replaceChildren();
-  const nearest = rig.angles.map(row => list.reduce((best, j) => best < 0 || row[j] < row[best] ? j : best, -1));
-  const gaps = nearest.map((j, i) => j < 0 ? 180 : rig.angles[i][j]);
-  const coverage = Math.max(...gaps), worst = gaps.indexOf(coverage);
+  const {nearest, coverage, worst} = gapsOf(list);
   $("coverage").textContent = list.length ? coverage.toFixed(1) + "°" : "none";
   $("where").textContent = list.length && coverage ? `(hole at camera ${rig.cameras[worst].id})` : "";
   if (!list.length || !coverage) return;
   rig.cameras.forEach((camera, i) => { if (rig.angles[worst][i] < coverage) disc($("hole"), i, 14); });
   disc($("edge"), worst, 9);
-  const [x1, y1] = at(worst), [x2, y2] = at(nearest[worst]), length = Math.hypot(x2 - x1, y2 - y1) || 1;
-  const [dx, dy] = [(x2 - x1) / length, (y2 - y1) / length];
-  add($("edge"), "line", {x1: x1 + 10 * dx, y1: y1 + 10 * dy, x2: x2 - 8 * dx, y2: y2 - 8 * dy, "stroke-dasharray": "4 3"});
+  const [x1, y1] = at(worst), [x2, y2] = at(nearest[worst]);
+  add($("edge"), "line", {x1, y1, x2, y2, "stroke-dasharray": "4 3"});
 }
 
 $("grid").style.gridTemplateColumns = `5em repeat(${rig.width}, minmax(24px, 72px))`;
@@ -2738,23 +2496,17 @@ rig.cameras.forEach((camera, i) => {
     element.onclick = () => toggle(i);
     element.onmouseenter = element.onfocus = () => enlarge(i);
   }
-  camera.tile.onkeydown = event => {
-    if (!arrows[event.key]) return;
-    event.preventDefault();
-    step(i, ...arrows[event.key]);
-  };
 });
-rig.suggestions.forEach((s, k) => {
-  if (!k) add($("suggestions"), "span", {}, "Suggested");
-  s.button = add($("suggestions"), "button", {"data-n": s.chosen.length}, `${s.chosen.length} (${s.coverage.toFixed(1)}°)`);
-  s.button.onclick = () => choose(s.chosen);
+const presets = rig.suggestions.map(rows => [`${rows.length} (${gapsOf(rows).coverage.toFixed(1)}°)`, rows]);
+const buttons = [...presets, ["all", views], ["none", []]].map(([label, rows]) => {
+  const button = add($("presets"), "button", {}, label);
+  button.onclick = () => choose(rows);
+  return [button, rows];
 });
 $("of").textContent = `of ${views.length} view${views.length === 1 ? "" : "s"}`;
-$("all").onclick = () => choose(views);
-$("none").onclick = () => choose([]);
-$("copy").onclick = async () => {
-  try { await navigator.clipboard.writeText($("line").value); }
-  catch { $("line").select(); document.execCommand("copy"); }      // browsers that keep the clipboard from file:// pages
+$("copy").onclick = () => {
+  $("line").select();
+  document.execCommand("copy");      // navigator.clipboard is not for file:// pages in every browser
   $("copy").textContent = "Copied";
   setTimeout(() => { $("copy").textContent = "Copy"; }, 1500);
 };
@@ -2767,42 +2519,48 @@ show();
 
 
 def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespace) -> int:
-    """--camera-grid and --suggest-cameras: from what was extracted, without a download."""
+    """Carry out --camera-grid and --suggest-cameras with what was extracted, without a download."""
     try:
         if arguments.camera_grid:
             subject, performance = shown_performance(config, arguments.camera_grid)
-            views, frame = frame_of_views(config.folder(subject, performance), arguments.frame)
-            calibration = read_calibration(config.folder(subject, performance))
-            available, source = sorted(views), f"{subject}/{performance}"
+            folder, source = config.folder(subject, performance), f"{subject}/{performance}"
+            views, frame = frame_of_views(folder, arguments.frame)
+            available, calibration = sorted(views), read_calibration(folder)
         else:
-            rows = manifest.completed.values()
-            available = sorted(set().union(*(number_set(row.get("cameras_available")) for row in rows)))
-            calibration, performance, source = any_calibration(config, manifest), "s3_all", "what was extracted"
+            available, performance, source = sorted(cameras_seen(manifest)), "s3_all", "what was extracted"
+            calibration = any_calibration(config, manifest)
+        unknown = [camera for camera in available if f"{camera:02d}" not in calibration]
+        if unknown:
+            raise ValueError(f"no calibration for camera {', '.join(map(str, unknown))}")
         asked = config.asked_cameras(performance)
         selected = [camera for camera in available if asked is None or camera in asked]
         if arguments.suggest_cameras is not None:
             selected = show_suggestion(config, calibration, available, selected, arguments.suggest_cameras, source)
         if arguments.camera_grid:
-            show_grid(config, views, calibration, selected, subject, performance, frame)
+            show_grid(config, views, rig_layout(calibration), selected, f"{subject} {performance}", frame)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return 0
 
 
+def cameras_seen(manifest: Manifest) -> set[int]:
+    """Return the cameras that had pictures in any performance that is done."""
+    return set().union(*(number_set(row.get("cameras_available")) for row in manifest.completed.values()))
+
+
 def shown_performance(config: Config, name: str) -> tuple[str, str]:
-    """Subject and performance of "0018/s3_all", which has to be extracted."""
+    """Return subject and performance of "0018/s3_all". Raise ValueError where it is no such name, or not extracted."""
     subject, _, performance = name.partition("/")
     if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
         raise ValueError(f"--camera-grid: {printable(name)!r} is no performance: write it as 0018/s3_all")
-    if not (config.folder(subject, performance) / "images").is_dir():
-        raise ValueError(
-            f"there are no pictures in {config.folder(subject, performance)}: extract {name} first, with its images"
-        )
+    folder = config.folder(subject, performance)
+    if not (folder / "images").is_dir():
+        raise ValueError(f"there are no pictures in {folder}: extract {name} first, with its images")
     return subject, performance
 
 
 def frame_of_views(folder: Path, frame: int | None) -> tuple[dict[int, Path], int]:
-    """({camera: picture}, frame) of one frame, by default the first that most cameras have."""
+    """Return the picture of each camera that has the frame, and the frame: by default the first that most cameras have."""
     views = {int(path.name[4:]): path for path in sorted(folder.glob("images/cam_[0-9][0-9]"))}
     frames = {camera: {int(path.stem[6:]): path for path in view.glob("frame_*.*")} for camera, view in views.items()}
     counts = collections.Counter(number for numbers in frames.values() for number in numbers)
@@ -2811,14 +2569,13 @@ def frame_of_views(folder: Path, frame: int | None) -> tuple[dict[int, Path], in
     if frame is None:
         frame = min(counts, key=lambda number: (-counts[number], number))
     if frame not in counts:
-        raise ValueError(
-            f"no camera of {folder} has a frame {frame}: they have {len(counts)}, from {min(counts)} to {max(counts)}"
-        )
+        held = f"they have {len(counts)}, from {min(counts)} to {max(counts)}"
+        raise ValueError(f"no camera of {folder} has a frame {frame}: {held}")
     return {camera: numbers[frame] for camera, numbers in frames.items() if frame in numbers}, frame
 
 
 def read_calibration(folder: Path) -> dict:
-    """The cameras of calibration/cameras.json. Raises ValueError where it is missing or no such file."""
+    """Return the cameras of calibration/cameras.json. Raise ValueError where it is missing or no such file."""
     path = folder / "calibration" / "cameras.json"
     try:
         return json.loads(path.read_text())["cameras"]
@@ -2829,81 +2586,66 @@ def read_calibration(folder: Path) -> dict:
 
 
 def any_calibration(config: Config, manifest: Manifest) -> dict:
-    """The calibration of whatever is extracted and still there: the rig is the same for all."""
+    """Return the calibration of whatever is extracted and still there: the rig is the same for all."""
     for subject, performance in sorted(manifest.completed, key=lambda key: key[1] != "s3_all"):
         if (config.folder(subject, performance) / "calibration").is_dir():
             return read_calibration(config.folder(subject, performance))
-    raise ValueError(
-        f"there is nothing extracted with its calibration in {config.output_dir}: extract one subject with all cameras first"
-    )
+    missing = f"there is nothing extracted with its calibration in {config.output_dir}"
+    raise ValueError(f"{missing}: extract one subject with all cameras first")
 
 
 def show_suggestion(
     config: Config, calibration: dict, available: list[int], now: list[int], n: int, source: str
 ) -> list[int]:
-    """Print the n views that cover the rig best, beside what the config gives now. Gives their numbers."""
+    """Print the n views that cover the rig best, beside what the config gives now, and return their numbers."""
     ids, directions, _, _ = rig_directions(calibration)
-    rows = {camera: row for row, camera in enumerate(ids)}
-    chosen = [
-        ids[row]
-        for row in suggest_cameras(directions, [rows[c] for c in available if c in rows], n, rows.get(FRONT_CAMERA, -1))
-    ]
+    row = {camera: k for k, camera in enumerate(ids)}
+    rows = suggest_cameras(directions, [row[camera] for camera in available], n, row.get(FRONT_CAMERA, -1))
+    chosen = [ids[k] for k in rows]
     log.info("%d of the %d cameras with pictures in %s:", n, len(available), source)
-    for title, numbers in (("suggested", chosen), (f"{config.path.name} now", now)):
-        largest, mean = coverage(directions, [rows[camera] for camera in numbers if camera in rows])
-        log.info("  %-16s %2d cameras, largest hole %5.1f°, mean %4.1f°", title, len(numbers), largest, mean)
+    for title, cameras in (("suggested", chosen), (f"{config.path.name} now", now)):
+        largest, mean = coverage(directions, [row[camera] for camera in cameras])
+        log.info("  %-16s %2d cameras, largest hole %5.1f°, mean %4.1f°", title, len(cameras), largest, mean)
     if FRONT_CAMERA not in chosen:
         log.warning("camera %d, which faces the person, has no pictures here", FRONT_CAMERA)
     log.info("The line for %s:", config.path.name)
-    log.info("  cameras: [%s]", ", ".join(map(str, chosen)))
+    log.info("  %s", config_line(chosen))
     return chosen
 
 
 def show_grid(
-    config: Config, views: dict, calibration: dict, selected: list[int], subject: str, performance: str, frame: int
-):
-    """Write previews/0018_s3_all.jpg and .html beside the config, and say so."""
-    tiles, title = read_tiles(views), f"{subject} {performance}"
-    picture = camera_grid(tiles, calibration, selected, f"{title}, frame {frame}")
-    page = camera_page(tiles, calibration, selected, title, f"frame {frame}")
+    config: Config, views: dict[int, Path], layout: Layout, selected: list[int], title: str, frame: int
+) -> None:
+    """Write the picture and the page of a performance into previews/ beside the config, and say so."""
+    tiles = read_tiles(views)
+    picture = camera_grid(tiles, layout, selected, f"{title}, frame {frame}")
     folder = config.path.parent / "previews"
     folder.mkdir(exist_ok=True)
-    contents = {
-        ".jpg": cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes(),
-        ".html": page.encode(),
-    }
-    for ending, content in contents.items():
-        replace_file(folder / f"{subject}_{performance}{ending}", content)
+    jpg, page = (folder / f"{title.replace(' ', '_')}.{ending}" for ending in ("jpg", "html"))
+    replace_file(jpg, cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes())
+    replace_file(page, camera_page(tiles, layout, selected, title, f"frame {frame}").encode())
     count = "1 view" if len(views) == 1 else f"{len(views)} views"
     log.info("%s of %s, frame %d, as the cameras stand; selected, and framed: %d", count, title, frame, len(selected))
-    log.info("  picture  %s", folder / f"{subject}_{performance}.jpg")
-    log.info(
-        "  page     %s  (open it in a browser, click the views that you want, copy the line)",
-        folder / f"{subject}_{performance}.html",
-    )
+    log.info("  picture  %s", jpg)
+    log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", page)
 
 
 def doubts_about_cameras(config: Config, manifest: Manifest) -> list[str]:
-    """What looks like a mistake in the config's cameras, before anything is downloaded for it."""
+    """Return what looks like a mistake in the config's cameras, before anything is downloaded for it."""
     if config.layout != "single" or not set(config.performances or ["all"]) <= set(SPEECH):
         return []  # the other files have 60 views
-    speech = config.performances
+    asked = {performance: config.asked_cameras(performance) for performance in config.performances}
+    asked = {performance: cameras for performance, cameras in asked.items() if cameras is not None}
     doubts = []
-    front = [
-        p
-        for p in speech
-        if p != "s3_all" and config.asked_cameras(p) is not None and FRONT_CAMERA not in config.asked_cameras(p)
-    ]
-    if front and "images" in config.modalities:
-        doubts.append(
-            f"cameras leaves out camera {FRONT_CAMERA}, the only one in {' '.join(front)}: there will be no pictures of these"
-        )
-    seen = set().union(S3_VIEWS, *(number_set(row.get("cameras_available")) for row in manifest.completed.values()))
-    nowhere = set().union(*(config.asked_cameras(p) or set() for p in speech)) - seen
+    blind = [name for name, cameras in asked.items() if name != "s3_all" and FRONT_CAMERA not in cameras]
+    if blind and "images" in config.modalities:
+        only = f"camera {FRONT_CAMERA}, the only one in {' '.join(blind)}"
+        doubts.append(f"cameras leaves out {only}: there will be no pictures of these")
+    seen = S3_VIEWS | cameras_seen(manifest)
+    nowhere = set().union(*asked.values()) - seen
     if nowhere:
-        doubts.append(
-            f"cameras names {numbers_text(nowhere)}, of which no speech performance has pictures; those that do: {numbers_text(seen)}"
-        )
+        names = f"cameras names {numbers_text(nowhere)}, of which no speech performance has pictures"
+        doubts.append(f"{names}; those that do: {numbers_text(seen)}")
     return doubts
 
 
