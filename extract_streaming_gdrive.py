@@ -57,11 +57,12 @@ import time
 import urllib.parse
 import zipfile
 from collections import deque
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Callable, Iterable, Iterator, NamedTuple
+from typing import Callable, NamedTuple
 
 import cv2
 import numpy as np
@@ -77,17 +78,44 @@ FRONT_CAMERA = 25  # faces the person: azimuth 0, and always among the suggestio
 SUGGESTED_COUNTS = (4, 8, 12, 16, 20)  # the buttons of the page that --camera-grid writes
 DEFAULT_MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
 PER_CAMERA = {"images", "masks", "keypoints2d", "scan_masks", "transforms"}
-KEYPOINT_CAMERAS = set(range(18, 33))
 GB = 1e9
 HALF = "absent from the remote, and looked for again: the file"  # of a pair, in the manifest's error column
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 RCLONE_DISK_FULL = ("no space left on device", "disk quota exceeded", "file too big for remaining disk space")
 
-RCLONE_FLAGS = "--drive-acknowledge-abuse --transfers 4 --checkers 8 --retries 10 --low-level-retries 20".split()
+RCLONE_FLAGS = [
+    "--drive-acknowledge-abuse",
+    "--transfers",
+    "4",
+    "--checkers",
+    "8",
+    "--retries",
+    "10",
+    "--low-level-retries",
+    "20",
+]
 RCLONE_FLAGS += ["--drive-stop-on-download-limit"]
-RCLONE_AT_ONCE = "--retries 1 --low-level-retries 1 --contimeout 15s --timeout 60s".split()  # for the first look
-RCLONE_PATIENT = "--low-level-retries 8".split()  # for a listing: five minutes, where 20 make fifteen without a word
-RCLONE_LOG = "--use-json-log --log-level INFO --stats 500ms --stats-log-level NOTICE --stats-one-line=false".split()
+RCLONE_AT_ONCE = [
+    "--retries",
+    "1",
+    "--low-level-retries",
+    "1",
+    "--contimeout",
+    "15s",
+    "--timeout",
+    "60s",
+]  # for the first look
+RCLONE_PATIENT = ["--low-level-retries", "8"]  # for a listing: five minutes, where 20 make fifteen without a word
+RCLONE_LOG = [
+    "--use-json-log",
+    "--log-level",
+    "INFO",
+    "--stats",
+    "500ms",
+    "--stats-log-level",
+    "NOTICE",
+    "--stats-one-line=false",
+]
 FAILURES_IN_A_ROW = 3  # quota or network failures after which the rest would fail too
 QUOTA_LASTS = timedelta(hours=24)
 PLAIN_PROGRESS_S = 60  # between two lines about a download where there is no terminal
@@ -203,7 +231,7 @@ def parsed(path: str, node: yaml.Node, name: str, parse: Callable):
     """Return the value of a setting. Each word gets to `parse` as it stands in the file: YAML would read 0026 as 22."""
     try:
         return parse(yaml.constructor.BaseConstructor().construct_document(node))
-    except (ValueError, yaml.YAMLError) as error:
+    except (TypeError, ValueError, yaml.YAMLError) as error:
         reason = getattr(error, "problem", None) or error
         raise ConfigError(f"{path}, line {node.start_mark.line + 1}: {name}: {reason}") from None
 
@@ -215,7 +243,7 @@ def hint(word: str, known: Iterable[str]) -> str:
 
 def text(value) -> str:
     if not isinstance(value, str):
-        raise ValueError("has to be a single value")
+        raise TypeError("has to be a single value")
     if not value.isprintable():
         raise ValueError(f"{value!r} holds control characters")
     return value
@@ -291,7 +319,7 @@ def list_of(parse_item: Callable, example: str, word_all: bool = False, may_be_e
         if word_all and value == "all":
             return None
         if not isinstance(value, list):
-            raise ValueError(f"has to be a list such as {example}" + (", or all" if word_all else ""))
+            raise TypeError(f"has to be a list such as {example}" + (", or all" if word_all else ""))
         if not value and not may_be_empty:
             raise ValueError(f"the list is empty; write one such as {example}")
         return list(dict.fromkeys(map(parse_item, value)))
@@ -301,7 +329,7 @@ def list_of(parse_item: Callable, example: str, word_all: bool = False, may_be_e
 
 def rclone_options(value) -> list[str]:
     if not isinstance(value, list):
-        raise ValueError('has to be a list such as ["--bwlimit", "20M"]')
+        raise TypeError('has to be a list such as ["--bwlimit", "20M"]')
     return list(map(text, value))
 
 
@@ -313,10 +341,10 @@ def camera_choice(value) -> dict[str, list[int] | None]:
     return {performance_name(key): parse(cameras) for key, cameras in value.items()}
 
 
-def setting(section: str, parse: Callable, default=...) -> Field:
-    """Return a field of Config that stands in a section of config.yaml. Without a default, it has to be there."""
+def setting(section: str, parse: Callable, default=...) -> dict:
+    """Return the options of a field that stands in a section of config.yaml. Without a default, it has to be there."""
     metadata = {"section": section, "parse": parse, "required": default is ...}
-    return field(default_factory=lambda: default, metadata=metadata)
+    return {"default_factory": lambda: default, "metadata": metadata}
 
 
 @dataclass(frozen=True)
@@ -324,25 +352,27 @@ class Config:
     """The settings of config.yaml, under the names that they have there; paths are absolute. A list is None for "all"."""
 
     path: Path
-    root_folder_id: str = setting("google_drive", folder_id, "")
-    remote_name: str = setting("google_drive", remote_name)
-    layout: str = setting("google_drive", choice("single", "pair"), "single")
-    download: str = setting("google_drive", choice("full", "selective"), "full")
-    rclone_flags: list[str] = setting("google_drive", rclone_options, [])
-    subjects: list[str] | None = setting("extraction", list_of(subject_id, '["0018", "0026"]', word_all=True))
-    performances: list[str] | None = setting(
-        "extraction", list_of(performance_name, "[s1_all, s3_all]", word_all=True), SPEECH
+    root_folder_id: str = field(**setting("google_drive", folder_id, ""))
+    remote_name: str = field(**setting("google_drive", remote_name))
+    layout: str = field(**setting("google_drive", choice("single", "pair"), "single"))
+    download: str = field(**setting("google_drive", choice("full", "selective"), "full"))
+    rclone_flags: list[str] = field(**setting("google_drive", rclone_options, []))
+    subjects: list[str] | None = field(**setting("extraction", list_of(subject_id, '["0018", "0026"]', word_all=True)))
+    performances: list[str] | None = field(
+        **setting("extraction", list_of(performance_name, "[s1_all, s3_all]", word_all=True), SPEECH)
     )
-    cameras: dict[str, list[int] | None] = setting("extraction", camera_choice, {})
-    modalities: list[str] = setting("extraction", list_of(modality_name, "[images, audio]"), DEFAULT_MODALITIES)
-    temp_dir: Path = setting("storage", path_name)
-    output_dir: Path = setting("storage", path_name)
-    manifest: Path = setting("storage", path_name, Path("MANIFEST.csv"))
-    log_dir: Path = setting("storage", path_name, Path("logs"))
-    max_temp_size_gb: float = setting("storage", number(float, 1e-6), 50.0)
-    min_free_gb: float = setting("storage", number(float, 0), 100.0)
-    workers: int = setting("processing", number(int, 1), 4)
-    verify: str = setting("processing", choice("fast", "full"), "fast")
+    cameras: dict[str, list[int] | None] = field(**setting("extraction", camera_choice, {}))
+    modalities: list[str] = field(
+        **setting("extraction", list_of(modality_name, "[images, audio]"), DEFAULT_MODALITIES)
+    )
+    temp_dir: Path = field(**setting("storage", path_name))
+    output_dir: Path = field(**setting("storage", path_name))
+    manifest: Path = field(**setting("storage", path_name, Path("MANIFEST.csv")))
+    log_dir: Path = field(**setting("storage", path_name, Path("logs")))
+    max_temp_size_gb: float = field(**setting("storage", number(float, 1e-6), 50.0))
+    min_free_gb: float = field(**setting("storage", number(float, 0), 100.0))
+    workers: int = field(**setting("processing", number(int, 1), 4))
+    verify: str = field(**setting("processing", choice("fast", "full"), "fast"))
     redo: bool = False
 
     def asked_cameras(self, performance: str) -> set[int] | None:
@@ -933,7 +963,7 @@ class RangeServer:
         password = secrets.token_urlsafe(24)
         self.authorization = "Basic " + base64.b64encode(f"smc:{password}".encode()).decode()
         self.refused: dict[str, str] = {}  # {path: why}: the answer itself is a mere 404
-        options = "--addr 127.0.0.1:0 --append-only --use-json-log --log-level DEBUG --stats 1s".split()
+        options = ["--addr", "127.0.0.1:0", "--append-only", "--use-json-log", "--log-level", "DEBUG", "--stats", "1s"]
         options += ["--drive-pacer-min-sleep", "10ms"]  # ten a second is what rclone keeps to, 200 what Drive allows
         command = remote.command("serve restic", *options, places=[remote.root])
         # In the environment, other users can't see the password.
@@ -974,7 +1004,9 @@ class FetchedFile(io.RawIOBase):
         super().__init__()
         self.server, self.path, self.name, self.size = server, file.path, file.name, file.bytes
         folder.mkdir(parents=True, exist_ok=True)
-        self.store = tempfile.TemporaryFile(dir=folder)
+        store, name = tempfile.mkstemp(dir=folder)
+        os.unlink(name)
+        self.store = os.fdopen(store, "r+b")
         self.state = bytearray(-(-self.size // BLOCK))
         self.position, self.held, self.fetched, self.waited = 0, 0, 0, 0.0
         self.next_block, self.stride = -1, 1  # where reading in sequence would go on, and how much it would fetch
@@ -1128,7 +1160,7 @@ class FetchedFile(io.RawIOBase):
                             return
                         self.news.wait()
                 self.fetch(*run)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - for the thread that waits
             with self.news:
                 self.error = self.error or error
                 self.news.notify_all()
@@ -1211,7 +1243,7 @@ def opened(job: Job, config: Config):
             reader = stack.enter_context(SMCReader(*files))
             reader.expect(job.modalities, job.cameras)
             yield reader
-        except Exception as error:  # HDF5 passes on a failed read as an error of its own
+        except Exception as error:  # noqa: BLE001 - HDF5 passes on a failed read as an error of its own
             raise next((file.error for file in files if file.error), error)
         finally:
             job.fetched, job.download_s = sum(file.fetched for file in files), sum(file.waited for file in files)
@@ -1374,7 +1406,7 @@ def check_folder(folder: Path, sizes: dict[str, int]):
     with os.scandir(folder) as entries:
         found = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
     if found != sizes:
-        wrong = sorted(set(found.items()) ^ set(sizes.items()))[0][0]
+        wrong = min(set(found.items()) ^ set(sizes.items()))[0]
         said = f"{len(found)} of {len(sizes)} files are there, and {wrong} is missing or not as long as written"
         raise OSError(errno.EIO, said, str(folder))
 
@@ -1498,7 +1530,12 @@ def view(camera: dict, height: int, width: int) -> dict:
     K, pose = camera["K"], camera["RT"].copy()
     pose[:3, 1:3] *= -1
     return {
-        **{"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2], "w": width, "h": height},
+        "fl_x": K[0, 0],
+        "fl_y": K[1, 1],
+        "cx": K[0, 2],
+        "cy": K[1, 2],
+        "w": width,
+        "h": height,
         **dict(zip(("k1", "k2", "p1", "p2", "k3"), camera["D"])),
         "camera_angle_x": 2 * math.atan(width / (2 * K[0, 0])),
         "camera_angle_y": 2 * math.atan(height / (2 * K[1, 1])),
@@ -1725,14 +1762,15 @@ def in_child(pipe, parent: int, name: str, limits: tuple[int, int], work: Callab
         die_with(parent)
         limit_resources(memory, seconds)
         # What libraries print goes to a file: see undecodable.
-        said = os.memfd_create("said") if hasattr(os, "memfd_create") else tempfile.TemporaryFile().fileno()
+        said, file = tempfile.mkstemp()
+        os.unlink(file)
         os.dup2(said, 2)
         pipe.send(("done", work(*arguments, lambda **news: pipe.send(("report", news)))))
     except (SMCError, OSError) as error:
         pipe.send(("error", error))
     except MemoryError:
         pipe.send(("error", SMCError(f"{name}: it asks for more than {gb(memory)} of memory; it is probably damaged")))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - damage shows as any exception
         pipe.send(("error", SMCError(f"{name}: {type(error).__name__}: {printable(str(error), 200)}")))
 
 
@@ -1792,37 +1830,28 @@ def show_status(config: Config, manifest: Manifest) -> int:
     """--status: how far it is, from the manifest alone."""
     subjects = config.subjects or sorted({subject for subject, _ in manifest.rows})
     rows = {(s, p): manifest.rows.get((s, p)) for s in subjects for p in asked_performances(config, manifest, s)}
-    counts: dict[str, int] = {}
+    counts: collections.Counter[str] = collections.Counter()
     for (_, performance), row in rows.items():
+        again = not is_done(row, config.asked_cameras(performance), config.modalities)
         status = row["status"] if row else "to do"
-        if status == "completed" and not is_done(row, config.asked_cameras(performance), config.modalities):
-            status = "to do again"
-        counts[status] = counts.get(status, 0) + 1
+        counts["to do again" if status == "completed" and again else status] += 1
     done = [row for row in rows.values() if row and row["status"] == "completed"]
-    sizes, smc, *times = (
-        sum(as_number(row.get(name)) for row in done) for name in ("size_gb", "smc_bytes", "download_s", "extract_s")
-    )
-    seconds = max(times)  # one goes on while the other does
-    left = len(rows) - counts.get("completed", 0) - counts.get("absent", 0)
-    failed = sum(counts.get(status, 0) for status in ("failed", "download_failed", "quota_exceeded"))
-    log.info(
-        "%d of %d performances of %d subjects are done, %d failed, %d absent from the remote",
-        counts.get("completed", 0),
-        len(rows),
-        len(subjects),
-        failed,
-        counts.get("absent", 0),
-    )
+
+    def total(column: str) -> float:
+        return sum(as_number(row.get(column)) for row in done)
+
+    seconds = max(total("download_s"), total("extract_s"))  # one goes on while the other does
+    left = len(rows) - counts["completed"] - counts["absent"]
+    failed = counts["failed"] + counts["download_failed"] + counts["quota_exceeded"]
+    of = f"{counts['completed']} of {len(rows)} performances of {len(subjects)} subjects are done"
+    log.info(f"{of}, {failed} failed, {counts['absent']} absent from the remote")
     for status, number in sorted(counts.items()):
         if status not in ("completed", "absent"):
             log.info("  %-18s %5d", status.replace("_", " "), number)
-    log.info("%s extracted from %s of SMC files", gb(sizes * GB), gb(smc))
+    log.info("%s extracted from %s of SMC files", gb(total("size_gb") * GB), gb(total("smc_bytes")))
     if seconds:
-        log.info(
-            "%s/s%s",
-            gb(smc / seconds),
-            f"; about {duration(left * seconds / len(done))} left for one process" if left else "",
-        )
+        time_left = f"; about {duration(left * seconds / len(done))} left for one process" if left else ""
+        log.info("%s/s%s", gb(total("smc_bytes") / seconds), time_left)
     if config.subjects is None or config.performances is None:
         log.info("(the config says all; counted are those that the manifest names)")
     return 0
@@ -1855,30 +1884,15 @@ def inspect(paths: list[str]) -> int:
 
 
 def performances_given(paths: list[Path]) -> list[list[Path]]:
-    """The files of each performance among those given: one, or [raw, anno] where the other lies beside it, or where the 21-ID
-    release has it, or is given from another place."""
-    found, used = [], set()
-    for path in paths:
-        if path not in used:
-            partners = other_files(path) or [
-                other for other in paths if other not in used and is_other(path, other) and not other_files(other)
-            ]
-            files = sorted([path, *partners[:1]], key=lambda file: file.name.endswith("_anno.smc"))
-            used.update(files)
-            found.append(files)
-    return found
-
-
-def other_files(path: Path) -> list[Path]:
-    """The other files of the pair that are where a file of a pair has them."""
-    match = SMC_NAME.fullmatch(path.name)
-    if not match:
-        return []
-    other = {"raw": "anno", "anno": "raw"}[match["half"]]
-    folders = [path.parent] + [
-        path.parents[2] / other / path.parent.name for here in [path.parent.parent.name] if here == match["half"]
-    ]
-    return [file for folder in folders if (file := folder / f"{path.name[: match.start('half')]}{other}.smc").is_file()]
+    """Return the files of each performance: one, or [raw, anno] where both are given."""
+    found: list[list[Path]] = []
+    for path in dict.fromkeys(paths):
+        half = next((files for files in reversed(found) if len(files) == 1 and is_other(files[0], path)), None)
+        if half:
+            half.append(path)
+        else:
+            found.append([path])
+    return [sorted(files, key=lambda file: file.name.endswith("_anno.smc")) for files in found]
 
 
 def is_other(path: Path, other: Path) -> bool:
@@ -1901,37 +1915,26 @@ def show_content(files: list[Path], report: Callable) -> bool:
             except SMCError as error:
                 damage.append(str(error))
 
-        name = SMC_NAME.fullmatch(files[0].name)
-        subject, performance = (
-            name.group("subject", "performance") if name else (reader.actor_id, reader.performance_part)
-        )
-        audio, fps, warnings = (
-            attempt(reader.audio_info),
-            attempt(reader.fps),
-            attempt(contradictions, reader, files[0].name, subject, performance),
-        )
-        contents = {
-            modality: content for modality in WRITERS if (content := attempt(content_of, reader, modality, attempt))
-        }
-        report(
-            line=f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance', 70)}"
-        )
+        name, stated = SMC_NAME.fullmatch(files[0].name), (reader.actor_id, reader.performance_part)
+        subject, performance = name.group("subject", "performance") if name else stated
+        audio, fps = attempt(reader.audio_info), attempt(reader.fps)
+        warnings = attempt(contradictions, reader, files[0].name, subject, performance)
+        found = {modality: attempt(content_of, reader, modality, attempt) for modality in WRITERS}
+        contents = {modality: content for modality, content in found.items() if content}
+        whose = printable(subject or "unknown subject", 20), printable(performance or "unknown performance", 70)
+        report(line=" ".join(whose))
         for file in files:
             report(line=row("file", f"{printable(file.name, 66)}, {gb(file.stat().st_size)}"))
         for line in describe(reader, audio, fps, attempt(lambda: reader.num_frame)):
             report(line=line)
         report(line=f"  {'modality':<12}  cameras  entries        size  encoding (of each camera's first picture)")
         for modality, content in contents.items():
-            number = len(content.cameras) or ""
-            report(
-                line=f"  {modality:<12}  {number:>7}  {content.entries or '':>7}  {gb(content.bytes):>10}  {content.encoding}".rstrip()
-            )
+            numbers = f"{len(content.cameras) or '':>7}  {content.entries or '':>7}  {gb(content.bytes):>10}"
+            report(line=f"  {modality:<12}  {numbers}  {content.encoding}".rstrip())
         for modality in [name for name in ("images", "masks") if name in contents]:
             for line in attempt(camera_lines, reader, contents[modality].cameras) or ():
                 report(line=row(modality, line))
-        absent = missing(performance or "", files, contents)
         for title, lines in (
-            ("missing", absent),
             ("unknown", map(printable, attempt(reader.unknown_groups) or ())),
             ("warning", [*(warnings or ()), *reader.oddities]),
             ("damaged", dict.fromkeys(damage)),
@@ -1983,19 +1986,17 @@ def content_of(reader: SMCReader, modality: str, attempt: Callable) -> Content |
         first = [(camera, frames[0]) for camera, frames in cameras.items() if frames and modality != "keypoints2d"]
         entries = sum(map(len, cameras.values()))
     else:
-        cameras = dict.fromkeys(reader.cameras(modality), []) if modality in ("calibration", "scan_masks") else {}
+        cameras = (
+            {camera: [] for camera in reader.cameras(modality)} if modality in ("calibration", "scan_masks") else {}
+        )
         frames = reader.frame_numbers(modality) if modality in ("keypoints3d", "flame", "uv_textures") else []
         size, entries = attempt(reader.stored_bytes, modality) or 0, len(frames)
-        first = (
-            [(None, frame) for frame in frames[:1]]
-            if modality == "uv_textures"
-            else [(camera, None) for camera in cameras if modality == "scan_masks"]
-        )
-    pictures = [probe_picture(attempt(reader.encoded, modality, *which) or b"") for which in first]
-    kinds = {
-        f"{picture.format} {picture.width}x{picture.height}" if picture.whole else "damaged or unknown"
-        for picture in pictures
-    }
+        first = [(None, frame) for frame in frames[:1] if modality == "uv_textures"]
+        first += [(camera, None) for camera in cameras if modality == "scan_masks"]
+    kinds = set()
+    for which in first:
+        picture = probe_picture(attempt(reader.encoded, modality, *which) or b"")
+        kinds.add(f"{picture.format} {picture.width}x{picture.height}" if picture.whole else "damaged or unknown")
     return Content(cameras, entries, size, ", ".join(sorted(kinds)[:2]) + ", …" * (len(kinds) > 2))
 
 
@@ -2021,42 +2022,8 @@ def runs_text(numbers: Iterable[int], most: int = 12) -> str:
         else:
             runs.append([number, number])
     more = sum(last - first + 1 for first, last in runs[most:])
-    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs[:most]) + (
-        f" and {more} more" if more else ""
-    )
-
-
-def missing(performance: str, files: list[Path], contents: dict[str, Content]) -> Iterator[str]:
-    """What the release has of other performances of that kind and this one lacks."""
-    part = files[0].stem.rpartition("_")[2]
-    pair = len(files) == 2 or part == "anno" or files[0].parent.parent.name == "raw"
-    if pair and len(files) == 1:
-        yield f"the {'raw' if part == 'anno' else 'anno'} file that belongs to this one"
-    usual = usual_content(performance, pair)
-    if not usual.keys() <= contents.keys():
-        yield ", ".join(modality for modality in usual if modality not in contents)
-    for modality in [modality for modality in usual if modality in contents]:
-        lacking = usual[modality] - set(contents[modality].cameras)
-        if lacking:
-            yield f"{modality} of cameras {runs_text(lacking, NUM_CAMERAS)}"
-
-
-def usual_content(performance: str, pair: bool) -> dict[str, set[int]]:
-    """{modality: cameras} of a performance in the 21-ID release, where each has a pair of files, or in that of 500 subjects."""
-    every = set(range(NUM_CAMERAS))
-    kind = (re.match("s[0-9]+_|[eh][0-9]", performance) or [""])[0][:1]
-    if not kind:
-        return {}
-    usual = {"images": every, "calibration": every}
-    if kind == "s":
-        usual["audio"] = set()
-    if kind == "s" and not pair:
-        usual["images"] = S3_VIEWS if performance == "s3_all" else {25}
-    if kind == "e" or pair:
-        usual.update(masks=every, keypoints2d=KEYPOINT_CAMERAS, keypoints3d=set())
-    if kind == "e":
-        usual.update(flame=set(), uv_textures=set(), scan=set(), scan_masks=every)
-    return usual
+    shown = " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs[:most])
+    return f"{shown} and {more} more" if more else shown
 
 
 # ---------------------------------------------------------------------------------------------- cameras
@@ -2231,7 +2198,7 @@ def rig_layout(calibration: dict) -> Layout:
             row[i] = number
             slot[i] = max(free, round(2 * np.interp(azimuth[i], column_azimuths, range(len(columns)))))
             free = slot[i] + 2
-    inwards = sorted(reversed(range(len(rings))), key=lambda number: rings[number][0] == "closer")
+    inwards = sorted(range(len(rings)), key=lambda number: rings[number][0] == "closer")
     radius = dict(zip(inwards, np.linspace(1, 0.4, max(4, len(rings)))))
     spot = [(radius[r] * np.sin(a), radius[r] * np.cos(a)) for r, a in zip(row, np.radians(azimuth))]
     places = [f"azimuth {degrees(a)}, elevation {degrees(e)}" for a, e in zip(azimuth, elevation)]

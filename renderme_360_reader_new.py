@@ -33,7 +33,8 @@ import math
 import os
 import re
 import struct
-from typing import Iterator, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import h5py
 import numpy as np
@@ -116,9 +117,11 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
 
 def camera_name(camera: int | str) -> str:
     """The two digits of a camera given as 7, "7" or "07". ValueError for anything else."""
-    if isinstance(camera, (int, np.integer)) or (isinstance(camera, str) and camera.isascii() and camera.isdigit()):
-        if 0 <= int(camera) < NUM_CAMERAS:
-            return f"{int(camera):02d}"
+    number = isinstance(camera, (int, np.integer)) or (
+        isinstance(camera, str) and camera.isascii() and camera.isdigit()
+    )
+    if number and 0 <= int(camera) < NUM_CAMERAS:
+        return f"{int(camera):02d}"
     raise ValueError(f"no camera {camera!r}: cameras are 0 to {NUM_CAMERAS - 1}")
 
 
@@ -215,7 +218,7 @@ class SMCReader:
 
     def count(self, modality: str = "images", camera: int | str | None = None) -> int:
         """How many entries a modality (of a camera) has, at a cost that doesn't grow with them."""
-        file, group = self._open(modality, camera)
+        _, group = self._open(modality, camera)
         return group.get_num_objs() if group is not None else 0
 
     def has(self, modality: str) -> bool:
@@ -883,7 +886,7 @@ def _as_kind(value, kind: type):
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if not isinstance(value, (str, int, float)):
-        raise ValueError(f"it is a {type(value).__name__}, no {kind.__name__}")
+        raise TypeError(f"it is a {type(value).__name__}, no {kind.__name__}")
     if kind is not str and not math.isfinite(float(value)):
         raise ValueError(f"it is {value}")
     return kind(value)

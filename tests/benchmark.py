@@ -2,7 +2,7 @@
 
     python tests/benchmark.py [--frames N] [--views N] [--runs N] [--dir FOLDER]     the table
     python tests/benchmark.py --growth [--dir FOLDER]      time per frame at 500, 5000, 20 000 frames, and with other cameras
-    python tests/benchmark.py --overlap [--dir FOLDER]     four subjects, whose download takes about as long as their extraction
+    python tests/benchmark.py --overlap [--dir FOLDER]     four subjects, whose downloads take four times as long as their extractions
 
 Each line is the median of runs in turn, each in a process of its own, with the input in the page cache and the disk idle.
 Seconds end when the data is on disk (one sync each, `cp` too); CPU seconds are user and system time together.
@@ -35,8 +35,9 @@ import numpy as np
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-import extract_streaming_gdrive as tool  # noqa: E402
-import synthetic_release  # noqa: E402
+import synthetic_release
+
+import extract_streaming_gdrive as tool
 
 SMC = "release/0018/0018_s3_all_raw.smc"
 SAMPLE = 60  # frames that are decoded and encoded again; the figures are scaled to all
@@ -49,16 +50,14 @@ def job_and_config(folder, verify="fast", cameras=None):
     )
     smc = folder / SMC
     remote = tool.RemoteFile("0018/0018_s3_all_raw.smc", smc.stat().st_size, None, 0)
-    return tool.Job("0018", "s3_all", [remote], cameras, tool.DEFAULT_MODALITIES), tool.load_config(
-        str(folder / "config.yaml")
-    )
+    job = tool.Job("0018", "s3_all", [remote], cameras, tool.DEFAULT_MODALITIES)
+    return job, tool.load_config(str(folder / "config.yaml"))
 
 
 def ours(folder, verify="fast", cameras=None):
     job, config = job_and_config(folder, verify, cameras)
-    tool.begin_extraction(job, config)
-    job.extraction.result(lambda **_: None)
-    tool.put_in_place(config.part("0018", "s3_all"), config.folder("0018", "s3_all"))
+    tool.extract_apart(job, config, None)
+    tool.put_in_place(config.partial("0018", "s3_all"), config.folder("0018", "s3_all"))
 
 
 def tar(folder):
@@ -193,22 +192,11 @@ def growth(folder):
         )
 
 
-def overlap(folder, cameras):
-    """Time of a run beside the longer of its parts: all downloads alone (rclone with the same limit), all extractions alone.
-
-    Where both take as long, no order of the work is over before the longer part and the largest file: that one is extracted when
-    it is there. It has a 24th of all with equal performances, a fifth in real subjects, most of whose bytes are in s3_all.
-    `--transfers 4` brings four of six equal files together, when two thirds of the first subject are there. That would be a sixth
-    of all; two extractions at once make up for it."""
+def overlap(folder):
+    """Print how long a run takes beside its downloads alone: rclone with the same limit, one subject after the other."""
     subjects = ("0018", "0019", "0026", "0030")
     paths = synthetic_release.write_demo(
-        folder,
-        subjects,
-        frames=200 if cameras else 40,
-        size=(1024, 1224),
-        jpeg_bytes=200_000,
-        distinct=1,
-        cameras=cameras,
+        folder, subjects, frames=200, size=(1024, 1224), jpeg_bytes=200_000, distinct=1, cameras=(0, 25)
     )
     config = (folder / "config.yaml").read_text()
     size = sum(path.stat().st_size for path in paths)
@@ -217,49 +205,28 @@ def overlap(folder, cameras):
         for name in ("subjects", "MANIFEST.csv"):
             shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
         flags = f'["--config", "rclone.conf", "--bwlimit", "{limit}", "--bwlimit-file", "off"]'
-        (folder / "config.yaml").write_text(
-            config.replace('["--config", "rclone.conf"]', flags).replace("workers: 4", "workers: 1")
-        )
+        (folder / "config.yaml").write_text(config.replace('["--config", "rclone.conf"]', flags))
         begin = time.monotonic()
-        subprocess.run(
-            [sys.executable, TESTS.parent / "extract_streaming_gdrive.py", "--config", folder / "config.yaml"],
-            check=True,
-            capture_output=True,
-        )
+        script = TESTS.parent / "extract_streaming_gdrive.py"
+        subprocess.run([sys.executable, script, "--config", folder / "config.yaml"], check=True, capture_output=True)
         seconds = time.monotonic() - begin
         with open(folder / "MANIFEST.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
-        return seconds, *(sum(float(row[column]) for row in rows) for column in ("download_s", "extract_s"))
+            return seconds, sum(float(row["extract_s"]) for row in csv.DictReader(file))
 
-    extraction = run("off")[2]
-    limit = f"{size / extraction / 1024:.0f}k"
-    begin = time.monotonic()
+    _, extraction = run("off")
+    limit = f"{size / (4 * extraction) / 1024:.0f}k"
     rclone = shutil.which("rclone") or Path(sys.executable).parent / "rclone"
+    begin = time.monotonic()
     for subject in subjects:
-        subprocess.run(
-            [
-                rclone,
-                "copy",
-                "--transfers",
-                "4",
-                "--bwlimit",
-                limit,
-                "--config",
-                folder / "rclone.conf",
-                folder / "release" / subject,
-                folder / "copy" / subject,
-            ],
-            check=True,
-        )
+        places = [folder / "release" / subject, folder / "copy" / subject]
+        options = ["--transfers", "4", "--bwlimit", limit, "--config", folder / "rclone.conf"]
+        subprocess.run([rclone, "copy", *options, *places], check=True)
     download = time.monotonic() - begin
-    both, *in_run = run(limit)
-    largest = max(path.stat().st_size for path in paths) / size
-    print(f"{size / 1e6:.0f} MB, the largest file {largest:.2f} of it", flush=True)
-    print(f"  alone:      downloads {download:5.1f} s, extractions {extraction:5.1f} s")
-    print(f"  in the run: downloads {in_run[0]:5.1f} s, extractions {in_run[1]:5.1f} s, as its manifest has them")
+    seconds, in_run = run(limit)
     print(
-        f"  the run {both:.1f} s: {both / max(download, extraction):.2f} times the longer, {both / (download + extraction):.2f} times both together"
+        f"{size / 1e6:.0f} MB: downloads alone {download:.1f} s, extractions {extraction:.1f} s ({in_run:.1f} s in the run)"
     )
+    print(f"the run {seconds:.1f} s: {seconds / download:.2f} times the downloads")
 
 
 def main():
@@ -284,8 +251,7 @@ def main():
         if arguments.growth:
             growth(folder)
         elif arguments.overlap:
-            overlap(folder / "equal", cameras=(0, 25))
-            overlap(folder / "real", cameras=None)
+            overlap(folder)
         else:
             table(folder, arguments.views, arguments.frames, arguments.runs)
 

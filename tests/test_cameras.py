@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import extract_streaming_gdrive as c  # noqa: E402
+import extract_streaming_gdrive as c
 
 VIEWS_38 = sorted(c.S3_VIEWS)
 UNREADABLE = [55, 57, 59]
@@ -22,7 +22,7 @@ DATA = r'<script type="application/json" id="rig">(.*?)</script>'
 
 
 def data_of(page):
-    return json.loads(re.search(DATA, page, re.S)[1])
+    return json.loads(re.search(DATA, page, re.DOTALL)[1])
 
 
 def places():
@@ -84,7 +84,7 @@ def test_cameras_to_the_viewers_right_see_the_persons_left_ear():
 
 def test_the_up_direction_of_half_a_rig_is_not_tilted_by_the_pitch_of_its_cameras():
     where = [place for place in places() if abs(place[0]) <= 60 and place[1] != -24]
-    _, directions, _, up = c.rig_directions(rig(where, SLANTED))
+    _, _directions, _, up = c.rig_directions(rig(where, SLANTED))
     assert np.allclose(up, SLANTED[:3, 1])
 
 
@@ -219,7 +219,7 @@ def test_text_in_the_page_is_escaped(tiles):
     title = "</title><script>bad()</script>@DATA@"
     page = c.camera_page(tiles, c.rig_layout(rig()), [25], title, "a & b")
     assert "<script>bad" not in page and html.escape(title) in page and "a &amp; b" in page
-    assert "<" not in re.search(DATA, page, re.S)[1] and len(data_of(page)["cameras"]) == 60
+    assert "<" not in re.search(DATA, page, re.DOTALL)[1] and len(data_of(page)["cameras"]) == 60
     assert not re.search(r"(src|href)=.?(https?:|//)|url\(", page.replace("http://www.w3.org", ""))
 
 

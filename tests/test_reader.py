@@ -12,25 +12,26 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import renderme_360_reader_new
 import synthetic_release as synthetic
+
+import renderme_360_reader_new
 from renderme_360_reader_new import SMCError, SMCReader, camera_name, probe_picture
 
 SIZE = (32, 38)
 FRAMES = [0, 2, 5, 10]  # "10" comes before "2" among names
-EVERYTHING = dict(
-    cameras=(3, 25),
-    frame_ids=FRAMES,
-    size=SIZE,
-    masks=(3, 25),
-    mask_channels=3,
-    audio_seconds=4 / 30,
-    keypoints2d=(25, 30),
-    keypoints3d=True,
-    scan=True,
-    scan_masks=(0, 25),
-    uv_textures=True,
-)
+EVERYTHING = {
+    "cameras": (3, 25),
+    "frame_ids": FRAMES,
+    "size": SIZE,
+    "masks": (3, 25),
+    "mask_channels": 3,
+    "audio_seconds": 4 / 30,
+    "keypoints2d": (25, 30),
+    "keypoints3d": True,
+    "scan": True,
+    "scan_masks": (0, 25),
+    "uv_textures": True,
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,8 @@ def put(group, name, content):
 
 def error(path, read):
     """The message with which reading fails."""
-    with pytest.raises(SMCError) as caught:
-        with SMCReader(path) as reader:
-            read(reader)
+    with pytest.raises(SMCError) as caught, SMCReader(path) as reader:
+        read(reader)
     message = str(caught.value)
     assert message.startswith(Path(path).name + ": ") and message.isprintable()
     return message
@@ -322,7 +322,7 @@ def test_nothing_is_printed(smc, capfd):
 @pytest.fixture
 def pair(tmp_path):
     """The paths of a raw and an anno file."""
-    common = dict(cameras=(3, 25), frame_ids=FRAMES, size=SIZE)
+    common = {"cameras": (3, 25), "frame_ids": FRAMES, "size": SIZE}
     raw, anno = tmp_path / "0018_e0_raw.smc", tmp_path / "0018_e0_anno.smc"
     synthetic.write_smc(raw, "0018", "e0", **common, audio_seconds=4 / 30, calibration=False)
     synthetic.write_smc(anno, "0018", "e0", **common, images=False, masks=(3,), keypoints3d=True)
