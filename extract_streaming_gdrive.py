@@ -83,39 +83,12 @@ HALF = "absent from the remote, and looked for again: the file"  # of a pair, in
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 RCLONE_DISK_FULL = ("no space left on device", "disk quota exceeded", "file too big for remaining disk space")
 
-RCLONE_FLAGS = [
-    "--drive-acknowledge-abuse",
-    "--transfers",
-    "4",
-    "--checkers",
-    "8",
-    "--retries",
-    "10",
-    "--low-level-retries",
-    "20",
-]
-RCLONE_FLAGS += ["--drive-stop-on-download-limit"]
-RCLONE_AT_ONCE = [
-    "--retries",
-    "1",
-    "--low-level-retries",
-    "1",
-    "--contimeout",
-    "15s",
-    "--timeout",
-    "60s",
-]  # for the first look
+RCLONE_FLAGS = ["--drive-acknowledge-abuse", "--drive-stop-on-download-limit", "--transfers", "4", "--checkers", "8"]
+RCLONE_FLAGS += ["--retries", "10", "--low-level-retries", "20"]
+RCLONE_AT_ONCE = ["--retries", "1", "--low-level-retries", "1", "--contimeout", "15s", "--timeout", "60s"]  # first look
 RCLONE_PATIENT = ["--low-level-retries", "8"]  # for a listing: five minutes, where 20 make fifteen without a word
-RCLONE_LOG = [
-    "--use-json-log",
-    "--log-level",
-    "INFO",
-    "--stats",
-    "500ms",
-    "--stats-log-level",
-    "NOTICE",
-    "--stats-one-line=false",
-]
+RCLONE_LOG = ["--use-json-log", "--log-level", "INFO", "--stats", "500ms", "--stats-log-level", "NOTICE"]
+RCLONE_LOG += ["--stats-one-line=false"]
 FAILURES_IN_A_ROW = 3  # quota or network failures after which the rest would fail too
 QUOTA_LASTS = timedelta(hours=24)
 PLAIN_PROGRESS_S = 60  # between two lines about a download where there is no terminal

@@ -31,7 +31,7 @@ def places():
     return np.array(columns + [(180, 31, 1.3)] + [(150 - 40 * k, -3, 1.07) for k in range(8)], float)
 
 
-def rig(where=None, world=np.eye(4)):
+def rig(where=None, world=None):
     """A calibration of cameras that look at one point from there; world (4, 4): moves the frame in which the camera that
     is in front stands at +z, with y up, and the person's left at +x."""
     calibration = {}
@@ -42,7 +42,11 @@ def rig(where=None, world=np.eye(4)):
         pose = np.eye(4)
         pose[:3, :3] = np.column_stack([right, np.cross(-outward, right), -outward])
         pose[:3, 3] = distance * outward
-        calibration[f"{n:02d}"] = {"K": np.eye(3), "D": np.zeros(5), "RT": (world @ pose).tolist()}
+        calibration[f"{n:02d}"] = {
+            "K": np.eye(3),
+            "D": np.zeros(5),
+            "RT": (pose if world is None else world @ pose).tolist(),
+        }
     return calibration
 
 
