@@ -294,7 +294,6 @@ def test_memory_stays_small_over_a_big_file(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "big.smc"],
         cwd=Path(__file__).parents[1],
-        check=False,
         capture_output=True,
         text=True,
         check=True,
