@@ -32,6 +32,7 @@ import ctypes
 import difflib
 import errno
 import fcntl
+import functools
 import glob
 import html
 import http.client
@@ -56,9 +57,8 @@ import threading
 import time
 import urllib.parse
 import zipfile
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -92,13 +92,11 @@ RCLONE_LOG += ["--stats-one-line=false"]
 FAILURES_IN_A_ROW = 3  # quota or network failures after which the rest would fail too
 QUOTA_LASTS = timedelta(hours=24)
 PLAIN_PROGRESS_S = 60  # between two lines about a download where there is no terminal
-BLOCK = 8 << 10  # of a file on the remote: the least that is fetched. The headers in an SMC lie in pieces of 2 kB
-REQUEST_BLOCKS = (8 << 20) // BLOCK  # what is fetched at most by one request
-BRIDGED_BLOCKS = 4  # so few that are there already are fetched again rather than split a request for
+BLOCK = 8 << 10  # bytes of a file on the remote that are fetched at least; headers in an SMC lie in pieces of 2 kB
+REQUEST_BLOCKS = 1024  # blocks that one request fetches at most
 FETCHERS = 8  # requests under way
-TEMP_WINDOW = 500_000_000  # what a selective download keeps in temp_dir, or one camera's pictures if they are more
-FETCH_TRIES = 10  # in a row that bring nothing
-FETCH_TIMEOUT_S = 900  # without a byte; rclone itself gives up after about five minutes
+FETCH_TRIES = 10  # consecutive requests without a byte before a fetch fails
+FETCH_TIMEOUT_S = 900  # seconds without a byte before a request fails; rclone gives up after about five minutes
 REPORT_BYTES = 16 << 20  # of pictures: that many are reported at once
 MEMORY_LIMIT = 700 << 20  # that unpacking may take; damaged files can ask for any amount
 DECODER_MEMORY = 48 << 20  # that each decoding thread may take besides: a picture's pixels in colour, and its stack
@@ -657,8 +655,8 @@ class Job:
     download_s: float = 0.0
     fetched: int = 0  # bytes that were downloaded
     over: bool = False  # it has its row, and takes no room in temp_dir any more
-    selective: bool = False  # its files stay on the remote, and only what is needed of them is fetched
-    server: tuple[int, str] | None = None  # port and authorization of the server that fetches from them
+    selection: int = 0  # bytes that a selective download of it is expected to bring; 0 for all
+    blocks: list[bytes] | None = None  # what a selective download has brought of each file; see SelectedFile
 
     @property
     def bytes(self) -> int:
@@ -667,9 +665,7 @@ class Job:
     @property
     def temp_bytes(self) -> int:
         """What it takes in temp_dir at most."""
-        if self.error or self.over:
-            return 0
-        return sum(min(file.bytes, TEMP_WINDOW) if self.selective else file.bytes for file in self.files)
+        return 0 if self.error or self.over else self.fetched or self.selection or self.bytes
 
     def is_here(self, config: Config, certain: bool = False) -> bool:
         """Return whether its files are whole in temp_dir. After a failure of rclone, and before it is called, their times
@@ -844,35 +840,6 @@ class Remote:
                 f"row. It is renewed after about a day: run the same command again after {again.isoformat(timespec='minutes')}"
             )
 
-    def serve(self) -> RangeServer:
-        """Return rclone's server of file ranges, one for the whole run."""
-        if self.server is None or self.server.process.poll() is not None:
-            self.server = RangeServer(self)
-        return self.server
-
-    def why_not_fetched(self, job: Job, error: Exception) -> Exception:
-        """Return what is behind the failure of a job of which only a part is fetched."""
-        if isinstance(error, FetchError):
-            reason, end = "", time.monotonic() + 1  # rclone's log can be later than its answer
-            while not reason and time.monotonic() < end:
-                reason = next((self.server.refused[f.path] for f in job.files if f.path in self.server.refused), "")
-                time.sleep(0.05)
-            error = remote_error(reason or str(error))
-        if isinstance(error, QuotaError):
-            self.note_quota(1)
-            return error
-        with contextlib.suppress(RemoteError):
-            return self.changed(job) or error  # what looks like damage may be that
-        return error
-
-    def changed(self, job: Job) -> RemoteError | None:
-        """Return what to say if a job's files are no longer the ones that were listed."""
-        now = self.files(job.subject, [job.performance]).get(job.performance, [])
-        same = now == job.files
-        return (
-            None if same else RemoteError(f"{job.files[0].name}: it changed on the remote while it was read; run again")
-        )
-
 
 def local_path(config: Config, file: RemoteFile) -> Path:
     return config.temp_dir / file.path
@@ -935,20 +902,20 @@ class RangeServer:
     def __init__(self, remote: Remote):
         password = secrets.token_urlsafe(24)
         self.authorization = "Basic " + base64.b64encode(f"smc:{password}".encode()).decode()
-        self.refused: dict[str, str] = {}  # {path: why}: the answer itself is a mere 404
+        self.refused: dict[str, str] = {}  # {path: why}; the answer itself is a mere 404
         options = ["--addr", "127.0.0.1:0", "--append-only", "--use-json-log", "--log-level", "DEBUG", "--stats", "1s"]
-        options += ["--drive-pacer-min-sleep", "10ms"]  # ten a second is what rclone keeps to, 200 what Drive allows
+        options += ["--drive-pacer-min-sleep", "10ms"]  # rclone keeps to ten calls a second, Drive allows 200
         command = remote.command("serve restic", *options, places=[remote.root])
-        # In the environment, other users can't see the password.
+        # Other users can see a program's arguments, but not its environment.
         self.process = remote.start(command, {"RCLONE_USER": "smc", "RCLONE_PASS": password})
-        self.port, error = None, "it said nothing"
+        self.port, said = None, "it said nothing"
         while self.port is None:
             line = self.process.stderr.readline()
             if not line:
-                raise RemoteError(f"rclone does not serve the remote {remote.root}: {error}")
-            message = str(json_or_text(line).get("msg", "")).replace(password, "…")
-            found = re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", message)
-            self.port, error = int(found[1]) if found else None, printable(message.strip(), 300)
+                raise RemoteError(f"rclone does not serve the remote {remote.root}: {said}")
+            said = printable(str(json_or_text(line).get("msg", "")).replace(password, "…").strip(), 300)
+            found = re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", said)
+            self.port = int(found[1]) if found else None
         threading.Thread(target=self.listen, daemon=True).start()
 
     def listen(self):
@@ -964,222 +931,106 @@ class RangeServer:
 ABSENT, COMING, THERE = range(3)
 
 
-class FetchedFile(io.RawIOBase):
-    """A file on the remote, to be read at any place: what is read, or announced with `will_need`, is fetched block by block
-    into a nameless file in temp_dir. For h5py, and for one reading thread; others fetch ahead.
+class SelectedFile(io.RawIOBase):
+    """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size. For h5py, and for one
+    reading thread. To read a block that is not there fetches it or, without a server, raises FetchError.
 
-    (Of the packages for this, remfile holds what it has fetched in memory or leaves it on the disk, and neither it nor fsspec
-    can be told what comes next, goes on after a cut, or notices an answer of the wrong length.)
+    (Of the packages for this, neither remfile nor fsspec can be told what comes next, goes on after a cut, or notices an
+    answer of the wrong length.)
 
-    server: its port and authorization. `fetched`: bytes that came; `waited`: seconds spent waiting."""
+    blocks: ABSENT, COMING or THERE, a byte for each block of the file; server: its port and authorization; threads: fetch
+    what is requested; count: called with the number of bytes that have come. `error`: what made a read fail."""
 
-    def __init__(self, server: tuple[int, str], file: RemoteFile, folder: Path):
+    def __init__(self, config: Config, file: RemoteFile, blocks=b"", server=None, threads=None, count=None):
         super().__init__()
-        self.server, self.path, self.name, self.size = server, file.path, file.name, file.bytes
-        folder.mkdir(parents=True, exist_ok=True)
-        store, name = tempfile.mkstemp(dir=folder)
-        os.unlink(name)
-        self.store = os.fdopen(store, "r+b")
-        self.state = bytearray(-(-self.size // BLOCK))
-        self.position, self.held, self.fetched, self.waited = 0, 0, 0, 0.0
-        self.next_block, self.stride = -1, 1  # where reading in sequence would go on, and how much it would fetch
-        self.announced: deque[tuple[int, int]] = deque()  # ranges of blocks that fetchers take up
-        self.urgent: deque[tuple[int, int]] = deque()  # those that the reader waits for
-        self.news = threading.Condition()
-        self.error: BaseException | None = None
-        self.ended = False
-        self.own = threading.local()
-        self.fetchers = [threading.Thread(target=self.fetch_ahead, daemon=True) for _ in range(FETCHERS)]
-        for thread in self.fetchers:
-            thread.start()
+        self.config, self.path, self.name, self.size = config, file.path, file.name, file.bytes
+        self.blocks = bytearray(blocks or -(-self.size // BLOCK))
+        self.server, self.threads, self.count = server, threads, count
+        self.position, self.error, self.own = 0, None, threading.local()
+        self.coming: list[tuple[int, int, Future]] = []
+        path = local_path(config, file).with_name(f"{file.name}.selected")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.store = open(path, "rb" if blocks else "w+b")  # noqa: SIM115 - closed by close()
+        if not blocks:
+            self.store.truncate(self.size)
 
-    # ---- as a file
-
-    def readable(self):
-        return True
-
-    def seekable(self):
-        return True
-
-    def tell(self):
-        return self.position
-
-    def seek(self, offset, whence=os.SEEK_SET):
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
         return self.position
 
-    def readinto(self, buffer):
+    def readinto(self, buffer) -> int:
         end = min(self.position + len(buffer), self.size)
         if end <= self.position:
             return 0
-        self.need(*self.blocks(self.position, end))
+        first, last = self.position // BLOCK, -(-end // BLOCK)
+        if self.blocks.count(THERE, first, last) < last - first:
+            try:
+                self.bring(first, last)
+            except Exception as error:
+                self.error = error  # HDF5 passes it on as an error of its own
+                raise
         count = os.preadv(self.store.fileno(), [memoryview(buffer)[: end - self.position]], self.position)
         self.position += count
         return count
 
     def close(self):
-        with self.news:
-            self.ended = True
-            self.news.notify_all()
-        for thread in self.fetchers:
-            thread.join(2)
+        self.store.close()
         super().close()
 
-    # ---- what the reader says
+    def request(self, start: int, end: int):
+        """Have the threads fetch what is absent of the bytes from start to before end."""
+        for first, last in self.claim(max(0, start) // BLOCK, -(-min(end, self.size) // BLOCK)):
+            self.coming.append((first, last, self.threads.submit(self.fetch, first, last)))
 
-    def will_need(self, start: int, end: int):
-        """The bytes from start to before end will be read."""
-        first, last = self.blocks(start, end)
-        with self.news:
-            if self.state.find(ABSENT, first, last) < 0:
-                return
-            if self.announced and self.announced[-1][0] <= first <= self.announced[-1][1] + BRIDGED_BLOCKS:
-                first, last = self.announced[-1][0], max(last, self.announced.pop()[1])
-            self.announced.append((first, last))
-            self.news.notify_all()
+    def bring(self, first: int, last: int):
+        """Fetch what is absent of some blocks at once, before what is requested, and wait for those that are coming."""
+        if self.server is None:
+            raise FetchError(f"{self.name}: bytes at {first * BLOCK} are needed that were not fetched")
+        for run in self.claim(first, last):
+            self.fetch(*run)
+        for a, b, future in self.coming:
+            if a < last and first < b:
+                future.result()
 
-    def wait_for(self, start: int, end: int):
-        """Return when these bytes are there."""
-        first, last = self.blocks(start, end)
-        with self.news:
-            self.urgent.append((first, last))
-            self.news.notify_all()
-            self.wait(first, last)
-            self.urgent.clear()
-
-    def forget(self, start: int, end: int):
-        """These bytes have been read."""
-        first, last = -(-start // BLOCK), min(end, self.size) // BLOCK
-        with self.news:
-            parts = (
-                (a, b) for one, other in self.announced for a, b in ((one, min(other, first)), (max(one, last), other))
-            )
-            self.announced = deque(
-                (a, b) for a, b in parts if a < b
-            )  # what the fetchers had not come to is not needed any more
-            at = first
-            while (at := self.state.find(THERE, at, last)) >= 0:
-                stop = next((n for n in range(at, last) if self.state[n] != THERE), last)
-                if not punch_hole(self.store.fileno(), at * BLOCK, (stop - at) * BLOCK):
-                    return
-                self.state[at:stop] = bytes(stop - at)
-                self.held -= stop - at
-                at = stop
-            self.news.notify_all()
-
-    # ---- fetching
-
-    def blocks(self, start: int, end: int) -> tuple[int, int]:
-        return max(0, start) // BLOCK, -(-min(end, self.size) // BLOCK)
-
-    def need(self, first: int, last: int):
-        """Have these blocks there: what is missing is fetched at once, and more where reading goes on in sequence."""
-        with self.news:
-            missing = self.state.count(ABSENT, first, last)
-            in_sequence, self.next_block = first <= self.next_block <= last, last
-            if not missing and self.state.count(COMING, first, last) == 0:
-                return
-            self.stride = min(self.stride * 2, 64) if in_sequence else 1
-        if missing > REQUEST_BLOCKS // 4:
-            self.wait_for(first * BLOCK, last * BLOCK)
-            return
-        begin = time.monotonic()
-        try:
-            for ahead in (first, min(first + self.stride, len(self.state))), (first, last):
-                with self.news:
-                    run = self.claim(*ahead, bridged=0) if not self.error else None
-                while run:
-                    self.fetch(*run)
-                    with self.news:
-                        run = self.claim(*ahead, bridged=0)
-        except Exception as error:
-            self.error = self.error or error
-            raise
-        self.waited += time.monotonic() - begin
-        with self.news:
-            self.wait(first, last)
-
-    def wait(self, first: int, last: int):
-        """Wait, with the lock held, until these blocks are there."""
-        begin = time.monotonic()
-        while self.state.count(THERE, first, last) < last - first:
-            if self.error:
-                raise self.error
-            self.news.wait(1)
-        self.waited += time.monotonic() - begin
-
-    def claim(self, first: int, last: int, bridged: int) -> tuple[int, int] | None:
-        """The first absent blocks of a range, as many as one request fetches; they count as coming now. A few that are there
-        already may be among them."""
-        first = self.state.find(ABSENT, first, last)
-        if first < 0:
-            return None
-        end = at = first
-        while at < min(last, first + REQUEST_BLOCKS) and at - end <= bridged and self.state[at] != COMING:
-            if self.state[at] == ABSENT:
-                self.state[at] = COMING
-                self.held += 1
-                end = at + 1
-            at += 1
-        return first, end
-
-    def fetch_ahead(self):
-        """What each fetching thread does: take up the ranges that were announced, the urgent ones first."""
-        try:
-            while True:
-                with self.news:
-                    while not (run := self.next_run()):
-                        if self.ended or self.error:
-                            return
-                        self.news.wait()
-                self.fetch(*run)
-        except Exception as error:  # noqa: BLE001 - for the thread that waits
-            with self.news:
-                self.error = self.error or error
-                self.news.notify_all()
-
-    def next_run(self) -> tuple[int, int] | None:
-        if self.ended or self.error:
-            return None
-        for ranges in (self.urgent, self.announced):
-            while ranges and (ranges is self.urgent or self.held * BLOCK < TEMP_WINDOW):
-                run = self.claim(*ranges[0], bridged=BRIDGED_BLOCKS)
-                if run:
-                    return run
-                ranges.popleft()
-        return None
+    def claim(self, first: int, last: int) -> Iterator[tuple[int, int]]:
+        """Yield the runs of absent blocks among some, each as long as one request, which count as coming then."""
+        while (at := self.blocks.find(ABSENT, first, last)) >= 0:
+            length = 1
+            while length < min(REQUEST_BLOCKS, last - at) and self.blocks[at + length] == ABSENT:
+                length += 1
+            self.blocks[at : at + length] = bytes([COMING]) * length
+            yield at, at + length
 
     def fetch(self, first: int, last: int):
-        """Bring blocks that were claimed. What is cut off is fetched from there on; errors of the server and rate limits have
-        been tried again by rclone before they reach us."""
-        at, end, tries, error = first * BLOCK, min(last * BLOCK, self.size), 0, None
+        """Bring blocks that were claimed. Go on where an answer was cut; rclone itself retries errors of the server."""
+        if free_bytes(self.config.temp_dir) < self.config.min_free_gb * GB:
+            raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {self.config.min_free_gb:g} GB free")
+        at, end, tries, reason = first * BLOCK, min(last * BLOCK, self.size), 0, None
         while at < end:
             begin = at
             try:
                 for piece in self.answer(at, end):
                     os.pwrite(self.store.fileno(), piece, at)
-                    done, at = at // BLOCK, at + len(piece)
-                    with self.news:
-                        self.fetched += len(piece)
-                        for block in range(done, at // BLOCK if at < end else last):
-                            self.state[block] = THERE
-                        self.news.notify_all()
+                    at += len(piece)
+            except ConnectionRefusedError:
+                raise FetchError(f"{self.path}: rclone has ended") from None
             except (http.client.HTTPException, ConnectionError, socket.timeout) as cut:
-                error = cut
+                reason = cut
+            self.count(at - begin)
             if at < end:
                 self.own.connection.close()
                 tries = tries + 1 if at == begin else 0
                 if tries == FETCH_TRIES:
                     raise FetchError(
-                        f"{self.path}: {FETCH_TRIES} requests in a row brought nothing ({error or 'cut short'})"
+                        f"{self.path}: {tries} requests in a row brought nothing ({reason or 'cut short'})"
                     )
                 time.sleep(min(0.05 * 2**tries, 5))
+        self.blocks[first:last] = bytes([THERE]) * (last - first)
 
-    def answer(self, start: int, end: int) -> Iterator[memoryview]:
-        """One request: the bytes from start to before end, in pieces, perhaps not all of them."""
+    def answer(self, start: int, end: int) -> Iterator[bytes]:
+        """Yield what one request brings of the bytes from start to before end, in pieces."""
         if not hasattr(self.own, "connection"):
             self.own.connection = http.client.HTTPConnection("127.0.0.1", self.server[0], timeout=FETCH_TIMEOUT_S)
-            self.own.buffer = memoryview(bytearray(32 * BLOCK))
         headers = {"Range": f"bytes={start}-{end - 1}", "Authorization": self.server[1]}
         self.own.connection.request("GET", "/" + urllib.parse.quote(self.path), headers=headers)
         answer = self.own.connection.getresponse()
@@ -1189,37 +1040,105 @@ class FetchedFile(io.RawIOBase):
             raise FetchError(f"{self.path}: it changed on the remote")
         if answer.length != end - start:
             raise http.client.HTTPException(f"an answer of {answer.length} bytes for {end - start}")
-        while not self.ended and (count := answer.readinto(self.own.buffer)):
-            yield self.own.buffer[:count]
-        if self.ended:
-            raise FetchError("no longer needed")
+        yield from iter(lambda: answer.read(32 * BLOCK), b"")
 
 
-def punch_hole(descriptor: int, offset: int, length: int) -> bool:
-    """Free the disk space of a part of a file, if the system can (Linux)."""
-    keep_size, punch = 1, 2
-    if not hasattr(libc, "fallocate"):
-        return False
-    return libc.fallocate(descriptor, keep_size | punch, ctypes.c_long(offset), ctypes.c_long(length)) == 0
+def fetch_selection(job: Job, config: Config, server: tuple[int, str], report: Callable) -> tuple[list[bytes], int]:
+    """Bring to temp_dir what extraction will read of a job's files. Return the blocks that are there, and the bytes that
+    came. Raise SMCError or OSError.
+
+    To list the pictures of a camera takes the header of each, and these lie among the pictures. Files are usually written
+    camera by camera: so what lies between a camera's first and last picture is fetched first, in large pieces."""
+    lock, came = threading.Lock(), [0]
+
+    def count(length: int):
+        with lock:
+            came[0] += length
+            report(done=came[0])
+
+    with contextlib.ExitStack() as stack:
+        threads = ThreadPoolExecutor(FETCHERS)
+        stack.callback(threads.shutdown, cancel_futures=True)
+        files = [stack.enter_context(SelectedFile(config, file, b"", server, threads, count)) for file in job.files]
+        try:
+            reader = stack.enter_context(SMCReader(*files))
+            wanted = [(name, camera) for name in job.modalities for camera in selected(reader, name, job.cameras)]
+            for find in (reader.span, reader.places):
+                for file, start, end in itertools.chain.from_iterable(find(*which) for which in wanted):
+                    file.request(start, end)
+            if not (reader.cameras() or wanted):
+                any(map(reader.has, WRITERS))
+            reader.fps()
+            for *_, future in itertools.chain.from_iterable(file.coming for file in files):
+                future.result()
+        except Exception as error:  # noqa: BLE001 - HDF5 passes on a failed read as an error of its own
+            raise next((file.error for file in files if file.error), error)
+        return [bytes(file.blocks) for file in files], came[0]
+
+
+def selected(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
+    """Return the cameras of a modality that are asked for; [None] for one that has no cameras."""
+    if not reader.has(modality):
+        return []
+    if modality not in PER_CAMERA - {"transforms", "scan_masks"}:
+        return [None]
+    return [camera for camera in reader.cameras(modality) if asked is None or camera in asked]
+
+
+def brought(remote: Remote, turn: list[Job]) -> list[Job]:
+    """Bring the files of some jobs to temp_dir, whole or what is selected of them. Return the jobs without those that were
+    not tried, because the quota is used up. A job whose files did not come has its `error` then."""
+    jobs = [job for job in turn if not job.error]
+    if not jobs:
+        return turn
+    with download_progress(jobs) as show:
+        tried = remote.download([job for job in jobs if not job.selection], show)
+        for job in [job for job in jobs if job.selection]:
+            if remote.exhausted < FAILURES_IN_A_ROW and not remote.stopped:
+                fetch_apart(remote, job, functools.partial(show, before=sum(job.fetched for job in tried)))
+                tried.append(job)
+    return [job for job in turn if job in tried or job not in jobs]
+
+
+def fetch_apart(remote: Remote, job: Job, show: Callable):
+    """Call fetch_selection in a process of its own, and find out what is behind a failure."""
+    begin, name, limits = time.monotonic(), job.files[0].name, (MEMORY_LIMIT, cpu_limit(job.bytes))
+    try:
+        if remote.server is None or remote.server.process.poll() is not None:
+            remote.server = RangeServer(remote)
+        server = remote.server
+        for file in job.files:
+            server.refused.pop(file.path, None)
+        address = server.port, server.authorization
+        job.blocks, job.fetched = apart(
+            fetch_selection, job, remote.config, address, name=name, limits=limits, show=show
+        )
+        remote.exhausted = 0
+        log.info("%s: fetched %s of %s", job, gb(job.fetched), gb(job.bytes))
+    except (SMCError, OSError, RemoteError) as error:
+        job.error = error
+        if isinstance(error, FetchError):
+            time.sleep(0.3)  # rclone's log can be later than its answer
+            job.error = remote_error(
+                next(filter(None, (server.refused.get(file.path) for file in job.files)), str(error))
+            )
+    job.download_s = time.monotonic() - begin
+    remote.note_quota(isinstance(job.error, QuotaError))
+    if not isinstance(job.error, QuotaError) and not remote.stopped:
+        with contextlib.suppress(RemoteError):  # what looks like damage can be a change, too
+            if remote.files(job.subject, [job.performance]).get(job.performance) != job.files:
+                job.error = RemoteError(f"{name}: it changed on the remote while it was read; run again")
 
 
 @contextlib.contextmanager
-def opened(job: Job, config: Config):
-    """The reader of a job's files, in temp_dir or where they are."""
-    if not job.selective:
-        with SMCReader(*(local_path(config, file) for file in job.files)) as reader:
-            yield reader
-        return
+def opened(job: Job, config: Config) -> Iterator[SMCReader]:
+    """The reader of a job's files in temp_dir."""
     with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(FetchedFile(job.server, file, config.temp_dir)) for file in job.files]
-        try:
-            reader = stack.enter_context(SMCReader(*files))
-            reader.expect(job.modalities, job.cameras)
-            yield reader
-        except Exception as error:  # noqa: BLE001 - HDF5 passes on a failed read as an error of its own
-            raise next((file.error for file in files if file.error), error)
-        finally:
-            job.fetched, job.download_s = sum(file.fetched for file in files), sum(file.waited for file in files)
+        files = [local_path(config, file) for file in job.files]
+        if job.blocks:
+            parts = zip(job.files, job.blocks)
+            files = [stack.enter_context(SelectedFile(config, file, blocks)) for file, blocks in parts]
+        yield stack.enter_context(SMCReader(*files))
 
 
 # ---------------------------------------------------------------------------------------------- extraction
@@ -1561,10 +1480,10 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
     partial.mkdir(parents=True)
     with opened(job, config) as reader:
         task = Extraction(job, config, reader, send)
-        # To count the pictures of a camera takes its part of the file: not before it is there.
-        count = (lambda modality, camera: reader.num_frame) if job.selective else reader.count
         pictures = [modality for modality in ("images", "masks") if modality in job.modalities]
-        task.report(total=sum(count(modality, camera) for modality in pictures for camera in task.selected(modality)))
+        task.report(
+            total=sum(reader.count(modality, camera) for modality in pictures for camera in task.selected(modality))
+        )
         for modality in job.modalities:
             if reader.has(modality):
                 WRITERS[modality](task, modality)
@@ -1574,7 +1493,7 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
         odd = reader.oddities + contradictions(reader, job.files[0].name, job.subject, job.performance)
         task.save("metadata/info.json", json_bytes(info(task, written, odd)))
         sync_disk(partial)
-        result = {
+        return {
             "cameras": task.selected("images") if PER_CAMERA & set(job.modalities) else [],
             "cameras_available": reader.cameras(),
             "frames": sum(task.frames.values()),
@@ -1583,7 +1502,6 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
             "notes": notes(task, written),
             "oddities": odd,
         }
-    return {**result, "fetched": job.fetched, "download_s": job.download_s}
 
 
 def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
@@ -1655,29 +1573,12 @@ def numbers_text(numbers: Iterable[int]) -> str:
     return " ".join(str(number) for number in sorted(numbers))
 
 
-def extract_apart(job: Job, config: Config, remote: Remote) -> dict:
-    """Return what `extract` returns, called in a process of its own. Raise SMCError, OSError or RemoteError."""
-    if job.selective:
-        server = remote.serve()
-        job.server = server.port, server.authorization
-        for file in job.files:
-            server.refused.pop(file.path, None)
+def extract_apart(job: Job, config: Config) -> dict:
+    """Return what `extract` returns, called in a process of its own. Raise SMCError or OSError."""
     full = config.verify == "full"
     limits = MEMORY_LIMIT + DECODER_MEMORY * config.workers * full, cpu_limit(job.bytes, full)
-    try:
-        with extraction_progress(job) as show:
-            result = apart(extract, job, config, name=job.files[0].name, limits=limits, show=show)
-        if job.selective:
-            job.fetched, job.download_s = result["fetched"], result["download_s"]
-            if error := remote.changed(job):
-                raise error
-            remote.exhausted = 0
-            log.info("%s: fetched %s of %s", job, gb(job.fetched), gb(job.bytes))
-        return result
-    except (SMCError, OSError, RemoteError) as error:
-        if job.selective and getattr(error, "errno", None) not in DISK_FULL:
-            raise remote.why_not_fetched(job, error) from None
-        raise
+    with extraction_progress(job) as show:
+        return apart(extract, job, config, name=job.files[0].name, limits=limits, show=show)
 
 
 def cpu_limit(size: int, full: bool = False) -> int:
@@ -2680,21 +2581,28 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
         if state == "done" or (state == "half" and len(its_files) < 2):
             continue
         job = Job(subject, performance, its_files, *with_earlier(config, manifest, subject, performance))
-        job.selective = config.download == "selective" and not takes_all(job, config) and not job.is_here(config)
+        if config.download == "selective" and not job.is_here(config):
+            job.selection = expected_selection(job, config)
         if not job.files:
             job.error = error
         elif job.temp_bytes > config.max_temp_size_gb * GB:
-            least = math.ceil(job.bytes / 1e6) / 1000
-            job.error = RemoteError(f"it has {gb(job.bytes)}: set storage.max_temp_size_gb to at least {least:g}")
+            least = math.ceil(job.temp_bytes / 1e6) / 1000
+            job.error = RemoteError(f"it has {gb(job.temp_bytes)}: set storage.max_temp_size_gb to at least {least:g}")
         jobs.append(job)
     return jobs
 
 
-def takes_all(job: Job, config: Config) -> bool:
-    """Return whether a job takes all views of a speech performance: then a copy costs no more, and has its md5 checked."""
-    views = S3_VIEWS if job.performance == "s3_all" else {FRONT_CAMERA}
-    all_views = "images" in job.modalities and (job.cameras is None or views <= job.cameras)
-    return all_views and job.performance in SPEECH and config.layout == "single"
+def expected_selection(job: Job, config: Config) -> int:
+    """Return how many bytes the cameras and modalities of a job may take in its files: as much as their share of the views,
+    and two views more for all else. 0 where it takes all views: then a copy costs no more, and has its md5 checked."""
+    views = set(range(NUM_CAMERAS))
+    if job.performance in SPEECH and config.layout == "single":
+        views = S3_VIEWS if job.performance == "s3_all" else {FRONT_CAMERA}
+        if "images" in job.modalities and (job.cameras is None or views <= job.cameras):
+            return 0
+    pictures = {"images", "masks"} & set(job.modalities)
+    taken = len(views if job.cameras is None else views & job.cameras) if pictures else 0
+    return min(job.bytes, job.bytes * (taken + 2) // len(views))
 
 
 def with_earlier(
@@ -2800,16 +2708,6 @@ def lack_of_room(config: Config, held: int, jobs: list[Job]) -> str | None:
     return None
 
 
-def brought(remote: Remote, turn: list[Job]) -> list[Job]:
-    """Download what has to be in temp_dir before it is extracted. Return the jobs without those that were not tried."""
-    to_bring = [job for job in turn if not job.error and not job.selective]
-    if not to_bring:
-        return turn
-    with download_progress(to_bring) as show:
-        tried = remote.download(to_bring, show)
-    return [job for job in turn if job in tried or job not in to_bring]
-
-
 def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
     """Yield what an iterator yields, while a thread is at the next item already."""
     end = object()
@@ -2819,7 +2717,7 @@ def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
         yield item
 
 
-def extract_and_describe(job: Job, config: Config, remote: Remote) -> tuple[dict, dict | None]:
+def extract_and_describe(job: Job, config: Config) -> tuple[dict, dict | None]:
     """Extract a job and put its folder in place. Return its row for the manifest, and what `extract` returned (None where
     there was nothing to extract). Raise StopEarly where the disk is full; the SMC stays then."""
     row = {"subject": job.subject, "performance": job.performance, "modalities": " ".join(job.modalities)}
@@ -2827,7 +2725,7 @@ def extract_and_describe(job: Job, config: Config, remote: Remote) -> tuple[dict
     try:
         if job.error:
             raise job.error
-        result = extract_apart(job, config, remote)
+        result = extract_apart(job, config)
         put_in_place(config.partial(job.subject, job.performance), config.folder(job.subject, job.performance))
         row.update(
             status="completed",
@@ -2841,7 +2739,7 @@ def extract_and_describe(job: Job, config: Config, remote: Remote) -> tuple[dict
     except (SMCError, OSError, RemoteError) as error:
         clear(config.partial(job.subject, job.performance))
         row["status"], row["error"] = outcome(job, config, error)
-    extract_s = time.monotonic() - begin - (job.download_s if job.selective else 0)
+    extract_s = time.monotonic() - begin
     row.update(smc_bytes=job.bytes, download_s=f"{job.download_s:.2f}", extract_s=f"{extract_s:.2f}")
     return row, result
 
@@ -2864,8 +2762,9 @@ def half_note(config: Config, job: Job) -> list[str]:
 
 
 def delete_smc(job: Job, config: Config):
-    for file in job.files:
-        clear(local_path(config, file))
+    for file in job.files:  # and what else begins with its name: see SelectedFile
+        for path in paths_like(local_path(config, file).parent, f"{file.name}*"):
+            clear(path)
     remove_empty_temp(config, job.subject)
     job.over = True
 
@@ -2919,12 +2818,13 @@ def bar(**options) -> Iterator[tqdm]:
 @contextlib.contextmanager
 def download_progress(jobs: list[Job]):
     """Show a download: a bar, or a line a minute. Give what to call with the number of bytes that have come."""
-    total, begin, shown = sum(job.bytes for job in jobs), time.monotonic(), time.monotonic()
+    total, begin, shown = sum(job.temp_bytes for job in jobs), time.monotonic(), time.monotonic()
     subject = jobs[0].subject
     log.info("%s: downloading %s, %s", subject, " ".join(job.performance for job in jobs), gb(total))
 
-    def show(done: int):
+    def show(done: int, before: int = 0):
         nonlocal shown
+        done += before
         progress.update(min(done, total) - progress.n)
         seconds = time.monotonic() - begin
         if progress.disable and time.monotonic() - shown > PLAIN_PROGRESS_S and done:
@@ -3028,12 +2928,10 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
         with ThreadPoolExecutor(1) as thread, remote:
             for turn in one_ahead(downloads(config, manifest, remote, locks), thread):
                 for job in turn.jobs:
-                    row, result = extract_and_describe(job, config, remote)
+                    row, result = extract_and_describe(job, config)
                     manifest.append(row)
                     delete_smc(job, config)
                     summary.add(job, row, result)
-                    if job.selective:
-                        remote.check_quota()
                 if turn.last:
                     locks.release(turn.subject)
     finally:

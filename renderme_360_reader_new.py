@@ -27,12 +27,10 @@ with OpenCV axes (x right, y down, z forward); key points of a picture are (x, y
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import math
 import os
 import re
-import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -74,6 +72,7 @@ KNOWN_ENTRIES = {
     "Calibration/*": {"K", "D", "RT"},
     "Scan": {"vertex", "vertex_indices"},
 }
+FRAMED = {"images", "masks", "keypoints2d", "keypoints3d", "flame", "uv_textures"}  # have an entry for each frame
 FROM_RAW = {"images", "audio"}  # where both files of a pair have a modality
 
 
@@ -128,8 +127,7 @@ def camera_name(camera: int | str) -> str:
 class SMCReader:
     """One performance, from its SMC file or from the two files of a pair.
 
-    file_path: path of the SMC file, or an open binary file object that can seek (then every byte is read through it; see
-        `expect` for one that has to fetch them).
+    file_path: path of the SMC file, or an open binary file object that can seek; then every byte is read through it.
     anno_path: the same for the second file of a pair, or None.
 
     Attributes, as in the published reader: `smc` (the open h5py.File of the first file), `actor_id`,
@@ -213,7 +211,6 @@ class SMCReader:
     def frame_numbers(self, modality: str = "images", camera: int | str | None = None) -> list[int]:
         """Frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps."""
         file, group = self._open(modality, camera)
-        file.bring(group)
         return file.numbers(group, FRAME_NAME)
 
     def count(self, modality: str = "images", camera: int | str | None = None) -> int:
@@ -227,8 +224,31 @@ class SMCReader:
 
     def stored_bytes(self, modality: str, camera: int | str | None = None) -> int:
         """Bytes that a modality (of a camera) takes in the file, from its headers alone: no data are read."""
+        return sum(end - start for _, start, end in self.places(modality, camera))
+
+    def places(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[object, int, int]]:
+        """Yield where the data of a modality (of a camera) lies: (file as it was given to this reader, first byte, byte
+        after the last) of each data set or chunk."""
         file, group = self._open(modality, camera)
-        return file.stored_bytes(group)
+        for start, end in file.places(group):
+            yield file.source, start, end
+
+    def span(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[object, int, int]]:
+        """Yield, as `places` does, one range from the first to the last frame of a modality (of a camera), found without a
+        look at the frames in between; nothing where that is longer than the frames can be."""
+        file, group = self._open(modality, camera)
+        if group is None or modality not in FRAMED:
+            return
+        count = self.Camera_info["num_frame"] or 0
+        ends = [0, count - 1]
+        if any(file.entry(group, str(number)) is None for number in ends):
+            numbers = self.frame_numbers(modality, camera)
+            count, ends = len(numbers), numbers[:1] + numbers[-1:]
+        pieces = list(file.places(group, [str(number) for number in ends]))
+        size, start = sum(end - start for start, end in pieces), min(pieces, default=(0,))[0]
+        stop = max((end for _, end in pieces), default=0)
+        if stop - start <= 0.75 * size * count + (1 << 20):  # 1.5 times as much as frames of the mean size take
+            yield file.source, start, stop
 
     def unknown_groups(self) -> list[str]:
         """Paths in the file(s) of which this reader knows nothing: formats change. "Camera/*/depth" stands for all cameras."""
@@ -262,16 +282,6 @@ class SMCReader:
         ratio = self.num_frame / audio["duration_s"]
         return next((rate for rate in (15, 30) if abs(ratio / rate - 1) <= 0.05), ratio)
 
-    def expect(self, modalities, cameras=None):
-        """Say what is going to be read (cameras None: all), for file objects that fetch their bytes from afar.
-
-        Such a file object has three methods more, with (first byte, byte after the last) as argument: `will_need` says that
-        this range will be read, and returns at once; `wait_for` returns when it is there; `forget` says that it was read.
-        For other files nothing happens. Call it once, before anything else."""
-        for file in self._files:
-            if hasattr(file.source, "will_need"):
-                file.expect(modalities, cameras, self.num_frame if self.Camera_info["num_frame"] else 0)
-
     # ---- encoded pictures
 
     def encoded(self, modality: str, camera: int | str | None = None, frame: int | str | None = None) -> bytes:
@@ -284,7 +294,6 @@ class SMCReader:
         """(frame number, stored bytes) of every picture of a camera, in the order in which they lie in the file; for
         scan_masks, (camera number, bytes). One picture is held at a time; nothing is decoded."""
         file, group = self._open(modality, camera)
-        file.bring(group)
         pattern = CAMERA_NAME if modality == "scan_masks" else FRAME_NAME
         for number, extent in file.extents(group, pattern):
             yield number, file.read_extent(group, extent)
@@ -324,7 +333,6 @@ class SMCReader:
     def get_Calibration_all(self) -> dict:
         """{"00": what get_Calibration gives, …} of every camera in the file."""
         file, group = self._required("calibration")
-        file.bring(group)
         return {f"{number:02d}": self.get_Calibration(number) for number in file.numbers(group, CAMERA_NAME)}
 
     def get_audio(self) -> dict:
@@ -480,8 +488,6 @@ class _File:
         self.source, self.oddities = source, oddities
         self.name = os.path.basename(str(getattr(source, "name", source)))
         self.h5 = None
-        self.regions: dict[bytes, tuple[int, int]] = {}  # {path of a group: where its data lies}, for `bring`
-        self.brought = None
         if not hasattr(source, "read") and not os.path.isfile(source):
             raise self.error("there is no such file")
         with self.reading("the file", what="is no SMC file, or is cut short or damaged"):
@@ -510,139 +516,6 @@ class _File:
             reason = printable(" ".join(str(error).strip("'").split()) or type(error).__name__, 200)
             raise self.error(f"{self.where(*place)} {what}: {reason}") from error
 
-    # ---- what lies where, for file objects that fetch it
-
-    def expect(self, modalities, cameras, num_frame: int):
-        """Find out where the data of each group lies, and announce that of the groups that will be read.
-
-        To list the pictures of a camera takes the header of each, and these lie among the pictures: so the listing reads as
-        many places as there are megabytes. Files are usually written camera by camera; then everything of a group, data and
-        headers, is between its first data set and the first one of the next group, and can be fetched as one range. Where the
-        second data set of a group is elsewhere, or that of another camera is there, the file is in another order, and what is
-        read is fetched as it is read."""
-        starts: dict[
-            bytes, tuple[int, int, int]
-        ] = {}  # {path: (offset of the first data set, of the second, longest it can be)}
-        wanted = set()
-        self._scout([a for path in ("", "Camera", "Keypoints2d") for a in self._addresses(self.group(path))])
-        for modality, camera, path in self._places():
-            group = self.group(path)
-            found = self._first_extents(group, 2) if group is not None else []
-            if not found or None in [offset for offset, _ in found]:
-                continue
-            name = h5i.get_name(group)
-            entries = {"audio": 1, "scan": 1, "scan_masks": NUM_CAMERAS}.get(modality, max(num_frame, 1))
-            longest = (
-                self.bytes if modality == "flame" else max(size for _, size in found) * entries * 3 // 2 + (1 << 20)
-            )
-            starts[name] = (found[0][0], found[-1][0], longest)
-            if modality in modalities and (camera is None or cameras is None or camera in cameras):
-                wanted.add(name)
-            if modality in ("images", "masks"):  # the fetching can begin; the rest may lie in any order
-                self._announce(starts, wanted, None)
-        self._announce(starts, wanted, self.bytes)
-
-    def _places(self) -> Iterator[tuple[str, int | None, str]]:
-        """(modality, camera, path) of the groups that may hold many data sets, camera by camera."""
-        for parent in ("Camera", "Keypoints2d"):
-            below = {modality: path for modality, path in GROUPS.items() if path.startswith(f"{parent}/{{}}")}
-            for camera in self.numbers(self.group(parent), CAMERA_NAME):
-                for modality, path in below.items():
-                    yield modality, camera, path.format(f"{camera:02d}")
-        for modality in ("audio", "calibration", "keypoints3d", "flame", "uv_textures", "scan", "scan_masks"):
-            yield modality, None, GROUPS[modality]
-
-    def _scout(self, addresses: list[int]):
-        """Have fetched, all groups at once, what it takes to find the first entries of the groups at these addresses: HDF5 would
-        ask for it piece by piece, and a piece takes as long as a megabyte. What is no group of the usual old style is passed over;
-        nothing but the order of requests comes of this.
-
-        The way (HDF5 file format specification, III.A and IV.A): object header -> B-tree -> … -> symbol node -> object headers
-        of the entries; and local heap -> names."""
-        pieces, seen = [(b"", address) for address in addresses], set()
-        for _ in range(16):
-            pieces = [piece for piece in dict.fromkeys(pieces) if piece not in seen and piece[1] + 544 < self.bytes][
-                :2000
-            ]
-            seen.update(pieces)
-            for _, address in pieces:
-                self.source.will_need(address, address + 544)
-            pieces = [more for piece in pieces for more in self._next_pieces(*piece)]
-
-    def _next_pieces(self, signature: bytes, address: int) -> Iterator[tuple[bytes, int]]:
-        """(signature, address) of what the piece at an address leads to; an object header has no signature."""
-        self.source.seek(address)
-        data = self.source.read(544)
-        if not data.startswith(signature or b"\1\0"):
-            return
-        if signature == b"TREE":
-            yield b"TREE" if data[5] else b"SNOD", struct.unpack_from("<Q", data, 32)[0]
-        elif signature == b"SNOD":
-            for entry in range(min(3, data[6])):
-                yield b"", struct.unpack_from("<Q", data, 8 + 40 * entry + 8)[0]
-        elif signature == b"HEAP":
-            size, _, names = struct.unpack_from("<QQQ", data, 8)
-            self.source.will_need(names, names + min(size, 1 << 20))
-        else:
-            at, end = 16, min(16 + struct.unpack_from("<I", data, 8)[0], 512)
-            while at < end:
-                kind, size = struct.unpack_from("<HH", data, at)
-                if kind == 0x11:  # the message that makes it a group
-                    tree, heap = struct.unpack_from("<QQ", data, at + 8)
-                    yield b"TREE", tree
-                    yield b"HEAP", heap
-                at += 8 + size
-
-    def _addresses(self, group) -> list[int]:
-        """Where the objects in a group lie; [] for None."""
-        found: list[int] = []
-        if group is not None:
-            with self.reading(group):
-                group.links.iterate(
-                    lambda name, info: found.append(info.u) if info.type == h5l.TYPE_HARD else None, info=True
-                )
-        return found
-
-    def _first_extents(self, group, count: int) -> list[tuple[int | None, int]]:
-        """(offset, size) of the first data sets in a group, or in the first groups in it."""
-        names: list[bytes] = []
-        with self.reading(group):
-            group.links.iterate(lambda name: names.append(name) or (True if len(names) == count else None))
-        found = []
-        for name in names:
-            entry = self._object(group, name.decode("utf-8", "replace"))
-            if isinstance(entry, h5g.GroupID):
-                found += self._first_extents(entry, 1)
-            elif isinstance(entry, h5d.DatasetID):
-                with self.reading(entry):
-                    found.append((entry.get_offset(), entry.get_storage_size()))
-        return found
-
-    def _announce(self, starts, wanted, end):
-        """Announce the wanted groups of which the end is known: the next group's start, or `end`."""
-        ordered = sorted(start for start, _, _ in starts.values())
-        pictures = [second for name, (_, second, _) in starts.items() if name.endswith((b"/color", b"/mask"))]
-        for name in sorted(wanted - set(self.regions), key=starts.get):
-            start, second, longest = starts[name]
-            after = bisect.bisect_right(ordered, start)
-            stop = ordered[after] if after < len(ordered) else end
-            if (
-                stop is not None
-                and start <= second < stop
-                and not any(start < other < stop for other in pictures if other != second)
-            ):
-                self.regions[name] = start, min(stop, start + longest)
-                self.source.will_need(*self.regions[name])
-
-    def bring(self, group):
-        """Wait until the data of a group is there, if it was announced; that of the group before is done with."""
-        region = self.regions.get(h5i.get_name(group)) if self.regions and group is not None else None
-        if region and region != self.brought:
-            if self.brought:
-                self.source.forget(*self.brought)
-            self.brought = region
-            self.source.wait_for(*region)
-
     # ---- groups
 
     def group(self, path: str):
@@ -655,12 +528,12 @@ class _File:
 
     def group_in(self, parent, name: str):
         """The group of that name in a group, or None."""
-        found = self._object(parent, name)
+        found = self.entry(parent, name)
         if found is not None and not isinstance(found, h5g.GroupID):
             raise self.error(f"{self.where(parent, name)} is no group")
         return found
 
-    def _object(self, parent, name: str):
+    def entry(self, parent, name: str):
         """What the hard link of that name points to, or None."""
         with self.reading(parent, name):
             key = name.encode()
@@ -724,17 +597,28 @@ class _File:
         if len(self.oddities) < MAX_ODDITIES and note not in self.oddities:
             self.oddities.append(note)
 
-    def stored_bytes(self, group, deepest: int = 2) -> int:
-        """Bytes of the data sets in a group and in the groups in it. (No deeper: groups can hold themselves.)"""
-        total = 0
-        for name in self.links(group):
-            found = self._object(group, name)
+    def places(self, group, names=None, deepest: int = 2) -> Iterator[tuple[int, int]]:
+        """Yield (first byte, byte after the last) of the data sets and chunks in a group and in the groups in it: in all
+        of its entries, or in those of some names. (No deeper: groups can hold themselves.)"""
+        for name in self.links(group) if names is None else names:
+            found = self.entry(group, name)
             if isinstance(found, h5d.DatasetID):
                 with self.reading(group, name):
-                    total += found.get_storage_size()
+                    yield from self._pieces(found)
             elif isinstance(found, h5g.GroupID) and deepest > 1:
-                total += self.stored_bytes(found, deepest - 1)
-        return total
+                yield from self.places(found, None, deepest - 1)
+
+    def _pieces(self, data) -> list[tuple[int, int]]:
+        """(first byte, byte after the last) of a data set or of each of its chunks; [] for one that lies in its header."""
+        self._refuse_elsewhere(data)
+        layout = data.get_create_plist().get_layout()
+        pieces = []
+        if layout == h5d.CHUNKED:
+            chunks = map(data.get_chunk_info, range(data.get_num_chunks()))
+            pieces = [(chunk.byte_offset, chunk.size) for chunk in chunks]
+        elif layout == h5d.CONTIGUOUS and data.get_offset() is not None:
+            pieces = [(data.get_offset(), data.get_storage_size())]
+        return [(offset, offset + size) for offset, size in pieces]
 
     # ---- attributes and arrays
 
@@ -768,7 +652,7 @@ class _File:
 
     def _dataset(self, group, name, shape):
         where = self.where(group, name)
-        data = self._object(group, name)
+        data = self.entry(group, name)
         if not isinstance(data, h5d.DatasetID):
             raise self.error(f"there is no {where}" if data is None else f"{where} is no data set")
         with self.reading(group, name):
@@ -812,10 +696,6 @@ class _File:
                 f"the pictures of {self.where(group)} claim {claimed} bytes, which cannot be in {self.bytes}"
             )
         found.sort(key=lambda item: (item[1].offset or 0, item[0]))
-        if hasattr(self.source, "will_need"):
-            for _, extent in found:
-                if extent.offset is not None:
-                    self.source.will_need(extent.offset, extent.offset + extent.size)
         return found
 
     def _extent(self, group, name: str) -> _Extent:
@@ -855,10 +735,6 @@ class _File:
         if self.descriptor is None:
             self.source.seek(extent.offset)
             data = self.source.read(extent.size)
-            if (
-                hasattr(self.source, "forget") and h5i.get_name(group) not in self.regions
-            ):  # else all of the group at once: `bring`
-                self.source.forget(extent.offset, extent.offset + extent.size)
         else:
             data = os.pread(self.descriptor, extent.size, extent.offset)
         if len(data) != extent.size:
@@ -867,7 +743,7 @@ class _File:
 
     def encoded(self, group, name: str) -> bytes:
         """The bytes of the picture of that name."""
-        if self._object(group, name) is None:
+        if self.entry(group, name) is None:
             raise self.error(f"there is no {self.where(group, name)}")
         return self.read_extent(group, self._extent(group, name))
 

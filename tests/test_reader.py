@@ -1,6 +1,5 @@
 """The reader of SMC files: what it returns, and what it refuses."""
 
-import io
 import os
 import subprocess
 import sys
@@ -751,40 +750,3 @@ def test_the_list_of_oddities_has_an_end(copy):
     with SMCReader(copy) as reader:
         assert all(reader.get_FLAME(frame) == {} for frame in range(1000))
         assert len(reader.oddities) == renderme_360_reader_new.MAX_ODDITIES
-
-
-class Remembering(io.FileIO):
-    """A file object that is told what will be read and what was, as one that fetches its bytes from afar."""
-
-    def __init__(self, path):
-        super().__init__(path)
-        self.there, self.most = set(), 0
-
-    def will_need(self, start, end):
-        pass
-
-    def wait_for(self, start, end):
-        pass
-
-    def read(self, size):
-        start, data = self.tell(), super().read(size)
-        if size > 10_000:  # a picture
-            self.there.add((start, start + size))
-            self.most = max(self.most, len(self.there))
-        return data
-
-    def forget(self, start, end):
-        self.there = {(first, last) for first, last in self.there if not start <= first < last <= end}
-
-
-@pytest.mark.parametrize("by_camera, most", [(True, 20), (False, 1)], ids=["camera by camera", "frame by frame"])
-def test_pictures_that_were_read_are_given_back_whatever_their_order_in_the_file(tmp_path, by_camera, most):
-    places = [(camera, frame) for camera in ("00", "25") for frame in range(20)]
-    with h5py.File(tmp_path / "x.smc", "w") as smc:
-        smc.create_group("Camera").attrs["num_frame"] = 20
-        for camera, frame in places if by_camera else sorted(places, key=lambda place: place[::-1]):
-            smc[f"Camera/{camera}/color/{frame}"] = np.arange(20_000).astype(np.uint8)
-    with Remembering(tmp_path / "x.smc") as source, SMCReader(source) as reader:
-        reader.expect(["images"])
-        assert sum(len(list(reader.iter_encoded("images", camera))) for camera in (0, 25)) == 40
-        assert source.most == most

@@ -10,7 +10,6 @@ not shrink with it: the limits here are tighter, relative to the file, than they
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +18,7 @@ import h5py
 import numpy as np
 import pytest
 import synthetic_release
-from conftest import SCRIPT, Workspace, wait_for
+from conftest import Workspace, wait_for
 from fake_drive import FakeDrive
 
 MB = 1e6
@@ -144,20 +143,6 @@ def test_with_all_cameras_that_the_release_has_the_file_is_copied_and_its_md5_ch
     large.run()
     assert large.drive.bytes_sent() == large.smc("0018", "s3_all").stat().st_size
     assert large.drive.count("media") == 1
-
-
-def test_little_room_in_temp_dir_costs_no_byte_more(large, tmp_path):
-    """What was read makes room for what comes: here 5 MB at a time, of cameras of 2 MB each."""
-    large.write_config(extraction=only(cameras=VIEWS[1:]))
-    code = f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r}); import extract_streaming_gdrive as script; script.TEMP_WINDOW = 5_000_000; sys.exit(script.exit_code())"
-    subprocess.run(
-        [sys.executable, "-c", code, "--config", str(large.folder / "config.yaml")],
-        env={**os.environ, **large.drive.environment()},
-        check=True,
-        timeout=60,
-    )
-    assert large.drive.bytes_sent() <= 1.05 * large.smc("0018", "s3_all").stat().st_size
-    assert large.tree() == full_tree(large, tmp_path)
 
 
 MODALITIES = [
