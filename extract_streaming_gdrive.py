@@ -932,27 +932,27 @@ ABSENT, COMING, THERE = range(3)
 
 
 class SelectedFile(io.RawIOBase):
-    """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size. For h5py, and for one
+    """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size: for h5py, and for one
     reading thread. To read a block that is not there fetches it or, without a server, raises FetchError.
 
     (Of the packages for this, neither remfile nor fsspec can be told what comes next, goes on after a cut, or notices an
     answer of the wrong length.)
 
     blocks: ABSENT, COMING or THERE, a byte for each block of the file; server: its port and authorization; threads: fetch
-    what is requested; count: called with the number of bytes that have come. `error`: what made a read fail."""
+    what is requested; count: called with the number of bytes that have come. `error` is what made a read fail."""
 
     def __init__(self, config: Config, file: RemoteFile, blocks=b"", server=None, threads=None, count=None):
         super().__init__()
         self.config, self.path, self.name, self.size = config, file.path, file.name, file.bytes
         self.blocks = bytearray(blocks or -(-self.size // BLOCK))
         self.server, self.threads, self.count = server, threads, count
-        self.position, self.error, self.own = 0, None, threading.local()
+        self.position, self.error = 0, None
         self.coming: list[tuple[int, int, Future]] = []
         path = local_path(config, file).with_name(f"{file.name}.selected")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.store = open(path, "rb" if blocks else "w+b")  # noqa: SIM115 - closed by close()
+        self.store = os.open(path, os.O_RDONLY if blocks else os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
         if not blocks:
-            self.store.truncate(self.size)
+            os.truncate(self.store, self.size)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
@@ -962,28 +962,24 @@ class SelectedFile(io.RawIOBase):
         end = min(self.position + len(buffer), self.size)
         if end <= self.position:
             return 0
-        first, last = self.position // BLOCK, -(-end // BLOCK)
-        if self.blocks.count(THERE, first, last) < last - first:
-            try:
-                self.bring(first, last)
-            except Exception as error:
-                self.error = error  # HDF5 passes it on as an error of its own
-                raise
-        count = os.preadv(self.store.fileno(), [memoryview(buffer)[: end - self.position]], self.position)
+        try:
+            self.bring(self.position // BLOCK, -(-end // BLOCK))
+        except Exception as error:
+            self.error = error  # HDF5 passes it on as an error of its own
+            raise
+        count = os.preadv(self.store, [memoryview(buffer)[: end - self.position]], self.position)
         self.position += count
         return count
 
-    def close(self):
-        self.store.close()
-        super().close()
-
     def request(self, start: int, end: int):
         """Have the threads fetch what is absent of the bytes from start to before end."""
-        for first, last in self.claim(max(0, start) // BLOCK, -(-min(end, self.size) // BLOCK)):
+        for first, last in self.claim(start // BLOCK, -(-min(end, self.size) // BLOCK)):
             self.coming.append((first, last, self.threads.submit(self.fetch, first, last)))
 
     def bring(self, first: int, last: int):
-        """Fetch what is absent of some blocks at once, before what is requested, and wait for those that are coming."""
+        """Return when some blocks are there: those that are absent are fetched at once, before what is requested."""
+        if self.blocks.count(THERE, first, last) == last - first:
+            return
         if self.server is None:
             raise FetchError(f"{self.name}: bytes at {first * BLOCK} are needed that were not fetched")
         for run in self.claim(first, last):
@@ -1005,47 +1001,42 @@ class SelectedFile(io.RawIOBase):
         """Bring blocks that were claimed. Go on where an answer was cut; rclone itself retries errors of the server."""
         if free_bytes(self.config.temp_dir) < self.config.min_free_gb * GB:
             raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {self.config.min_free_gb:g} GB free")
-        at, end, tries, reason = first * BLOCK, min(last * BLOCK, self.size), 0, None
+        at, end, tries, reason = first * BLOCK, min(last * BLOCK, self.size), 0, ""
         while at < end:
-            begin = at
+            if tries == FETCH_TRIES:
+                raise FetchError(f"{self.path}: {tries} requests in a row brought nothing ({reason})")
+            time.sleep(0.1 * tries**2)
+            tries, reason = tries + 1, "cut short"
             try:
                 for piece in self.answer(at, end):
-                    os.pwrite(self.store.fileno(), piece, at)
-                    at += len(piece)
+                    os.pwrite(self.store, piece, at)
+                    self.count(len(piece))
+                    at, tries = at + len(piece), 0
             except ConnectionRefusedError:
                 raise FetchError(f"{self.path}: rclone has ended") from None
             except (http.client.HTTPException, ConnectionError, socket.timeout) as cut:
                 reason = cut
-            self.count(at - begin)
-            if at < end:
-                self.own.connection.close()
-                tries = tries + 1 if at == begin else 0
-                if tries == FETCH_TRIES:
-                    raise FetchError(
-                        f"{self.path}: {tries} requests in a row brought nothing ({reason or 'cut short'})"
-                    )
-                time.sleep(min(0.05 * 2**tries, 5))
         self.blocks[first:last] = bytes([THERE]) * (last - first)
 
     def answer(self, start: int, end: int) -> Iterator[bytes]:
         """Yield what one request brings of the bytes from start to before end, in pieces."""
-        if not hasattr(self.own, "connection"):
-            self.own.connection = http.client.HTTPConnection("127.0.0.1", self.server[0], timeout=FETCH_TIMEOUT_S)
         headers = {"Range": f"bytes={start}-{end - 1}", "Authorization": self.server[1]}
-        self.own.connection.request("GET", "/" + urllib.parse.quote(self.path), headers=headers)
-        answer = self.own.connection.getresponse()
-        if answer.status not in (200, 206):
-            raise FetchError(f"{self.path}: rclone answers {answer.status} {answer.reason}")
-        if answer.status == 206 and not answer.headers.get("Content-Range", "").endswith(f"/{self.size}"):
-            raise FetchError(f"{self.path}: it changed on the remote")
-        if answer.length != end - start:
-            raise http.client.HTTPException(f"an answer of {answer.length} bytes for {end - start}")
-        yield from iter(lambda: answer.read(32 * BLOCK), b"")
+        connection = http.client.HTTPConnection("127.0.0.1", self.server[0], timeout=FETCH_TIMEOUT_S)
+        with contextlib.closing(connection):
+            connection.request("GET", "/" + urllib.parse.quote(self.path), headers=headers)
+            answer = connection.getresponse()
+            if answer.status not in (200, 206):
+                raise FetchError(f"{self.path}: rclone answers {answer.status} {answer.reason}")
+            if answer.status == 206 and not answer.headers.get("Content-Range", "").endswith(f"/{self.size}"):
+                raise FetchError(f"{self.path}: it changed on the remote")
+            if answer.length != end - start:
+                raise http.client.HTTPException(f"an answer of {answer.length} bytes for {end - start}")
+            yield from iter(lambda: answer.read(32 * BLOCK), b"")
 
 
 def fetch_selection(job: Job, config: Config, server: tuple[int, str], report: Callable) -> tuple[list[bytes], int]:
-    """Bring to temp_dir what extraction will read of a job's files. Return the blocks that are there, and the bytes that
-    came. Raise SMCError or OSError.
+    """Bring to temp_dir what extraction will read of a job's files. Return the blocks that are there, and the number of
+    bytes that came. Raise SMCError or OSError.
 
     To list the pictures of a camera takes the header of each, and these lie among the pictures. Files are usually written
     camera by camera: so what lies between a camera's first and last picture is fetched first, in large pieces."""
@@ -1056,32 +1047,35 @@ def fetch_selection(job: Job, config: Config, server: tuple[int, str], report: C
             came[0] += length
             report(done=came[0])
 
-    with contextlib.ExitStack() as stack:
-        threads = ThreadPoolExecutor(FETCHERS)
-        stack.callback(threads.shutdown, cancel_futures=True)
-        files = [stack.enter_context(SelectedFile(config, file, b"", server, threads, count)) for file in job.files]
-        try:
-            reader = stack.enter_context(SMCReader(*files))
+    def request(places: Iterable[tuple[SelectedFile, int, int]], wait: bool = True):
+        for file, start, end in places:
+            file.request(start, end)
+        for *_, future in itertools.chain.from_iterable(file.coming for file in files if wait):
+            future.result()
+
+    threads = ThreadPoolExecutor(FETCHERS)
+    files = [SelectedFile(config, file, b"", server, threads, count) for file in job.files]
+    try:
+        with SMCReader(*files) as reader:
+            reader.scout(request)
             wanted = [(name, camera) for name in job.modalities for camera in selected(reader, name, job.cameras)]
-            for find in (reader.span, reader.places):
-                for file, start, end in itertools.chain.from_iterable(find(*which) for which in wanted):
-                    file.request(start, end)
+            for which in wanted:
+                request(reader.span(*which), wait=False)
+            for which in wanted:
+                request(reader.places(*which), wait=False)
+            reader.fps()
             if not (reader.cameras() or wanted):
                 any(map(reader.has, WRITERS))
-            reader.fps()
-            for *_, future in itertools.chain.from_iterable(file.coming for file in files):
-                future.result()
-        except Exception as error:  # noqa: BLE001 - HDF5 passes on a failed read as an error of its own
-            raise next((file.error for file in files if file.error), error)
-        return [bytes(file.blocks) for file in files], came[0]
+            request([])
+    except Exception as error:  # noqa: BLE001 - HDF5 passes on a failed read as an error of its own
+        raise next((file.error for file in files if file.error), error)
+    return [bytes(file.blocks) for file in files], came[0]
 
 
 def selected(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
-    """Return the cameras of a modality that are asked for; [None] for one that has no cameras."""
-    if not reader.has(modality):
-        return []
-    if modality not in PER_CAMERA - {"transforms", "scan_masks"}:
-        return [None]
+    """Return the cameras that are asked for among those that have a modality; [None] where it is not by camera."""
+    if modality not in ("images", "masks", "keypoints2d"):
+        return [None] * reader.has(modality)
     return [camera for camera in reader.cameras(modality) if asked is None or camera in asked]
 
 
@@ -1106,39 +1100,34 @@ def fetch_apart(remote: Remote, job: Job, show: Callable):
     try:
         if remote.server is None or remote.server.process.poll() is not None:
             remote.server = RangeServer(remote)
-        server = remote.server
-        for file in job.files:
-            server.refused.pop(file.path, None)
-        address = server.port, server.authorization
+        address = remote.server.port, remote.server.authorization
         job.blocks, job.fetched = apart(
             fetch_selection, job, remote.config, address, name=name, limits=limits, show=show
         )
-        remote.exhausted = 0
         log.info("%s: fetched %s of %s", job, gb(job.fetched), gb(job.bytes))
+    except FetchError as error:
+        said, end = "", time.monotonic() + 1  # rclone's log can be later than its answer
+        while not said and time.monotonic() < end:
+            said = "".join(remote.server.refused.get(file.path, "") for file in job.files)
+            time.sleep(0.05)
+        job.error = remote_error(said or str(error))
     except (SMCError, OSError, RemoteError) as error:
         job.error = error
-        if isinstance(error, FetchError):
-            time.sleep(0.3)  # rclone's log can be later than its answer
-            job.error = remote_error(
-                next(filter(None, (server.refused.get(file.path) for file in job.files)), str(error))
-            )
-    job.download_s = time.monotonic() - begin
+    try:
+        if remote.files(job.subject, [job.performance]).get(job.performance) != job.files:
+            job.error = RemoteError(f"{name}: it changed on the remote while it was read; run again")
+    except RemoteError as error:
+        job.error = job.error or error
+    remote.exhausted = 0 if not job.error else remote.exhausted
     remote.note_quota(isinstance(job.error, QuotaError))
-    if not isinstance(job.error, QuotaError) and not remote.stopped:
-        with contextlib.suppress(RemoteError):  # what looks like damage can be a change, too
-            if remote.files(job.subject, [job.performance]).get(job.performance) != job.files:
-                job.error = RemoteError(f"{name}: it changed on the remote while it was read; run again")
+    job.download_s = time.monotonic() - begin
 
 
-@contextlib.contextmanager
-def opened(job: Job, config: Config) -> Iterator[SMCReader]:
-    """The reader of a job's files in temp_dir."""
-    with contextlib.ExitStack() as stack:
-        files = [local_path(config, file) for file in job.files]
-        if job.blocks:
-            parts = zip(job.files, job.blocks)
-            files = [stack.enter_context(SelectedFile(config, file, blocks)) for file, blocks in parts]
-        yield stack.enter_context(SMCReader(*files))
+def opened(job: Job, config: Config) -> SMCReader:
+    """Return the reader of a job's files in temp_dir."""
+    if job.blocks is None:
+        return SMCReader(*(local_path(config, file) for file in job.files))
+    return SMCReader(*(SelectedFile(config, file, blocks) for file, blocks in zip(job.files, job.blocks)))
 
 
 # ---------------------------------------------------------------------------------------------- extraction

@@ -31,6 +31,7 @@ import contextlib
 import math
 import os
 import re
+import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -281,6 +282,12 @@ class SMCReader:
             return None
         ratio = self.num_frame / audio["duration_s"]
         return next((rate for rate in (15, 30) if abs(ratio / rate - 1) <= 0.05), ratio)
+
+    def scout(self, fetch):
+        """For files from afar: call fetch with a list of places, as `places` yields them, round by round, until what it
+        takes to see which cameras have what is there."""
+        for file in self._files:
+            file.scout(fetch)
 
     # ---- encoded pictures
 
@@ -619,6 +626,31 @@ class _File:
         elif layout == h5d.CONTIGUOUS and data.get_offset() is not None:
             pieces = [(data.get_offset(), data.get_storage_size())]
         return [(offset, offset + size) for offset, size in pieces]
+
+    def scout(self, fetch):
+        """Have fetched, for all cameras at once, what HDF5 would ask for piece by piece to find the first entries of their
+        groups. What is no group of the usual old style is passed over; nothing but the order of reads comes of this."""
+        addresses: list[int] = []
+        for group in filter(None, (self.group("Camera"), self.group("Keypoints2d"))):
+            with self.reading(group):
+                group.links.iterate(lambda _, info: addresses.append(info.u), info=True)
+        for _ in range(12):
+            fetch([(self.source, address, address + 544) for address in addresses])
+            addresses = [more for address in addresses for more in self._leads_to(address)]
+
+    def _leads_to(self, address: int) -> list[int]:
+        """Addresses to which the structure at one leads: object header -> B-tree -> symbol node -> object headers, and
+        object header -> heap -> names (HDF5 file format specification, III.A, III.B, III.D and IV.A)."""
+        self.source.seek(address)
+        data = self.source.read(544)
+        numbers = struct.unpack("<68Q", data.ljust(544, b"\0"))
+        if data[:4] == b"TREE":
+            return [numbers[4]]
+        if data[:4] == b"SNOD":
+            return [numbers[2 + 5 * entry] for entry in range(min(data[6], 3))]
+        if data[:4] == b"HEAP":
+            return list(range(numbers[3], numbers[3] + min(numbers[1], 1 << 16), 4096))
+        return list(numbers[3:5]) if data[:2] == b"\1\0" and data[16:18] == b"\x11\0" else []
 
     # ---- attributes and arrays
 
