@@ -94,7 +94,7 @@ QUOTA_LASTS = timedelta(hours=24)
 PLAIN_PROGRESS_S = 60  # between two lines about a download where there is no terminal
 BLOCK = 8 << 10  # bytes of a file on the remote that are fetched at least; headers in an SMC lie in pieces of 2 kB
 REQUEST_BLOCKS = 1024  # blocks that one request fetches at most
-FETCHERS = 8  # requests under way
+FETCHERS = 16  # requests under way
 FETCH_TRIES = 10  # consecutive requests without a byte before a fetch fails
 FETCH_TIMEOUT_S = 900  # seconds without a byte before a request fails; rclone gives up after about five minutes
 REPORT_BYTES = 16 << 20  # of pictures: that many are reported at once

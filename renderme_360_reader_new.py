@@ -647,7 +647,8 @@ class _File:
         if data[:4] == b"TREE":
             return [numbers[4]]
         if data[:4] == b"SNOD":
-            return [numbers[2 + 5 * entry] for entry in range(min(data[6], 3))]
+            entries = [numbers[2 + 5 * n : 6 + 5 * n] for n in range(min(data[6], 3))]
+            return [address for header, kind, *below in entries if kind == 1 for address in (header, *below)]
         if data[:4] == b"HEAP":
             return list(range(numbers[3], numbers[3] + min(numbers[1], 1 << 16), 4096))
         return list(numbers[3:5]) if data[:2] == b"\1\0" and data[16:18] == b"\x11\0" else []
