@@ -1470,9 +1470,8 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
     with opened(job, config) as reader:
         task = Extraction(job, config, reader, send)
         pictures = [modality for modality in ("images", "masks") if modality in job.modalities]
-        task.report(
-            total=sum(reader.count(modality, camera) for modality in pictures for camera in task.selected(modality))
-        )
+        count = sum(len(reader.frame_numbers(name, camera)) for name in pictures for camera in task.selected(name))
+        task.report(total=count)
         for modality in job.modalities:
             if reader.has(modality):
                 WRITERS[modality](task, modality)

@@ -9,7 +9,8 @@
         reader.fps()                               30
 
 The methods called `get_…` have the names and the returns of the reader that is published with the data set, so that
-code written for that one runs unchanged; the others are this module's own. Whatever is wrong with a file is raised
+code written for that one runs unchanged: like that one, they return None for what a performance does not have. The other
+methods are this module's own. Whatever is wrong with a file is raised
 as one exception, `SMCError`, with the file's name.
 
 A release of 21 subjects keeps a performance in two files: pictures and audio in `…_raw.smc`, masks, calibration and
@@ -67,13 +68,8 @@ GROUPS = {
     "transforms": "Calibration",  # and the pictures that were written
 }
 KNOWN_GROUPS = {path.split("/")[0] for path in GROUPS.values()}
-KNOWN_ENTRIES = {
-    "Camera/*": {"color", "mask", "audio"},
-    "Camera/00/audio": {"audio", "sample_rate"},
-    "Calibration/*": {"K", "D", "RT"},
-    "Scan": {"vertex", "vertex_indices"},
-}
 FRAMED = {"images", "masks", "keypoints2d", "keypoints3d", "flame", "uv_textures"}  # have an entry for each frame
+DETECTING_CAMERAS = {f"{camera:02d}" for camera in range(18, 33)}  # in whose pictures key points were looked for
 FROM_RAW = {"images", "audio"}  # where both files of a pair have a modality
 
 
@@ -214,11 +210,6 @@ class SMCReader:
         file, group = self._open(modality, camera)
         return file.numbers(group, FRAME_NAME)
 
-    def count(self, modality: str = "images", camera: int | str | None = None) -> int:
-        """How many entries a modality (of a camera) has, at a cost that doesn't grow with them."""
-        _, group = self._open(modality, camera)
-        return group.get_num_objs() if group is not None else 0
-
     def has(self, modality: str) -> bool:
         """Whether there is anything of a modality (one of the keys of GROUPS)."""
         return bool(self.cameras(modality)) if "{}" in GROUPS[modality] else self._open(modality)[1] is not None
@@ -252,18 +243,8 @@ class SMCReader:
             yield file.source, start, stop
 
     def unknown_groups(self) -> list[str]:
-        """Paths in the file(s) of which this reader knows nothing: formats change. "Camera/*/depth" stands for all cameras."""
-        found = set()
-        for file in self._files:
-            found.update(set(file.links(file.group(""))) - KNOWN_GROUPS)
-            for path, known in KNOWN_ENTRIES.items():
-                parent, each, _ = path.partition("/*")
-                cameras = file.numbers(file.group(parent), CAMERA_NAME) if each else []
-                groups = [f"{parent}/{camera:02d}" for camera in cameras] if each else [path]
-                found.update(
-                    f"{path}/{name}" for group in groups for name in set(file.links(file.group(group))) - known
-                )
-        return sorted(found)
+        """Return the groups at the top of the file(s) of which this reader knows nothing: formats change."""
+        return sorted(set().union(*(file.links(file.group("")) for file in self._files)) - KNOWN_GROUPS)
 
     @property
     def num_frame(self) -> int:
@@ -294,8 +275,8 @@ class SMCReader:
     def encoded(self, modality: str, camera: int | str | None = None, frame: int | str | None = None) -> bytes:
         """The stored bytes of one picture: modality images or masks (camera, frame), uv_textures (frame) or
         scan_masks (camera)."""
-        file, group, name = self._picture(modality, camera, frame)
-        return file.encoded(group, name)
+        file, group = self._required(modality, camera)
+        return file.encoded(group, camera_name(camera) if modality == "scan_masks" else str(int(frame)))
 
     def iter_encoded(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[int, bytes]]:
         """(frame number, stored bytes) of every picture of a camera, in the order in which they lie in the file; for
@@ -342,10 +323,12 @@ class SMCReader:
         file, group = self._required("calibration")
         return {f"{number:02d}": self.get_Calibration(number) for number in file.numbers(group, CAMERA_NAME)}
 
-    def get_audio(self) -> dict:
-        """{"audio": (N, channels) float32 in [-1, 1), "sample_rate": int in Hz}."""
+    def get_audio(self) -> dict | None:
+        """Return {"audio": (N, channels) float32 in [-1, 1), "sample_rate": int in Hz}, None for an expression."""
         info = self.audio_info()
-        file, group = self._required("audio")
+        if info is None:
+            return None
+        file, group = self._open("audio")
         audio = file.array(group, "audio", (None, None))
         if audio.dtype.kind != "f":
             raise file.error(f"Camera/00/audio/audio holds {audio.dtype}, no floating-point numbers")
@@ -363,24 +346,40 @@ class SMCReader:
         rate = int(rate.item())
         return {"sample_rate": rate, "channels": channels, "samples": samples, "duration_s": samples / rate}
 
-    def get_Keypoints2d(self, Camera_id, Frame_id=None) -> np.ndarray:
-        """(106, 2) float64 pixels (x, y) of a frame; a list of frames or None stacks them (N, 106, 2). Cameras 18…32
-        have them, and only frames in which a face was found."""
-        file, group = self._required("keypoints2d", Camera_id)
-        one = lambda frame: file.array(group, str(int(frame)), (106, 2)).astype(np.float64, copy=False)
-        return self._frames(one, Frame_id, "keypoints2d", Camera_id)
+    def get_Keypoints2d(self, Camera_id, Frame_id=None) -> np.ndarray | None:
+        """Return (106, 2) float64 pixels (x, y) of a frame, None where no face was found in it. A list of frames, or None
+        for all, stacks those that have them (N, 106, 2). Cameras 18…32 can have key points."""
+        if camera_name(Camera_id) not in DETECTING_CAMERAS:
+            self._required("keypoints2d", Camera_id)
+        return self._keypoints((106, 2), Frame_id, "keypoints2d", Camera_id)
 
-    def get_Keypoints3d(self, Frame_id=None) -> np.ndarray:
-        """(73, 3) float64 of a frame; a list of frames or None stacks them (N, 73, 3)."""
-        file, group = self._required("keypoints3d")
-        one = lambda frame: file.array(group, str(int(frame)), (73, 3)).astype(np.float64, copy=False)
-        return self._frames(one, Frame_id, "keypoints3d")
+    def get_Keypoints3d(self, Frame_id=None) -> np.ndarray | None:
+        """Return (73, 3) float64 of a frame, None where it has none. A list of frames, or None for all, stacks those that
+        have them (N, 73, 3)."""
+        return self._keypoints((73, 3), Frame_id, "keypoints3d")
 
-    def get_FLAME(self, Frame_id=None) -> dict:
-        """{name: array} of the FLAME parameters of a frame: global_pose, neck_pose, jaw_pose, left_eye_pose,
+    def _keypoints(self, shape, frame, modality, camera=None):
+        file, group = self._open(modality, camera)
+        if group is None:
+            return None
+
+        def one(number):
+            found = file.entry(group, str(int(number)))
+            return None if found is None else file.array(group, str(int(number)), shape).astype(np.float64, copy=False)
+
+        if isinstance(frame, (int, str, np.integer)):
+            return one(frame)
+        arrays = map(one, self.frame_numbers(modality, camera) if frame is None else frame)
+        return self._stack([array for array in arrays if array is not None], modality, camera)
+
+    def get_FLAME(self, Frame_id=None) -> dict | None:
+        """Return {name: array} of the FLAME parameters of a frame: global_pose, neck_pose, jaw_pose, left_eye_pose,
         right_eye_pose, trans (3,), shape (100,), exp (50,), verts (5023, 3), albedos (3, 256, 256) and what else there
-        is. For a list of frames or None each array has the frames stacked along a new first axis."""
-        file, group = self._required("flame")
+        is. For a list of frames or None each array has the frames stacked along a new first axis. None where the
+        performance has no FLAME."""
+        file, group = self._open("flame")
+        if group is None:
+            return None
         if isinstance(Frame_id, (int, str, np.integer)):
             frame = file.group_in(group, str(int(Frame_id)))
             if frame is None:
@@ -391,25 +390,32 @@ class SMCReader:
             raise file.error("the frames of FLAME have different parameters")
         return {name: self._stack([frame[name] for frame in frames], "flame") for name in (frames[0] if frames else ())}
 
-    def get_uv(self, Frame_id=None, disable_tqdm=True) -> np.ndarray:
-        """Decoded UV texture (256, 256, 3) uint8 BGR of a frame; a list of frames or None stacks them."""
+    def get_uv(self, Frame_id=None, disable_tqdm=True) -> np.ndarray | None:
+        """Return the decoded UV texture (256, 256, 3) uint8 BGR of a frame; a list of frames or None stacks them. None
+        where the performance has no textures."""
+        if not self.has("uv_textures"):
+            return None
         return self._frames(lambda frame: self._decoded("uv_textures", frame=frame), Frame_id, "uv_textures")
 
-    def get_scanmesh(self) -> dict:
-        """{"vertex": (n, 3) float64, "vertex_indices": (m, 3) int} of the scanned mesh."""
-        file, group = self._required("scan")
+    def get_scanmesh(self) -> dict | None:
+        """Return {"vertex": (n, 3) float64, "vertex_indices": (m, 3) int} of the scanned mesh, None where there is none."""
+        file, group = self._open("scan")
+        if group is None:
+            return None
         indices = file.array(group, "vertex_indices", (None, 3))
         if indices.dtype.kind not in "iu":
             raise file.error(f"Scan/vertex_indices holds {indices.dtype}, no whole numbers")
         vertex = file.array(group, "vertex", (None, 3)).astype(np.float64, copy=False)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(vertex):
-            raise file.error(
-                f"Scan/vertex_indices goes from {indices.min()} to {indices.max()}, of {len(vertex)} vertices"
-            )
+            found = f"goes from {indices.min()} to {indices.max()}, of {len(vertex)} vertices"
+            raise file.error(f"Scan/vertex_indices {found}")
         return {"vertex": vertex, "vertex_indices": indices}
 
-    def get_scanmask(self, Camera_id=None) -> np.ndarray:
-        """Decoded mask of the scan (H, W) uint8 from a camera; None stacks those of all cameras."""
+    def get_scanmask(self, Camera_id=None) -> np.ndarray | None:
+        """Return the decoded mask of the scan (H, W) uint8 from a camera; None stacks those of all cameras. None where the
+        performance has no scan."""
+        if not self.has("scan_masks"):
+            return None
         if Camera_id is None:
             return self._stack([self.get_scanmask(camera) for camera in self.cameras("scan_masks")], "scan_masks")
         return self._decoded("scan_masks", Camera_id)
@@ -454,18 +460,13 @@ class SMCReader:
             raise file.error(f"{self._place(modality, camera)} has {what}")
         return np.stack(arrays)
 
-    def _picture(self, modality, camera, frame):
-        """(file, group, name) of an encoded picture; see `encoded`."""
-        name = camera_name(camera) if modality == "scan_masks" else str(int(frame))
-        return (*self._required(modality, camera), name)
-
     def _decoded(self, modality, camera=None, frame=None) -> np.ndarray:
         """The pixels (H, W, 3) uint8 BGR of a picture; of a mask (H, W), the maximum over channels."""
         import cv2  # costs 50 ms that those who only copy bytes need not spend
 
-        file, group, name = self._picture(modality, camera, frame)
-        data = file.encoded(group, name)
+        data, (file, group) = self.encoded(modality, camera, frame), self._required(modality, camera)
         picture = probe_picture(data)
+        name = camera_name(camera) if modality == "scan_masks" else str(int(frame))
         with file.reading(group, name, what="cannot be decoded"):
             if picture.format is None:
                 raise ValueError(f"its {len(data)} bytes are neither JPEG nor PNG")
@@ -498,9 +499,7 @@ class _File:
         if not hasattr(source, "read") and not os.path.isfile(source):
             raise self.error("there is no such file")
         with self.reading("the file", what="is no SMC file, or is cut short or damaged"):
-            # The file is ours alone, and file systems of clusters often lack the locks that HDF5 would take.
-            options = {} if hasattr(source, "read") else {"locking": False}
-            self.h5 = h5py.File(source, "r", **options)
+            self.h5 = _opened(source)
             self.descriptor = None if hasattr(source, "read") else self.h5.id.get_vfd_handle()
             self.bytes = self.h5.id.get_filesize()
 
@@ -567,9 +566,8 @@ class _File:
             return False
         with self.reading(group):
             found: list[bytes] = []
-            group.links.iterate(
-                lambda name: found.append(name) or True
-            )  # to ask for the number reads all of an old-style group
+            # To ask for the number reads all of an old-style group.
+            group.links.iterate(lambda name: found.append(name) or True)
             return bool(found)
 
     def links(self, group) -> list[str]:
@@ -734,9 +732,8 @@ class _File:
     def _extent(self, group, name: str) -> _Extent:
         with self.reading(group, name):
             data = h5d.open(group, name.encode())
-            offset = (
-                data.get_offset()
-            )  # of the bytes, where they are in this file and in one piece: then there is less to ask
+            # There is less to ask where the bytes are in this file and in one piece.
+            offset = data.get_offset()
             if offset is None:
                 return self._scattered(data, name)
             shape, size = data.shape, data.get_storage_size()
@@ -779,6 +776,19 @@ class _File:
         if self.entry(group, name) is None:
             raise self.error(f"there is no {self.where(group, name)}")
         return self.read_extent(group, self._extent(group, name))
+
+
+def _opened(source) -> h5py.File:
+    """Open a file without HDF5's locks, which file systems of clusters often lack; with them, where this process has the
+    file open in that way already: HDF5 wants the same for both."""
+    if hasattr(source, "read"):
+        return h5py.File(source, "r")
+    try:
+        return h5py.File(source, "r", locking=False)
+    except OSError as error:
+        if "lock" not in str(error):
+            raise
+        return h5py.File(source, "r")
 
 
 def _as_kind(value, kind: type):

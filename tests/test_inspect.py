@@ -92,7 +92,7 @@ def test_gaps_missing_cameras_unknown_groups_and_odd_rates_are_named(tmp_path):
     assert "2 cameras with 16 frames, without 1-3 7: 3 5" in found["images"]
     assert "camera 25 with 19 frames, without 0" in found["images"]
     assert found["images"][0].endswith("damaged or unknown, jpg 76x64")
-    assert found["unknown"] == ["Camera/*/depth", "Hair"]
+    assert found["unknown"] == ["Hair"]
     assert any("20.00 pictures per second, not 15 or 30" in warning for warning in found["warning"])
     assert any("'0018'" in warning for warning in found["warning"])
     assert "\x1b" not in run.stdout
