@@ -472,7 +472,7 @@ def is_done(row: dict | None, asked: set[int] | None, modalities: Iterable[str])
 
 
 @contextlib.contextmanager
-def locked(path: Path, wait: bool = True, remove: bool = False):
+def locked(path: Path, wait: bool = True, remove: bool = False) -> Iterator[int | None]:
     """Hold the exclusive lock of a file, made if need be. Give its descriptor, or None where another process has it and we
     don't wait. With `remove` the file goes when the lock does. The system frees the lock when a process dies."""
     while True:
@@ -483,9 +483,6 @@ def locked(path: Path, wait: bool = True, remove: bool = False):
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            # While we waited, the holder may have removed or replaced the file: then this is the lock of nothing.
-            if same_file(descriptor, path):
-                break
         except BlockingIOError:
             os.close(descriptor)
             yield None
@@ -495,19 +492,21 @@ def locked(path: Path, wait: bool = True, remove: bool = False):
             if error.errno == errno.ESTALE:  # NFS: another client has just removed the file
                 continue
             if remove:
-                os.unlink(path)
+                path.unlink()
                 remove_empty(path.parent)
             raise ConfigError(
                 f"{path.parent} is on a file system without file locks ({error.strerror}), and without them several runs "
                 "would do the same subject at once. Use a local disk, NFS with its lock service, or Lustre mounted with -o flock"
             ) from None
+        # While we waited, the holder may have removed or replaced the file: then this is the lock of nothing.
+        if same_file(descriptor, path):
+            break
         os.close(descriptor)
     try:
         yield descriptor
     finally:
         if remove:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 
@@ -725,16 +724,6 @@ class Remote:
 
     def subjects(self) -> list[str]:
         """Return every four-digit folder: the first look at the remote, so it fails at once where the set-up is wrong."""
-        remotes = self.start([self.rclone, "listremotes", *self.config.rclone_flags])
-        out, err = remotes.communicate()
-        if remotes.returncode != 0:
-            raise ConfigError(f"rclone does not start: {plain_error(err)}")
-        if self.root.encode() not in out.split(b"\n"):
-            known = ", ".join(name.decode().rstrip(":") for name in out.split()) or "none"
-            raise ConfigError(
-                f"{self.config.path}: google_drive.remote_name: rclone has no remote {self.config.remote_name!r} "
-                f"(it has: {known}). Make one with `rclone config`, or correct the name"
-            )
         parents = [""] if self.config.layout == "single" else ["", "raw", "anno"]
         entries = [self.entries(parent, "--dirs-only", *RCLONE_AT_ONCE) for parent in parents]
         folders = entries[0] if self.config.layout == "single" else entries[1] + entries[2]
@@ -766,6 +755,15 @@ class Remote:
         if process.returncode == 0:
             return json.loads(out)
         reason = plain_error(err)
+        if "didn't find section in config file" in reason:
+            raise ConfigError(
+                f"{self.config.path}: google_drive.remote_name: rclone has no remote {self.config.remote_name!r}. Make one "
+                "with `rclone config`, or correct the name; `rclone listremotes` shows those that it has"
+            )
+        if process.returncode in (1, 2) and re.match(
+            "unknown (shorthand )?flag|unknown command|invalid argument", reason
+        ):
+            raise ConfigError(f"{self.config.path}: google_drive.rclone_flags: rclone does not start: {reason}")
         if not folder and ("notFound" in reason or "File not found" in reason):
             raise ConfigError(
                 f"{self.config.path}: google_drive.root_folder_id: Drive knows no folder {self.config.root_folder_id!r}, "
@@ -1157,8 +1155,8 @@ class Extraction:
 
     def selected(self, modality: str) -> list[int]:
         """The cameras to extract among those that have the modality."""
-        available, asked = self.reader.cameras(modality), self.job.cameras
-        return available if asked is None else [camera for camera in available if camera in asked]
+        asked = self.job.cameras
+        return [camera for camera in self.reader.cameras(modality) if asked is None or camera in asked]
 
     def save(self, name: str, content: bytes | memoryview):
         """Write one file of the performance's folder."""
@@ -1366,31 +1364,30 @@ def write_transforms(task: Extraction, modality: str):
     for camera in set(images) - set(calibration):
         task.reader.oddities.append(f"{task.job}: camera {camera} has no calibration and is not in transforms.json")
         del images[camera]
-    timesteps = {frame: index for index, frame in enumerate(sorted(set().union(*images.values())))}
     if not images:
         return
-    path = task.folder / "transforms.json"
+    timesteps = {frame: index for index, frame in enumerate(sorted(set().union(*images.values())))}
     top = {"camera_model": "OPENCV", "fps": task.reader.fps()}
     if (task.folder / "audio/audio.wav").is_file():
         top["audio_path"] = "audio/audio.wav"
     top.update(camera_indices=list(range(len(images))), timestep_indices=list(timesteps.values()))
-    with open(path, "x") as file:
-        file.write(json.dumps(top, allow_nan=False)[:-1] + ', "frames": [')
-        separator = "\n"
-        for index, (camera, files) in enumerate(images.items()):
-            shared: dict[tuple, str] = {}  # what all pictures of a size have in common, which is most of the text
-            for frame, name in files.items():
-                size = tuple(task.resolution or probe_picture((task.folder / name).read_bytes())[1:3])
-                if size not in shared:
-                    camera_of = {"camera_index": index, "camera_id": camera, **view(calibration[camera], *size)}
-                    shared[size] = json.dumps(camera_of, allow_nan=False)
-                mask = masks.get(camera, {}).get(frame)
-                own = {"file_path": name, **({"mask_path": mask, "fg_mask_path": mask} if mask else {})}
-                own.update(timestep_index=timesteps[frame], timestep_id=f"{frame:06d}")
-                file.write(f"{separator}{json.dumps(own)[:-1]}, {shared[size][1:]}")
-                separator = ",\n"
-        file.write("\n]}\n")
-    task.bytes += path.stat().st_size
+    lines = []
+
+    @functools.cache
+    def of_camera(index: int, camera: str, height: int, width: int) -> str:
+        """What all pictures of a size have in common, which is most of the text."""
+        of_all = {"camera_index": index, "camera_id": camera, **view(calibration[camera], height, width)}
+        return json.dumps(of_all, allow_nan=False)[1:]
+
+    for index, (camera, files) in enumerate(images.items()):
+        for frame, name in files.items():
+            size = task.resolution or probe_picture((task.folder / name).read_bytes())[1:3]
+            mask = masks.get(camera, {}).get(frame)
+            entry = {"file_path": name, **({"mask_path": mask, "fg_mask_path": mask} if mask else {})}
+            entry.update(timestep_index=timesteps[frame], timestep_id=f"{frame:06d}")
+            lines.append(f"{json.dumps(entry)[:-1]}, {of_camera(index, camera, *size)}")
+    frames = ",\n".join(lines)
+    task.save("transforms.json", f'{json.dumps(top, allow_nan=False)[:-1]}, "frames": [\n{frames}\n]}}\n'.encode())
 
 
 def good_pictures(task: Extraction, modality: str) -> dict[str, dict[int, str]]:
@@ -1571,7 +1568,7 @@ def extract_apart(job: Job, config: Config) -> dict:
 
 def cpu_limit(size: int, full: bool = False) -> int:
     """Return the seconds of CPU that reading a file of so many bytes may take: ten times what a healthy one needs."""
-    return 60 + size // 1_000_000 if full else 6 + size // 20_000_000
+    return 60 + size // 1_000_000 if full else 4 + size // 20_000_000
 
 
 def apart(work: Callable, *arguments, name: str, limits: tuple[int, int], show: Callable):
@@ -2459,25 +2456,6 @@ def show_grid(
     log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", page)
 
 
-def doubts_about_cameras(config: Config, manifest: Manifest) -> list[str]:
-    """Return what looks like a mistake in the config's cameras, before anything is downloaded for it."""
-    if config.layout != "single" or not set(config.performances or ["all"]) <= set(SPEECH):
-        return []  # the other files have 60 views
-    asked = {performance: config.asked_cameras(performance) for performance in config.performances}
-    asked = {performance: cameras for performance, cameras in asked.items() if cameras is not None}
-    doubts = []
-    blind = [name for name, cameras in asked.items() if name != "s3_all" and FRONT_CAMERA not in cameras]
-    if blind and "images" in config.modalities:
-        only = f"camera {FRONT_CAMERA}, the only one in {' '.join(blind)}"
-        doubts.append(f"cameras leaves out {only}: there will be no pictures of these")
-    seen = S3_VIEWS | cameras_seen(manifest)
-    nowhere = set().union(*asked.values()) - seen
-    if nowhere:
-        names = f"cameras names {numbers_text(nowhere)}, of which no speech performance has pictures"
-        doubts.append(f"{names}; those that do: {numbers_text(seen)}")
-    return doubts
-
-
 # ---------------------------------------------------------------------------------------------- the run
 
 
@@ -2498,14 +2476,6 @@ class SubjectLocks:
 
     def release(self, subject: str):
         self.held.pop(subject).close()
-
-    def close(self):
-        """Release what is held, and remove the files of processes that were killed."""
-        for subject in list(self.held):
-            self.release(subject)
-        for path in paths_like(self.folder, "*"):
-            with locked(path, wait=False, remove=True):
-                pass
         remove_empty(self.folder)  # it isn't while other processes hold subjects
 
 
@@ -2910,8 +2880,6 @@ class Summary:
 def run(config: Config, manifest: Manifest, remote: Remote) -> int:
     """Download, extract, note and delete, subject by subject. Return the exit code."""
     log_file, locks, summary = open_log(config), SubjectLocks(config), Summary(config)
-    for doubt in doubts_about_cameras(config, manifest):
-        summary.warn(doubt)
     try:
         with ThreadPoolExecutor(1) as thread, remote:
             for turn in one_ahead(downloads(config, manifest, remote, locks), thread):
@@ -2923,9 +2891,9 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
                 if turn.last:
                     locks.release(turn.subject)
     finally:
-        for subject in locks.held:
+        for subject in list(locks.held):
             clean_up(config, subject)
-        locks.close()
+            locks.release(subject)
         summary.show(manifest)
         log.info("The log is %s", log_file)
     return 1 if summary.failures else 0

@@ -426,14 +426,3 @@ def test_suggest_cameras_prints_the_coverage_and_the_line_to_paste(extracted):
 
 def test_before_anything_is_extracted_there_is_nothing_to_suggest(workspace):
     assert "extract one subject" in workspace.run("--suggest-cameras", "4", expect=2).err
-
-
-def test_the_run_doubts_cameras_without_25_and_cameras_that_no_performance_has(workspace):
-    workspace.write_config(extraction={"cameras": [0, 6, 12], "performances": ["s1_all", "s3_all"]})
-    run = workspace.run()
-    first = run.err.splitlines()[:2]
-    assert "camera 25, the only one in s1_all" in first[0] and "names 6 12" in first[1]
-    summary = run.out[run.out.index("Summary") :]
-    assert "camera 25, the only one" in summary and "names 6 12" in summary
-    workspace.write_config(extraction={"cameras": {"s3_all": [0], "default": "all"}})
-    assert "camera 25" not in workspace.run().err

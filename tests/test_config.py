@@ -133,7 +133,7 @@ def test_a_remote_that_rclone_does_not_know_is_a_config_error(workspace, name, e
     workspace.write_config(google_drive={"remote_name": name}, extraction={"performances": ["s1_all"]})
     run = workspace.run(expect=2 if expected else 0)
     if expected:
-        assert expected in run.err and "demo" in run.err
+        assert expected in run.err and "rclone listremotes" in run.err
         assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
 
 
