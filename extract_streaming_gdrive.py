@@ -9,9 +9,9 @@
     python extract_streaming_gdrive.py --config config.yaml --suggest-cameras 12          the 12 that cover 360 degrees best
 
 For each subject: list its folder on the remote, download what is missing with one call of rclone (or, with `download:
-selective`, fetch just the needed parts of each file while it is unpacked), unpack each SMC file
-into <output_dir>/<subject>/<performance>/, check it, write a row to MANIFEST.csv, delete the SMC. While one subject is
-unpacked, the next one downloads. The stored JPEGs are copied as they are, never decoded and encoded again.
+selective`, fetch just the needed parts of each file), extract each SMC file into <output_dir>/<subject>/<performance>/,
+check it, write a row to MANIFEST.csv, delete the SMC. While one subject is extracted, the next one downloads. The stored
+JPEGs are copied as they are, never decoded and encoded again.
 
 A performance's folder appears with one rename when all of it is on disk, and its row follows; so whatever ends a run,
 running it again goes on. Several processes with one config share the subjects among them.
@@ -1492,16 +1492,13 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
 def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
     """The content of metadata/info.json."""
     job, reader = task.job, task.reader
-    actor = reader.actor_info
+    actor = {name: reader.actor_info[name] for name in ("age", "gender", "color")}
+    actor.update(height_cm=reader.actor_info["height"], weight_kg=reader.actor_info["weight"])
     return {
         "subject": job.subject,
         "performance": job.performance,
         "capture_date": reader.capture_date,
-        "actor": {
-            **{name: actor[name] for name in ("age", "gender", "color")},
-            "height_cm": actor["height"],
-            "weight_kg": actor["weight"],
-        },
+        "actor": actor,
         "resolution": task.resolution,
         "num_frame": reader.num_frame,
         "fps": reader.fps(),
@@ -1512,9 +1509,7 @@ def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
         "damaged_frames": task.damaged,
         "modalities": written,
         "oddities": odd,
-        "source": [
-            {"name": file.name, "bytes": file.bytes, **({"md5": file.md5} if file.md5 else {})} for file in job.files
-        ],
+        "source": [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files],
         "extracted_at": utc_now(),
     }
 

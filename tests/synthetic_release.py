@@ -761,7 +761,7 @@ extraction:
   cameras: all
   modalities: [{modalities}]
 storage:
-  temp_dir: temp_smc                             # SMC files on their way, deleted when unpacked
+  temp_dir: temp_smc                             # SMC files until they are extracted
   output_dir: subjects                           # the result
   manifest: MANIFEST.csv                         # what is done; a rerun goes on from it
   log_dir: logs
