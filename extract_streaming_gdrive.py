@@ -5,13 +5,13 @@
     python extract_streaming_gdrive.py --config config.yaml --dry-run     what would be downloaded, and how much
     python extract_streaming_gdrive.py --config config.yaml --status      how far it is
     python extract_streaming_gdrive.py --inspect 0018_s1_all_raw.smc      what an SMC file has
-    python extract_streaming_gdrive.py --config config.yaml --camera-grid 0018/s3_all     every view, to choose cameras by eye
-    python extract_streaming_gdrive.py --config config.yaml --suggest-cameras 12          the 12 that cover 360 degrees best
+    python extract_streaming_gdrive.py --camera-grid 0018/s3_all          every view, to choose cameras by eye
+    python extract_streaming_gdrive.py --suggest-cameras 12               the 12 that cover 360 degrees best
 
 For each subject: list its folder on the remote, download what is missing with one call of rclone (or, with `download:
 selective`, fetch just the needed parts of each file), extract each SMC file into <output_dir>/<subject>/<performance>/,
-check it, write a row to MANIFEST.csv, delete the SMC. While one subject is extracted, the next one downloads. The stored
-JPEGs are copied as they are, never decoded and encoded again.
+check it, write a row to MANIFEST.csv, delete the SMC. While one subject is extracted, the next one downloads. The
+stored JPEGs are copied as they are, never decoded and encoded again.
 
 A performance's folder appears with one rename when all of it is on disk, and its row follows; so whatever ends a run,
 running it again goes on. Several processes with one config share the subjects among them.
@@ -320,7 +320,8 @@ def setting(section: str, parse: Callable, default=...) -> dict:
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of config.yaml, under the names that they have there; paths are absolute. A list is None for "all"."""
+    """The settings of config.yaml, under the names that they have there; paths are absolute. A list is None for
+    "all"."""
 
     path: Path
     root_folder_id: str = field(**setting("google_drive", folder_id, ""))
@@ -347,12 +348,12 @@ class Config:
     redo: bool = False
 
     def asked_cameras(self, performance: str) -> set[int] | None:
-        """The cameras asked for in a performance, None for all."""
+        """Return the cameras asked for in a performance, None for all."""
         chosen = self.cameras.get(performance, self.cameras.get("default"))
         return None if chosen is None else set(chosen)
 
     def remote_folders(self, subject: str) -> list[str]:
-        """Where the remote has the files of a subject, and temp_dir then too."""
+        """Return where the remote has the files of a subject, and temp_dir then too."""
         return [subject] if self.layout == "single" else [f"raw/{subject}", f"anno/{subject}"]
 
     def folder(self, subject: str, performance: str) -> Path:
@@ -401,8 +402,8 @@ class Manifest:
                 self.completed[key] = row
 
     def append(self, row: dict):
-        """Write one row: whole, under a lock, and on disk when this returns. Raises OSError, then nothing is written.
-        That a performance is absent is written once."""
+        """Write one row: whole, under a lock, and on disk when this returns. Raise OSError, and then nothing is
+        written. That a performance is absent is written once."""
         earlier = self.rows.get((row["subject"], row["performance"]), {}).get("status")
         if row["status"] == "absent" == earlier:
             return
@@ -429,7 +430,7 @@ class Manifest:
 
 
 def parse_manifest(content: bytes) -> tuple[list[str], list[dict]]:
-    """(columns, rows as dicts) of a manifest's whole lines. An empty one has the columns of ours.
+    """Return (columns, rows as dicts) of a manifest's whole lines. An empty one has the columns of ours.
 
     Other tools have written to these files: line ends may be CRLF, and pandas turns "0018" into 18 or 18.0."""
     whole = content[: content.rfind(b"\n") + 1].decode("utf-8-sig", "replace").replace("\0", "")
@@ -457,7 +458,7 @@ def number_set(text: str | None) -> set[int]:
 
 
 def is_done(row: dict | None, asked: set[int] | None, modalities: Iterable[str]) -> bool:
-    """Whether a manifest row says that all that is asked for now was extracted."""
+    """Return whether a manifest row says that all that is asked for now was extracted."""
     if row is None or row["status"] != "completed":
         return False
     if not row.get("modalities"):  # a row of the older eight columns
@@ -473,8 +474,8 @@ def is_done(row: dict | None, asked: set[int] | None, modalities: Iterable[str])
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool = True, remove: bool = False) -> Iterator[int | None]:
-    """Hold the exclusive lock of a file, made if need be. Give its descriptor, or None where another process has it and we
-    don't wait. With `remove` the file goes when the lock does. The system frees the lock when a process dies."""
+    """Hold the exclusive lock of a file, made if need be. Give its descriptor, or None where another process has it and
+    we don't wait. With `remove` the file goes when the lock does. The system frees the lock when a process dies."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -495,8 +496,9 @@ def locked(path: Path, wait: bool = True, remove: bool = False) -> Iterator[int 
                 path.unlink()
                 remove_empty(path.parent)
             raise ConfigError(
-                f"{path.parent} is on a file system without file locks ({error.strerror}), and without them several runs "
-                "would do the same subject at once. Use a local disk, NFS with its lock service, or Lustre mounted with -o flock"
+                f"{path.parent} is on a file system without file locks ({error.strerror}), and without them several "
+                "runs would do the same subject at once. Use a local disk, NFS with its lock service, or Lustre "
+                "mounted with -o flock"
             ) from None
         # While we waited, the holder may have removed or replaced the file: then this is the lock of nothing.
         if same_file(descriptor, path):
@@ -511,7 +513,7 @@ def locked(path: Path, wait: bool = True, remove: bool = False) -> Iterator[int 
 
 
 def same_file(descriptor: int, path: Path) -> bool:
-    """Whether a name still is that of an open file."""
+    """Return whether a name still is that of an open file."""
     try:
         return os.fstat(descriptor).st_nlink > 0 and os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
@@ -540,7 +542,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def sync_disk(folder: Path):
-    """Bring everything written to the disk of a folder onto it: one call for any number of files."""
+    """Bring everything written to the disk of a folder onto it, with one call for any number of files."""
     if not hasattr(libc, "syncfs"):
         os.sync()
         return
@@ -597,7 +599,8 @@ def duration(seconds: float) -> str:
 
 
 def paths_like(folder: Path, wildcard: str) -> list[Path]:
-    """Return what matches below a folder. What other processes remove meanwhile doesn't matter; to Path.glob it would."""
+    """Return what matches below a folder. What other processes remove meanwhile doesn't matter; to Path.glob it
+    would."""
     return [Path(path) for path in glob.glob(f"{glob.escape(str(folder))}/{wildcard}")]
 
 
@@ -614,12 +617,12 @@ def remove_empty(folder: Path):
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a folder that need not be there yet."""
+    """Return the free bytes on the disk of a folder that need not be there yet."""
     return shutil.disk_usage(existing(folder)).free
 
 
 def existing(folder: Path) -> Path:
-    """A folder, or the nearest one above it that is there."""
+    """Return a folder, or the nearest one above it that is there."""
     while not folder.exists():
         folder = folder.parent
     return folder
@@ -663,12 +666,12 @@ class Job:
 
     @property
     def temp_bytes(self) -> int:
-        """What it takes in temp_dir at most."""
+        """Return what it takes in temp_dir at most."""
         return 0 if self.error or self.over else self.fetched or self.selection or self.bytes
 
     def is_here(self, config: Config, certain: bool = False) -> bool:
-        """Return whether its files are whole in temp_dir. After a failure of rclone, and before it is called, their times
-        too have to be the remote's: rclone sets them last."""
+        """Return whether its files are whole in temp_dir. After a failure of rclone, and before it is called, their
+        times too have to be the remote's: rclone sets them last."""
         return all(is_whole(local_path(config, file), file, certain) for file in self.files)
 
     def __str__(self):
@@ -723,7 +726,8 @@ class Remote:
                 process.kill()
 
     def subjects(self) -> list[str]:
-        """Return every four-digit folder: the first look at the remote, so it fails at once where the set-up is wrong."""
+        """Return every four-digit folder: the first look at the remote, so it fails at once where the set-up is
+        wrong."""
         parents = [""] if self.config.layout == "single" else ["", "raw", "anno"]
         entries = [self.entries(parent, "--dirs-only", *RCLONE_AT_ONCE) for parent in parents]
         folders = entries[0] if self.config.layout == "single" else entries[1] + entries[2]
@@ -749,7 +753,8 @@ class Remote:
         return {name: [found[name, half] for half in ("raw", "anno") if (name, half) in found] for name, _ in found}
 
     def entries(self, folder: str, *options: str) -> list[dict]:
-        """Return the entries of a folder, [] where there is none. Raise RemoteError, or ConfigError for a wrong root."""
+        """Return the entries of a folder, [] where there is none. Raise RemoteError, or ConfigError for a wrong
+        root."""
         process = self.start(self.command("lsjson", "--no-mimetype", *options, places=[self.root + folder]))
         out, err = process.communicate()
         if process.returncode == 0:
@@ -757,8 +762,8 @@ class Remote:
         reason = plain_error(err)
         if "didn't find section in config file" in reason:
             raise ConfigError(
-                f"{self.config.path}: google_drive.remote_name: rclone has no remote {self.config.remote_name!r}. Make one "
-                "with `rclone config`, or correct the name; `rclone listremotes` shows those that it has"
+                f"{self.config.path}: google_drive.remote_name: rclone has no remote {self.config.remote_name!r}. Make "
+                "one with `rclone config`, or correct the name; `rclone listremotes` shows those that it has"
             )
         if process.returncode in (1, 2) and re.match(
             "unknown (shorthand )?flag|unknown command|invalid argument", reason
@@ -766,8 +771,8 @@ class Remote:
             raise ConfigError(f"{self.config.path}: google_drive.rclone_flags: rclone does not start: {reason}")
         if not folder and ("notFound" in reason or "File not found" in reason):
             raise ConfigError(
-                f"{self.config.path}: google_drive.root_folder_id: Drive knows no folder {self.config.root_folder_id!r}, "
-                "or it is not shared with the account of this remote"
+                f"{self.config.path}: google_drive.root_folder_id: Drive knows no folder "
+                f"{self.config.root_folder_id!r}, or it is not shared with the account of this remote"
             )
         if process.returncode == 3 and folder:
             return []
@@ -804,8 +809,8 @@ class Remote:
         return tried
 
     def copy(self, files: list[RemoteFile], said: dict[str, str]) -> Iterator[tuple[int, int | None]]:
-        """Call rclone once. Yield the bytes that have come, time and again, and its exit code at the end; `said` is then
-        {path: last error, "": last error without a path}."""
+        """Call rclone once. Yield the bytes that have come, time and again, and its exit code at the end; `said` is
+        then {path: last error, "": last error without a path}."""
         command = self.command(
             "copy", "--files-from-raw", "-", *RCLONE_LOG, places=[self.root, str(self.config.temp_dir)]
         )
@@ -834,8 +839,9 @@ class Remote:
         if self.exhausted >= FAILURES_IN_A_ROW:
             again = datetime.fromisoformat(self.exhausted_since) + QUOTA_LASTS
             raise StopEarly(
-                f"Drive's download quota has been used up since {self.exhausted_since}, for {self.exhausted} files in a "
-                f"row. It is renewed after about a day: run the same command again after {again.isoformat(timespec='minutes')}"
+                f"Drive's download quota has been used up since {self.exhausted_since}, for {self.exhausted} files in "
+                "a row. It is renewed after about a day: run the same command again after "
+                f"{again.isoformat(timespec='minutes')}"
             )
 
 
@@ -860,7 +866,7 @@ def remote_error(said: str | None) -> Exception:
 
 
 def json_or_text(line: bytes) -> dict:
-    """A line of rclone's log; what is no JSON (a wrong flag, a crash) counts as an error."""
+    """Return a line of rclone's log as a dict. What is no JSON (a wrong flag, a crash) counts as an error."""
     with contextlib.suppress(ValueError):
         entry = json.loads(line)
         if isinstance(entry, dict):
@@ -869,14 +875,15 @@ def json_or_text(line: bytes) -> dict:
 
 
 def plain_error(stderr: bytes) -> str:
-    """The last thing that rclone said."""
+    """Return the last thing that rclone said."""
     lines = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
     dated = [number for number, line in enumerate(lines) if re.match(r"\d{4}/\d\d/\d\d ", line)]
     return plain(" ".join(lines[dated[-1] if dated else -1 :])) if lines else "it said nothing"
 
 
 def plain(said: str) -> str:
-    """A message of rclone without its time and level, the chain of its functions, and addresses half a screen long."""
+    """Return a message of rclone without its time and level, the chain of its functions, and addresses half a screen
+    long."""
     said = re.sub(r"^\d\S+ \d\S+ *(?:[A-Z]+ *: *)*", "", " ".join(said.split()))
     said = re.sub(
         r"Failed to \w+(?: with \d+ errors)?: |last error was: |error in ListJSON: |couldn't list directory: ", "", said
@@ -892,10 +899,11 @@ class FetchError(OSError):
 
 
 class RangeServer:
-    """rclone serving the remote's files on loopback, any range of them, to whoever has the password that this run made up.
+    """rclone serving the remote's files on loopback, any range of them, to whoever has the password that this run made
+    up.
 
-    Of rclone's servers, `serve restic` asks Drive for just the range that it is asked for, without any call of the API in
-    between; `serve http` opens a file at its beginning first and reads ahead."""
+    Of rclone's servers, `serve restic` asks Drive for just the range that it is asked for, without any call of the API
+    in between; `serve http` opens a file at its beginning first and reads ahead."""
 
     def __init__(self, remote: Remote):
         password = secrets.token_urlsafe(24)
@@ -930,14 +938,14 @@ ABSENT, COMING, THERE = range(3)
 
 
 class SelectedFile(io.RawIOBase):
-    """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size: for h5py, and for one
-    reading thread. To read a block that is not there fetches it or, without a server, raises FetchError.
+    """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size: for h5py, and for
+    one reading thread. To read a block that is not there fetches it or, without a server, raises FetchError.
 
-    (Of the packages for this, neither remfile nor fsspec can be told what comes next, goes on after a cut, or notices an
-    answer of the wrong length.)
+    (Of the packages for this, neither remfile nor fsspec can be told what comes next, goes on after a cut, or notices
+    an answer of the wrong length.)
 
-    blocks: ABSENT, COMING or THERE, a byte for each block of the file; server: its port and authorization; threads: fetch
-    what is requested; count: called with the number of bytes that have come. `error` is what made a read fail."""
+    blocks: ABSENT, COMING or THERE, a byte for each block of the file; server: its port and authorization; threads:
+    fetch what is requested; count: called with the number of bytes that have come. `error` is what made a read fail."""
 
     def __init__(self, config: Config, file: RemoteFile, blocks=b"", server=None, threads=None, count=None):
         super().__init__()
@@ -1036,8 +1044,9 @@ def fetch_selection(job: Job, config: Config, server: tuple[int, str], report: C
     """Bring to temp_dir what extraction will read of a job's files. Return the blocks that are there, and the number of
     bytes that came. Raise SMCError or OSError.
 
-    To list the pictures of a camera takes the header of each, and these lie among the pictures. Files are usually written
-    camera by camera: so what lies between a camera's first and last picture is fetched first, in large pieces."""
+    To list the pictures of a camera takes the header of each, and these lie among the pictures. Files are usually
+    written camera by camera: so what lies between a camera's first and last picture is fetched first, in large
+    pieces."""
     lock, came = threading.Lock(), [0]
 
     def count(length: int):
@@ -1078,8 +1087,8 @@ def selected(reader: SMCReader, modality: str, asked: set[int] | None) -> list[i
 
 
 def brought(remote: Remote, turn: list[Job]) -> list[Job]:
-    """Bring the files of some jobs to temp_dir, whole or what is selected of them. Return the jobs without those that were
-    not tried, because the quota is used up. A job whose files did not come has its `error` then."""
+    """Bring the files of some jobs to temp_dir, whole or what is selected of them. Return the jobs without those that
+    were not tried, because the quota is used up. A job whose files did not come has its `error` then."""
     jobs = [job for job in turn if not job.error]
     if not jobs:
         return turn
@@ -1132,10 +1141,11 @@ def opened(job: Job, config: Config) -> SMCReader:
 
 
 class Extraction:
-    """One performance being unpacked into its `.partial` folder: what the writers below share, and what they have found.
+    """One performance being unpacked into its `.partial` folder: what the writers below share, and what they have
+    found.
 
-    missing, damaged: {modality: {camera: [frames]}}, or {modality: [frames or cameras]} where there is one folder for all.
-    send: what `report` passes its news to: pictures=n for n pictures more, total=n for all that will come."""
+    missing, damaged: {modality: {camera: [frames]}}, or {modality: [frames or cameras]} where there is one folder for
+    all. send: what `report` passes its news to: pictures=n for n pictures more, total=n for all that will come."""
 
     def __init__(self, job: Job, config: Config, reader: SMCReader, send: Callable):
         self.job, self.config, self.reader, self.send = job, config, reader, send
@@ -1154,7 +1164,7 @@ class Extraction:
         self.send(**news)
 
     def selected(self, modality: str) -> list[int]:
-        """The cameras to extract among those that have the modality."""
+        """Return the cameras to extract among those that have the modality."""
         asked = self.job.cameras
         return [camera for camera in self.reader.cameras(modality) if asked is None or camera in asked]
 
@@ -1255,8 +1265,8 @@ def store_pictures(
 def undecodable(files: dict[int, str], workers: int) -> set[int]:
     """Return the numbers of the picture files that cannot be decoded without a complaint.
 
-    libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see in_child): where anything was
-    said, the files are decoded again one by one, to see of which."""
+    libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see in_child): where anything
+    was said, the files are decoded again one by one, to see of which."""
 
     def decodes(file: str) -> bool:
         """Decode every byte of the stream, at an eighth of the size."""
@@ -1348,17 +1358,19 @@ def write_scan(task: Extraction, modality: str):
     faces = np.zeros(len(mesh["vertex_indices"]), [("count", "u1"), ("indices", "<i4", 3)])
     faces["count"], faces["indices"] = 3, mesh["vertex_indices"]
     header = (
-        f"ply\nformat binary_little_endian 1.0\nelement vertex {len(mesh['vertex'])}\nproperty double x\nproperty double y\n"
-        f"property double z\nelement face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
+        f"ply\nformat binary_little_endian 1.0\nelement vertex {len(mesh['vertex'])}\n"
+        "property double x\nproperty double y\nproperty double z\n"
+        f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
     )
     task.save("scan/mesh.ply", header.encode() + mesh["vertex"].astype("<f8").tobytes() + faces.tobytes())
 
 
 def write_transforms(task: Extraction, modality: str):
-    """transforms.json: pose, intrinsics and mask of every picture written, for NeRF and Gaussian-splatting tools. Damaged
-    pictures are left out: a loader would stop at them, or a trainer learn them.
+    """transforms.json: pose, intrinsics and mask of every picture written, for NeRF and Gaussian-splatting tools.
+    Damaged pictures are left out: a loader would stop at them, or a trainer learn them.
 
-    Each picture has its own intrinsics, and none stand at the top, where loaders would take them for those of all cameras."""
+    Each picture has its own intrinsics, and none stand at the top, where loaders would take them for those of all
+    cameras."""
     calibration = task.reader.get_Calibration_all()
     images, masks = good_pictures(task, "images"), good_pictures(task, "masks")
     for camera in set(images) - set(calibration):
@@ -1375,7 +1387,7 @@ def write_transforms(task: Extraction, modality: str):
 
     @functools.cache
     def of_camera(index: int, camera: str, height: int, width: int) -> str:
-        """What all pictures of a size have in common, which is most of the text."""
+        """Return what all pictures of a size have in common, which is most of the text."""
         of_all = {"camera_index": index, "camera_id": camera, **view(calibration[camera], height, width)}
         return json.dumps(of_all, allow_nan=False)[1:]
 
@@ -1391,7 +1403,7 @@ def write_transforms(task: Extraction, modality: str):
 
 
 def good_pictures(task: Extraction, modality: str) -> dict[str, dict[int, str]]:
-    """{"25": {frame: "images/cam_25/frame_000000.jpg"}, …} of what is in the folder and not damaged, in order."""
+    """Return {"25": {frame: "images/cam_25/frame_000000.jpg"}, …} of what is there and not damaged, in order."""
     found: dict[str, dict[int, str]] = {}
     for folder in sorted((task.folder / modality).glob("cam_*")):
         camera = folder.name[4:]
@@ -1404,7 +1416,8 @@ def good_pictures(task: Extraction, modality: str) -> dict[str, dict[int, str]]:
 
 
 def view(camera: dict, height: int, width: int) -> dict:
-    """Intrinsics and pose of a camera as NeRF loaders name them. Their cameras have OpenGL's axes: x right, y up, z back."""
+    """Intrinsics and pose of a camera as NeRF loaders name them. Their cameras have OpenGL's axes: x right, y up, z
+    back."""
     K, pose = camera["K"], camera["RT"].copy()
     pose[:3, 1:3] *= -1
     return {
@@ -1452,13 +1465,13 @@ WRITERS: dict[str, Callable[[Extraction, str], None]] = {
 
 
 def modalities_in(folder: Path) -> list[str]:
-    """The modalities that a performance's folder has: each is a folder, or a JSON file."""
+    """Return the modalities that a performance's folder has: each is a folder, or a JSON file."""
     return [modality for modality in WRITERS if (folder / modality).is_dir() or (folder / f"{modality}.json").is_file()]
 
 
 def extract(job: Job, config: Config, send: Callable) -> dict:
-    """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk. Return
-    what the manifest and the log say about it. Raise SMCError or OSError.
+    """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk.
+    Return what the manifest and the log say about it. Raise SMCError or OSError.
 
     send: called with pictures=n for n pictures more, and once with total=n."""
     partial = config.partial(job.subject, job.performance)
@@ -1490,7 +1503,7 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
 
 
 def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
-    """The content of metadata/info.json."""
+    """Return the content of metadata/info.json."""
     job, reader = task.job, task.reader
     actor = {name: reader.actor_info[name] for name in ("age", "gender", "color")}
     actor.update(height_cm=reader.actor_info["height"], weight_kg=reader.actor_info["weight"])
@@ -1515,7 +1528,7 @@ def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
 
 
 def notes(task: Extraction, written: list[str]) -> list[str]:
-    """What the manifest's error column says of a performance that is extracted all the same."""
+    """Return what the manifest's error column says of a performance that is extracted all the same."""
     found, available = [], task.reader.cameras()
     if not written:
         found.append(f"the file has none of what is asked for ({', '.join(task.job.modalities)})")
@@ -1536,7 +1549,7 @@ def notes(task: Extraction, written: list[str]) -> list[str]:
 
 
 def contradictions(reader: SMCReader, name: str, subject: str, performance: str) -> list[str]:
-    """Where a file doesn't fit its name or the rates that are known: worth a warning, nobody has seen all the files."""
+    """Return where a file doesn't fit its name or the known rates: a warning, because nobody has seen all the files."""
     found = []
     for stated, expected in ((reader.actor_id, subject), (reader.performance_part, performance)):
         if stated is not None and stated != expected:
@@ -1610,7 +1623,7 @@ def start_without_signals(process):
 
 
 def in_child(pipe, parent: int, name: str, limits: tuple[int, int], work: Callable, arguments: tuple):
-    """What the process of `apart` does."""
+    """Do what the process of `apart` is for."""
     memory, seconds = limits
     try:
         die_with(parent)
@@ -1750,15 +1763,15 @@ def performances_given(paths: list[Path]) -> list[list[Path]]:
 
 
 def is_other(path: Path, other: Path) -> bool:
-    """Whether two names are those of a pair."""
+    """Return whether two names are those of a pair."""
     one, two = SMC_NAME.fullmatch(path.name), SMC_NAME.fullmatch(other.name)
     same = one and two and one.group("subject", "performance") == two.group("subject", "performance")
     return bool(same and one["half"] != two["half"])
 
 
 def show_content(files: list[Path], report: Callable) -> bool:
-    """Report, line by line, what a performance has, as far as it can be read. Gives whether all of it can. Sizes come from the
-    headers in the file; of the pictures only the first of each camera is read."""
+    """Report, line by line, what a performance has, as far as it can be read. Return whether all of it can. Sizes come
+    from the headers in the file; of the pictures only the first of each camera is read."""
     with SMCReader(*map(str, files)) as reader:
         damage: list[str] = []
 
@@ -1822,8 +1835,8 @@ def describe(reader: SMCReader, audio: dict | None, fps: float | None, num_frame
 
 
 class Content(NamedTuple):
-    """What there is of a modality: the frames of each camera (none where it has no frames), and over all cameras the number of
-    entries (0 where it is one thing), bytes in the file, and encodings."""
+    """What there is of a modality: the frames of each camera (none where it has no frames), and over all cameras the
+    number of entries (0 where it is one thing), bytes in the file, and encodings."""
 
     cameras: dict[int, list[int]]
     entries: int
@@ -1868,7 +1881,7 @@ def camera_lines(reader: SMCReader, cameras: dict[int, list[int]]) -> list[str]:
 
 
 def runs_text(numbers: Iterable[int], most: int = 12) -> str:
-    """Numbers as "3 7-11 13"; after so many of these, only how many more there are."""
+    """Return numbers as "3 7-11 13"; after so many of these, only how many more there are."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and runs[-1][1] == number - 1:
@@ -2075,7 +2088,8 @@ def degrees(angle: float) -> str:
 
 
 def read_tiles(views: dict[int, Path], width: int = 400) -> dict[int, np.ndarray | None]:
-    """Return a small version of each camera's picture, (h, w, 3) uint8 BGR with w <= width; None for an unreadable one."""
+    """Return a small version of each camera's picture, (h, w, 3) uint8 BGR with w <= width; None for an unreadable
+    one."""
 
     def read(path: Path) -> np.ndarray | None:
         try:
@@ -2186,35 +2200,41 @@ PAGE = r"""<!doctype html>
             --faint: #2b3138; --chosen: #56b4e9; --on-chosen: #06202f; --hole: #ff9448; } }
   * { box-sizing: border-box; }
   body { margin: 0; background: var(--back); color: var(--ink); font: 14px/1.4 system-ui, sans-serif; }
-  header { position: sticky; top: 0; z-index: 2; padding: 8px 16px; background: var(--bar); border-bottom: 1px solid var(--line); }
+  header { position: sticky; top: 0; z-index: 2; padding: 8px 16px; background: var(--bar);
+           border-bottom: 1px solid var(--line); }
   header div { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; margin: 3px 0; }
   h1 { font-size: 17px; margin: 0 8px 0 0; }
   .quiet { color: var(--quiet); }  #coverage { color: var(--hole); }
   #status { margin-left: auto; font-size: 16px; font-variant-numeric: tabular-nums; }
   button, .dot.view { cursor: pointer; }
-  button, input { font: inherit; color: inherit; background: var(--back); border: 1px solid var(--line); border-radius: 5px; padding: 3px 9px; }
+  button, input { font: inherit; color: inherit; background: var(--back); padding: 3px 9px;
+                  border: 1px solid var(--line); border-radius: 5px; }
   button[aria-pressed=true] { background: var(--chosen); color: var(--on-chosen); border-color: var(--chosen); }
   :focus-visible { outline: 3px solid var(--ink); outline-offset: 2px; }
   #presets { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
   #line { flex: 1; min-width: 12em; font-family: ui-monospace, monospace; }
-  #grid { display: grid; gap: 4px; padding: 8px 16px; overflow-x: auto; align-items: center; justify-content: safe center; }
+  #grid { display: grid; gap: 4px; padding: 8px 16px; overflow-x: auto; align-items: center;
+          justify-content: safe center; }
   #grid > span { font-size: 11px; text-align: center; color: var(--quiet); white-space: nowrap; }
   #grid > .row { text-align: right; padding-right: 6px; }
-  .tile { position: relative; display: block; width: 100%; min-height: 44px; padding: 0; overflow: hidden; border: 0; border-radius: 4px;
-          background: var(--faint); color: var(--quiet); text-align: center; font-size: 11px; align-self: stretch; }
+  .tile { position: relative; display: block; width: 100%; min-height: 44px; padding: 0; overflow: hidden; border: 0;
+          border-radius: 4px; background: var(--faint); color: var(--quiet); text-align: center;
+          font-size: 11px; align-self: stretch; }
   .tile b { position: absolute; left: 0; top: 0; padding: 0 5px; background: var(--back); color: var(--ink);
             border-bottom-right-radius: 4px; font-size: 12px; line-height: 17px; }
   .tile[aria-pressed=true] { background: var(--faint); box-shadow: 0 0 0 3px var(--chosen); }
   .tile[aria-pressed=true] b { background: var(--chosen); color: var(--on-chosen); }
   .tile[aria-pressed=true] b::after { content: " ✓"; }
   div.tile { display: grid; place-content: center; line-height: 1.2; }
-  main { display: flex; flex-wrap: wrap; gap: 8px 32px; justify-content: center; align-items: center; padding: 0 16px 12px; }
+  main { display: flex; flex-wrap: wrap; gap: 8px 32px; justify-content: center; align-items: center;
+         padding: 0 16px 12px; }
   svg, figure { width: clamp(280px, min(30vw, 100vh - 24vw - 60px), 560px); }
   svg { font-size: 8px; text-anchor: middle; }
   svg text { fill: var(--quiet); dominant-baseline: central; }
   .dot circle { fill: var(--back); stroke: var(--quiet); }  .dot.none circle { fill: var(--faint); stroke: none; }
   .dot.view text { fill: var(--ink); }
-  .dot.on circle { fill: var(--chosen); stroke: var(--chosen); }  .dot.on text { fill: var(--on-chosen); font-weight: bold; }
+  .dot.on circle { fill: var(--chosen); stroke: var(--chosen); }
+  .dot.on text { fill: var(--on-chosen); font-weight: bold; }
   .ring { fill: none; stroke: var(--faint); stroke-width: 1.5; }
   #person { fill: var(--quiet); }  #hole { opacity: .3; fill: var(--hole); }
   #edge * { fill: none; stroke: var(--hole); stroke-width: 2.5; }
@@ -2225,7 +2245,8 @@ PAGE = r"""<!doctype html>
 <body>
 <header>
   <div><h1>@TITLE@</h1><span class="quiet">@DETAILS@</span>
-    <span id="status" role="status"><b id="count"></b> <span id="of"></span> · coverage <b id="coverage"></b> <span id="where" class="quiet"></span></span></div>
+    <span id="status" role="status"><b id="count"></b> <span id="of"></span> · coverage <b id="coverage"></b>
+      <span id="where" class="quiet"></span></span></div>
   <div><span id="presets">Suggested</span>
     <input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy">Copy</button></div>
 </header>
@@ -2233,16 +2254,19 @@ PAGE = r"""<!doctype html>
 <main>
   <svg viewBox="-122 -122 244 244" role="img" aria-label="the rig from above">
     <g id="rings"></g><g id="hole"></g><g id="edge"></g>
-    <g id="person"><path d="M-4 13 L0 21 L4 13Z"/><ellipse rx="12" ry="15"/><circle cx="-12" r="3"/><circle cx="12" r="3"/></g>
+    <g id="person"><path d="M-4 13 L0 21 L4 13Z"/><ellipse rx="12" ry="15"/>
+      <circle cx="-12" r="3"/><circle cx="12" r="3"/></g>
     <g id="dots"></g>
     <text y="116">front</text><text y="-116">behind</text>
-    <text transform="translate(116) rotate(90)">person's left</text><text transform="translate(-116) rotate(-90)">person's right</text>
+    <text transform="translate(116) rotate(90)">person's left</text>
+    <text transform="translate(-116) rotate(-90)">person's right</text>
   </svg>
   <figure><img id="large" alt=""><figcaption id="caption"></figcaption></figure>
   <div class="help quiet">
-    <p>Click a view, here or on the map, to choose it or not. With the keyboard: <kbd>Tab</kbd> and <kbd>Space</kbd>.</p>
-    <p>Coverage is the largest angle between any camera of the rig and the nearest chosen view: smaller is better. Orange on the map: the
-       camera that is worst off, those nearer to it than any chosen view, and the way to the nearest chosen one.</p>
+    <p>Click a view, here or on the map, to choose it or not. Keys: <kbd>Tab</kbd> and <kbd>Space</kbd>.</p>
+    <p>Coverage is the largest angle between any camera of the rig and the nearest chosen view: smaller is better.
+       Orange on the map: the camera that is worst off, those nearer to it than any chosen view, and the way to the
+       nearest chosen one.</p>
     <p>The map's circles, from the middle: closer cameras, if any, then the rings from the top down.</p>
   </div>
 </main>
@@ -2302,15 +2326,22 @@ function show() {
 
 $("grid").style.gridTemplateColumns = `5em repeat(${rig.width}, minmax(24px, 72px))`;
 rig.rows.forEach((label, row) => add($("grid"), "span", {class: "row", style: `grid-area: ${row + 2} / 1`}, label));
-rig.columns.forEach(([slot, label]) => add($("grid"), "span", {style: `grid-area: 1 / ${slot + 2} / 2 / span 2`}, label));
-for (const r of new Set(rig.cameras.map((camera, i) => Math.hypot(...at(i)).toFixed(0)))) add($("rings"), "circle", {r, class: "ring"});
+rig.columns.forEach(([slot, label]) => {
+  add($("grid"), "span", {style: `grid-area: 1 / ${slot + 2} / 2 / span 2`}, label);
+});
+const radii = new Set(rig.cameras.map((camera, i) => Math.hypot(...at(i)).toFixed(0)));
+for (const r of radii) add($("rings"), "circle", {r, class: "ring"});
 rig.cameras.forEach((camera, i) => {
   const style = `grid-area: ${camera.row + 2} / ${camera.slot + 2} / auto / span 2`;
   camera.dot = add($("dots"), "g", {class: camera.image ? "dot view" : "dot none"});
   disc(camera.dot, i, 7.5);
   add(camera.dot, "text", {x: at(i)[0], y: at(i)[1]}, camera.id);
-  if (!camera.image) return add(add($("grid"), "div", {class: "tile", style, title: camera.place}, camera.id), "small", {}, camera.why);
-  camera.tile = add($("grid"), "button", {class: "tile", style, "data-camera": camera.id, "aria-label": `camera ${camera.id}, ${camera.place}`});
+  if (!camera.image) {
+    add(add($("grid"), "div", {class: "tile", style, title: camera.place}, camera.id), "small", {}, camera.why);
+    return;
+  }
+  const label = `camera ${camera.id}, ${camera.place}`;
+  camera.tile = add($("grid"), "button", {class: "tile", style, "data-camera": camera.id, "aria-label": label});
   add(camera.tile, "img", {src: camera.image, alt: ""});
   add(camera.tile, "b", {}, camera.id);
   for (const element of [camera.tile, camera.dot]) {
@@ -2381,7 +2412,8 @@ def shown_performance(config: Config, name: str) -> tuple[str, str]:
 
 
 def frame_of_views(folder: Path, frame: int | None) -> tuple[dict[int, Path], int]:
-    """Return the picture of each camera that has the frame, and the frame: by default the first that most cameras have."""
+    """Return the picture of each camera that has the frame, and the frame: by default the first that most cameras
+    have."""
     views = {int(path.name[4:]): path for path in sorted(folder.glob("images/cam_[0-9][0-9]"))}
     frames = {camera: {int(path.stem[6:]): path for path in view.glob("frame_*.*")} for camera, view in views.items()}
     counts = collections.Counter(number for numbers in frames.values() for number in numbers)
@@ -2501,7 +2533,8 @@ def remove_empty_temp(config: Config, subject: str):
 
 
 def state_of(config: Config, manifest: Manifest, subject: str, performance: str) -> str:
-    """Return "done", "open", or "half": done with one file of a pair, while the other was absent and may be there now."""
+    """Return "done", "open", or "half": done with one file of a pair, while the other was absent and may be there
+    now."""
     row = manifest.rows.get((subject, performance))
     if config.redo or not is_done(row, config.asked_cameras(performance), config.modalities):
         return "open"
@@ -2546,8 +2579,9 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
 
 
 def expected_selection(job: Job, config: Config) -> int:
-    """Return how many bytes the cameras and modalities of a job may take in its files: as much as their share of the views,
-    and two views more for all else. 0 where it takes all views: then a copy costs no more, and has its md5 checked."""
+    """Return how many bytes the cameras and modalities of a job may take in its files: as much as their share of the
+    views, and two views more for all else. 0 where it takes all views: then a copy costs no more, and has its md5
+    checked."""
     views = set(range(NUM_CAMERAS))
     if job.performance in SPEECH and config.layout == "single":
         views = S3_VIEWS if job.performance == "s3_all" else {FRONT_CAMERA}
@@ -2625,8 +2659,8 @@ def subjects_to_do(config: Config, manifest: Manifest, remote: Remote, locks: Su
 
 
 def with_room(config: Config, remote: Remote, jobs: list[Job], before: list[Job]) -> list[Job]:
-    """Return as many of the first jobs as there is room for, beside the turn before: if need be, when that is over. Raise
-    StopEarly where there is no room even then."""
+    """Return as many of the first jobs as there is room for, beside the turn before: if need be, when that is over.
+    Raise StopEarly where there is no room even then."""
     while not remote.stopped:
         held = sum(job.temp_bytes for job in before)
         for count in range(len(jobs), 0, -1):
@@ -2655,8 +2689,9 @@ def lack_of_room(config: Config, held: int, jobs: list[Job]) -> str | None:
         free = free_bytes(folder)
         if need and free - need < config.min_free_gb * GB:
             return (
-                f"the disk of {folder} has {gb(free)} free: {jobs[-1]} would need {gb(need)} of them, and storage.min_free_gb "
-                f"keeps {config.min_free_gb:g} GB free. Move finished subjects away, then run the same command again"
+                f"the disk of {folder} has {gb(free)} free: {jobs[-1]} would need {gb(need)} of them, and "
+                f"storage.min_free_gb keeps {config.min_free_gb:g} GB free. Move finished subjects away, then run the "
+                "same command again"
             )
     return None
 
@@ -2671,8 +2706,8 @@ def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
 
 
 def extract_and_describe(job: Job, config: Config) -> tuple[dict, dict | None]:
-    """Extract a job and put its folder in place. Return its row for the manifest, and what `extract` returned (None where
-    there was nothing to extract). Raise StopEarly where the disk is full; the SMC stays then."""
+    """Extract a job and put its folder in place. Return its row for the manifest, and what `extract` returned (None
+    where there was nothing to extract). Raise StopEarly where the disk is full; the SMC stays then."""
     row = {"subject": job.subject, "performance": job.performance, "modalities": " ".join(job.modalities)}
     result, begin = None, time.monotonic()
     try:
@@ -2723,7 +2758,7 @@ def delete_smc(job: Job, config: Config):
 
 
 def error_text(error: Exception) -> str:
-    """An exception in the words of a message."""
+    """Return an exception in the words of a message."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
@@ -2793,7 +2828,7 @@ def download_progress(jobs: list[Job]):
 
 @contextlib.contextmanager
 def extraction_progress(job: Job):
-    """Shows an extraction as a bar. Gives what to call with the pictures written and their total."""
+    """Show an extraction as a bar. Give what to call with the pictures written and their total."""
 
     def show(pictures: int = 0, total: int | None = None):
         if total is not None:
@@ -2931,7 +2966,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def configure(arguments: argparse.Namespace) -> Config:
-    """The config, with what the command line has to say instead."""
+    """Return the config, with what the command line has to say instead."""
     config, changes = load_config(arguments.config), {"redo": arguments.redo}
     for option, names, parse in (
         ("subject", arguments.subject, list_of(subject_id, "0018")),

@@ -9,8 +9,8 @@
         reader.fps()                               30
 
 The methods called `get_…` have the names and the returns of the reader that is published with the data set, so that
-code written for that one runs unchanged: like that one, they return None for what a performance does not have. The other
-methods are this module's own. Whatever is wrong with a file is raised
+code written for that one runs unchanged: like that one, they return None for what a performance does not have. The
+other methods are this module's own. Whatever is wrong with a file is raised
 as one exception, `SMCError`, with the file's name.
 
 A release of 21 subjects keeps a performance in two files: pictures and audio in `…_raw.smc`, masks, calibration and
@@ -67,7 +67,6 @@ GROUPS = {
     "scan_masks": "ScanMask",
     "transforms": "Calibration",  # and the pictures that were written
 }
-KNOWN_GROUPS = {path.split("/")[0] for path in GROUPS.values()}
 FRAMED = {"images", "masks", "keypoints2d", "keypoints3d", "flame", "uv_textures"}  # have an entry for each frame
 DETECTING_CAMERAS = {f"{camera:02d}" for camera in range(18, 33)}  # in whose pictures key points were looked for
 FROM_RAW = {"images", "audio"}  # where both files of a pair have a modality
@@ -87,7 +86,7 @@ class Picture(NamedTuple):
 
 
 def probe_picture(data: bytes) -> Picture:
-    """Format, size in pixels and completeness of an encoded picture, from its header and its end alone."""
+    """Return format, size in pixels and completeness of an encoded picture, from its header and its end alone."""
     if data[:3] == b"\xff\xd8\xff":
         height, width = _jpeg_size(data)
         return Picture("jpg", height, width, bool(height and width and data[-2:] == b"\xff\xd9"))
@@ -99,7 +98,7 @@ def probe_picture(data: bytes) -> Picture:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """(height, width) from the frame header of a JPEG, (0, 0) where there is none before the pixels."""
+    """Return (height, width) from the frame header of a JPEG, (0, 0) where there is none before the pixels."""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
@@ -112,12 +111,10 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
 
 
 def camera_name(camera: int | str) -> str:
-    """The two digits of a camera given as 7, "7" or "07". ValueError for anything else."""
-    number = isinstance(camera, (int, np.integer)) or (
-        isinstance(camera, str) and camera.isascii() and camera.isdigit()
-    )
-    if number and 0 <= int(camera) < NUM_CAMERAS:
-        return f"{int(camera):02d}"
+    """Return the two digits of a camera given as 7, "7" or "07". Raise ValueError for anything else."""
+    digits = str(camera) if isinstance(camera, (int, str, np.integer)) else ""
+    if re.fullmatch("[0-9]{1,9}", digits) and int(digits) < NUM_CAMERAS:
+        return f"{int(digits):02d}"
     raise ValueError(f"no camera {camera!r}: cameras are 0 to {NUM_CAMERAS - 1}")
 
 
@@ -133,7 +130,7 @@ class SMCReader:
     "resolution" int array (height, width)}. `num_device` says 60 whatever the file has: ask `cameras()`.
     `oddities` is a list of sentences about what was left out or looks wrong but doesn't keep the file from being read.
 
-    Raises SMCError where a file is no HDF5 file, is cut short or damaged.
+    Raise SMCError where a file is no HDF5 file, is cut short or damaged.
     """
 
     def __init__(self, file_path, anno_path=None):
@@ -157,18 +154,15 @@ class SMCReader:
         self.actor_info = {name: self._attribute("", name, kind) for name, kind in kinds.items()}
         self.Camera_info = {name: self._attribute("Camera", name, int) for name in ("num_device", "num_frame")}
         resolution = self._attribute("Camera", "resolution", np.ndarray)
-        self.Camera_info["resolution"] = resolution
         if resolution is not None and resolution.shape != (2,):
-            self.Camera_info["resolution"] = None
             self._files[0].note(f"Camera has a resolution of {resolution.size} numbers")
+            resolution = None
+        self.Camera_info["resolution"] = resolution
         if self.Camera_info["num_frame"] is not None and not 0 < self.Camera_info["num_frame"] <= MAX_FRAMES:
             self._files[0].note(f"Camera has {self.Camera_info['num_frame']} for the number of frames")
         if len(self._files) == 2:
-            for group, name, kind in (
-                ("", "actor_id", str),
-                ("", "performance_part", str),
-                ("Camera", "num_frame", int),
-            ):
+            shared = [("", "actor_id", str), ("", "performance_part", str), ("Camera", "num_frame", int)]
+            for group, name, kind in shared:
                 raw, anno = (file.attribute(group, name, kind) for file in self._files)
                 if None not in (raw, anno) and raw != anno:
                     said = f"{name} is {printable(str(raw))}, but {printable(str(anno))} in {self._files[1].name}"
@@ -191,7 +185,8 @@ class SMCReader:
     # ---- what the file has
 
     def cameras(self, modality: str = "images") -> list[int]:
-        """Numbers of the cameras that have data of a modality (images, masks, keypoints2d, scan_masks), ascending.
+        """Return the numbers of the cameras that have data of a modality (images, masks, keypoints2d, scan_masks),
+        ascending.
 
         Read from the groups in the file; an empty group doesn't count."""
         if modality == "scan_masks":
@@ -206,16 +201,16 @@ class SMCReader:
         return []
 
     def frame_numbers(self, modality: str = "images", camera: int | str | None = None) -> list[int]:
-        """Frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps."""
+        """Return the frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps."""
         file, group = self._open(modality, camera)
         return file.numbers(group, FRAME_NAME)
 
     def has(self, modality: str) -> bool:
-        """Whether there is anything of a modality (one of the keys of GROUPS)."""
+        """Return whether there is anything of a modality (one of the keys of GROUPS)."""
         return bool(self.cameras(modality)) if "{}" in GROUPS[modality] else self._open(modality)[1] is not None
 
     def stored_bytes(self, modality: str, camera: int | str | None = None) -> int:
-        """Bytes that a modality (of a camera) takes in the file, from its headers alone: no data are read."""
+        """Return the bytes that a modality (of a camera) takes in the file, from its headers alone."""
         return sum(end - start for _, start, end in self.places(modality, camera))
 
     def places(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[object, int, int]]:
@@ -226,8 +221,8 @@ class SMCReader:
             yield file.source, start, end
 
     def span(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[object, int, int]]:
-        """Yield, as `places` does, one range from the first to the last frame of a modality (of a camera), found without a
-        look at the frames in between; nothing where that is longer than the frames can be."""
+        """Yield, as `places` does, one range from the first to the last frame of a modality (of a camera), found
+        without a look at the frames in between; nothing where that is longer than the frames can be."""
         file, group = self._open(modality, camera)
         if group is None or modality not in FRAMED:
             return
@@ -244,18 +239,21 @@ class SMCReader:
 
     def unknown_groups(self) -> list[str]:
         """Return the groups at the top of the file(s) of which this reader knows nothing: formats change."""
-        return sorted(set().union(*(file.links(file.group("")) for file in self._files)) - KNOWN_GROUPS)
+        return sorted(
+            set().union(*(file.links(file.group("")) for file in self._files))
+            - {path.split("/")[0] for path in GROUPS.values()}
+        )
 
     @property
     def num_frame(self) -> int:
-        """Frames of the performance: the attribute, or the longest camera where that is missing or cannot be."""
+        """The frames of the performance: the attribute, or the longest camera where that is missing or cannot be."""
         stated = self.Camera_info["num_frame"]
         if stated is not None and 0 < stated <= MAX_FRAMES:
             return stated
         return max((len(self.frame_numbers("images", camera)) for camera in self.cameras()), default=0)
 
     def fps(self) -> int | float | None:
-        """Pictures per second, from the number of frames and the length of the audio: no attribute says it.
+        """Return pictures per second, from the number of frames and the length of the audio: no attribute says it.
 
         30 or 15 where the ratio is within 5 % of it, else the ratio itself; None without audio or pictures."""
         audio = self.audio_info()
@@ -265,22 +263,21 @@ class SMCReader:
         return next((rate for rate in (15, 30) if abs(ratio / rate - 1) <= 0.05), ratio)
 
     def scout(self, fetch):
-        """For files from afar: call fetch with a list of places, as `places` yields them, round by round, until what it
-        takes to see which cameras have what is there."""
+        """For files from afar: have fetched, with lists of places as `places` yields them, what `cameras` will read."""
         for file in self._files:
             file.scout(fetch)
 
     # ---- encoded pictures
 
     def encoded(self, modality: str, camera: int | str | None = None, frame: int | str | None = None) -> bytes:
-        """The stored bytes of one picture: modality images or masks (camera, frame), uv_textures (frame) or
+        """Return the stored bytes of one picture: modality images or masks (camera, frame), uv_textures (frame) or
         scan_masks (camera)."""
         file, group = self._required(modality, camera)
         return file.encoded(group, camera_name(camera) if modality == "scan_masks" else str(int(frame)))
 
     def iter_encoded(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[int, bytes]]:
-        """(frame number, stored bytes) of every picture of a camera, in the order in which they lie in the file; for
-        scan_masks, (camera number, bytes). One picture is held at a time; nothing is decoded."""
+        """Yield (frame number, stored bytes) of every picture of a camera, in the order in which they lie in the file;
+        for scan_masks, (camera number, bytes). One picture is held at a time; nothing is decoded."""
         file, group = self._open(modality, camera)
         pattern = CAMERA_NAME if modality == "scan_masks" else FRAME_NAME
         for number, extent in file.extents(group, pattern):
@@ -289,15 +286,16 @@ class SMCReader:
     # ---- the published reader's methods
 
     def get_actor_info(self) -> dict:
-        """See `actor_info`."""
+        """Return `actor_info`."""
         return self.actor_info
 
     def get_Camera_info(self) -> dict:
-        """See `Camera_info`."""
+        """Return `Camera_info`."""
         return self.Camera_info
 
     def get_img(self, Camera_id, Image_type, Frame_id=None, disable_tqdm=True) -> np.ndarray:
-        """Decoded pictures. Image_type "color": (H, W, 3) uint8 BGR; "mask": (H, W) uint8, the maximum over channels.
+        """Return decoded pictures. Image_type "color": (H, W, 3) uint8 BGR; "mask": (H, W) uint8, the maximum over
+        channels.
 
         A list of frames gives them stacked (N, …) in its order, None gives all of them in frame order."""
         modality = {"color": "images", "mask": "masks"}.get(Image_type)
@@ -306,8 +304,8 @@ class SMCReader:
         return self._frames(lambda frame: self._decoded(modality, Camera_id, frame), Frame_id, modality, Camera_id)
 
     def get_Calibration(self, Camera_id) -> dict:
-        """{"K" (3, 3) intrinsics in pixels, "D" (5,) distortion k1 k2 p1 p2 k3, "RT" (4, 4) camera to world, metres}
-        of a camera, float64."""
+        """Return {"K" (3, 3) intrinsics in pixels, "D" (5,) distortion k1 k2 p1 p2 k3, "RT" (4, 4) camera to world,
+        metres} of a camera, float64."""
         file, group = self._required("calibration")
         camera = file.group_in(group, camera_name(Camera_id))
         if camera is None:
@@ -319,7 +317,7 @@ class SMCReader:
         return matrices
 
     def get_Calibration_all(self) -> dict:
-        """{"00": what get_Calibration gives, …} of every camera in the file."""
+        """Return {"00": what get_Calibration returns, …} of every camera in the file."""
         file, group = self._required("calibration")
         return {f"{number:02d}": self.get_Calibration(number) for number in file.numbers(group, CAMERA_NAME)}
 
@@ -335,11 +333,12 @@ class SMCReader:
         return {"audio": audio.astype(np.float32, copy=False), "sample_rate": info["sample_rate"]}
 
     def audio_info(self) -> dict | None:
-        """{"sample_rate" Hz, "channels", "samples", "duration_s"} without reading the samples; None without audio."""
+        """Return {"sample_rate" Hz, "channels", "samples", "duration_s"} without reading the samples; None without
+        audio."""
         file, group = self._open("audio")
         if group is None:
             return None
-        samples, channels = file.shape(group, "audio", (None, None))
+        samples, channels = file.dataset(group, "audio", (None, None)).shape
         rate = file.array(group, "sample_rate", None)
         if rate.size != 1 or not 0 < rate.item() <= 10**6 or not 0 < channels <= 32:
             raise file.error(f"Camera/00/audio has {channels} channels and the sample rate {rate.ravel()[:4].tolist()}")
@@ -347,15 +346,15 @@ class SMCReader:
         return {"sample_rate": rate, "channels": channels, "samples": samples, "duration_s": samples / rate}
 
     def get_Keypoints2d(self, Camera_id, Frame_id=None) -> np.ndarray | None:
-        """Return (106, 2) float64 pixels (x, y) of a frame, None where no face was found in it. A list of frames, or None
-        for all, stacks those that have them (N, 106, 2). Cameras 18…32 can have key points."""
+        """Return (106, 2) float64 pixels (x, y) of a frame, None where no face was found in it. A list of frames, or
+        None for all, stacks those that have them (N, 106, 2). Cameras 18…32 can have key points."""
         if camera_name(Camera_id) not in DETECTING_CAMERAS:
             self._required("keypoints2d", Camera_id)
         return self._keypoints((106, 2), Frame_id, "keypoints2d", Camera_id)
 
     def get_Keypoints3d(self, Frame_id=None) -> np.ndarray | None:
-        """Return (73, 3) float64 of a frame, None where it has none. A list of frames, or None for all, stacks those that
-        have them (N, 73, 3)."""
+        """Return (73, 3) float64 of a frame, None where it has none. A list of frames, or None for all, stacks those
+        that have them (N, 73, 3)."""
         return self._keypoints((73, 3), Frame_id, "keypoints3d")
 
     def _keypoints(self, shape, frame, modality, camera=None):
@@ -367,10 +366,7 @@ class SMCReader:
             found = file.entry(group, str(int(number)))
             return None if found is None else file.array(group, str(int(number)), shape).astype(np.float64, copy=False)
 
-        if isinstance(frame, (int, str, np.integer)):
-            return one(frame)
-        arrays = map(one, self.frame_numbers(modality, camera) if frame is None else frame)
-        return self._stack([array for array in arrays if array is not None], modality, camera)
+        return self._frames(one, frame, modality, camera)
 
     def get_FLAME(self, Frame_id=None) -> dict | None:
         """Return {name: array} of the FLAME parameters of a frame: global_pose, neck_pose, jaw_pose, left_eye_pose,
@@ -398,7 +394,8 @@ class SMCReader:
         return self._frames(lambda frame: self._decoded("uv_textures", frame=frame), Frame_id, "uv_textures")
 
     def get_scanmesh(self) -> dict | None:
-        """Return {"vertex": (n, 3) float64, "vertex_indices": (m, 3) int} of the scanned mesh, None where there is none."""
+        """Return {"vertex": (n, 3) float64, "vertex_indices": (m, 3) int} of the scanned mesh, None where there is
+        none."""
         file, group = self._open("scan")
         if group is None:
             return None
@@ -412,8 +409,8 @@ class SMCReader:
         return {"vertex": vertex, "vertex_indices": indices}
 
     def get_scanmask(self, Camera_id=None) -> np.ndarray | None:
-        """Return the decoded mask of the scan (H, W) uint8 from a camera; None stacks those of all cameras. None where the
-        performance has no scan."""
+        """Return the decoded mask of the scan (H, W) uint8 from a camera; None stacks those of all cameras. None where
+        the performance has no scan."""
         if not self.has("scan_masks"):
             return None
         if Camera_id is None:
@@ -426,7 +423,8 @@ class SMCReader:
         return self._files if modality in FROM_RAW else self._files[::-1]
 
     def _open(self, modality, camera=None):
-        """(file, group) of a modality: the first file in which the group is there and not empty; group None if none."""
+        """Return (file, group) of a modality: the first file in which the group is there and not empty; group None if
+        none."""
         path = GROUPS[modality]
         if "{}" in path:
             path = path.format(camera_name(camera))
@@ -439,29 +437,26 @@ class SMCReader:
     def _required(self, modality, camera=None):
         file, group = self._open(modality, camera)
         if group is None:
-            raise file.error(f"there is no {self._place(modality, camera)}")
+            place = GROUPS[modality].format(camera_name(camera) if camera is not None else "")
+            raise file.error(f"there is no {place}")
         return file, group
 
-    @staticmethod
-    def _place(modality, camera=None) -> str:
-        return GROUPS[modality].format(camera_name(camera) if camera is not None else "")
-
     def _frames(self, one, frame, modality, camera=None) -> np.ndarray:
-        """one(frame), or the stack of it for a list of frames or None."""
+        """Return one(frame), or the stack of it for a list of frames or None, without those for which it is None."""
         if isinstance(frame, (int, str, np.integer)):
             return one(frame)
-        frames = self.frame_numbers(modality, camera) if frame is None else frame
-        return self._stack([one(number) for number in frames], modality, camera)
+        arrays = map(one, self.frame_numbers(modality, camera) if frame is None else frame)
+        return self._stack([array for array in arrays if array is not None], modality, camera)
 
     def _stack(self, arrays, modality, camera=None) -> np.ndarray:
-        file, _ = self._required(modality, camera)
+        file, group = self._required(modality, camera)
         if len({array.shape for array in arrays}) != 1:
             what = "entries of different shapes" if arrays else "no entry to be read"
-            raise file.error(f"{self._place(modality, camera)} has {what}")
+            raise file.error(f"{file.where(group)} has {what}")
         return np.stack(arrays)
 
     def _decoded(self, modality, camera=None, frame=None) -> np.ndarray:
-        """The pixels (H, W, 3) uint8 BGR of a picture; of a mask (H, W), the maximum over channels."""
+        """Return the pixels (H, W, 3) uint8 BGR of a picture; of a mask (H, W), the maximum over channels."""
         import cv2  # costs 50 ms that those who only copy bytes need not spend
 
         data, (file, group) = self.encoded(modality, camera, frame), self._required(modality, camera)
@@ -525,7 +520,7 @@ class _File:
     # ---- groups
 
     def group(self, path: str):
-        """The group at a path of plain names ("" is the root), or None where it or one above it is missing."""
+        """Return the group at a path of plain names ("" is the root), or None where it or one above it is missing."""
         with self.reading("the root group"):
             group = h5g.open(self.h5.id, b"/")
         for name in filter(None, path.split("/")):
@@ -533,14 +528,14 @@ class _File:
         return group
 
     def group_in(self, parent, name: str):
-        """The group of that name in a group, or None."""
+        """Return the group of that name in a group, or None."""
         found = self.entry(parent, name)
         if found is not None and not isinstance(found, h5g.GroupID):
             raise self.error(f"{self.where(parent, name)} is no group")
         return found
 
     def entry(self, parent, name: str):
-        """What the hard link of that name points to, or None."""
+        """Return what the hard link of that name points to, or None."""
         with self.reading(parent, name):
             key = name.encode()
             if not parent.links.exists(key):
@@ -553,7 +548,7 @@ class _File:
             raise self.error(f"{self.where(parent, name)} is a link to another place; such links are not followed")
 
     def where(self, parent, name: str = "") -> str:
-        """The path of something in the file, fit for a message."""
+        """Return the path of something in the file, fit for a message."""
         if isinstance(parent, str):
             return parent
         with contextlib.suppress(Exception):
@@ -561,7 +556,7 @@ class _File:
         return printable(name.strip("/"))
 
     def filled(self, group) -> bool:
-        """Whether a group is there and not empty, whatever the number of its entries."""
+        """Return whether a group is there and not empty, whatever the number of its entries."""
         if group is None:
             return False
         with self.reading(group):
@@ -571,20 +566,20 @@ class _File:
             return bool(found)
 
     def links(self, group) -> list[str]:
-        """The names in a group; [] for None."""
+        """Return the names in a group; [] for None."""
         if group is None:
             return []
-        found: list[tuple[str, int]] = []
+        found: dict[str, int] = {}
         with self.reading(group):
             group.links.iterate(
-                lambda name, info: found.append((name.decode("utf-8", "replace"), info.type)), info=True
+                lambda name, info: found.update({name.decode("utf-8", "replace"): info.type}), info=True
             )
-        for name, kind in found:
+        for name, kind in found.items():
             self._refuse_soft(group, name, kind)
-        return [name for name, _ in found]
+        return list(found)
 
     def names(self, group, pattern) -> list[str]:
-        """The names in a group that match a pattern; that there are others is noted as an oddity."""
+        """Return the names in a group that match a pattern; that there are others is noted as an oddity."""
         names = self.links(group)
         strange = [printable(name) for name in names if not pattern.fullmatch(name)]
         if strange:
@@ -593,7 +588,7 @@ class _File:
         return [name for name in names if pattern.fullmatch(name)]
 
     def numbers(self, group, pattern) -> list[int]:
-        """The names in a group that are numbers of that pattern, as such, ascending."""
+        """Return the names in a group that are numbers of that pattern, as such, ascending."""
         return sorted(int(name) for name in self.names(group, pattern))
 
     def note(self, what: str):
@@ -603,8 +598,8 @@ class _File:
             self.oddities.append(note)
 
     def places(self, group, names=None, deepest: int = 2) -> Iterator[tuple[int, int]]:
-        """Yield (first byte, byte after the last) of the data sets and chunks in a group and in the groups in it: in all
-        of its entries, or in those of some names. (No deeper: groups can hold themselves.)"""
+        """Yield (first byte, byte after the last) of the data sets and chunks in a group and in the groups in it: in
+        all of its entries, or in those of some names. (No deeper: groups can hold themselves.)"""
         for name in self.links(group) if names is None else names:
             found = self.entry(group, name)
             if isinstance(found, h5d.DatasetID):
@@ -614,7 +609,8 @@ class _File:
                 yield from self.places(found, None, deepest - 1)
 
     def _pieces(self, data) -> list[tuple[int, int]]:
-        """(first byte, byte after the last) of a data set or of each of its chunks; [] for one that lies in its header."""
+        """Return (first byte, byte after the last) of a data set or of each of its chunks; [] for one that lies in its
+        header."""
         self._refuse_elsewhere(data)
         layout = data.get_create_plist().get_layout()
         pieces = []
@@ -626,8 +622,9 @@ class _File:
         return [(offset, offset + size) for offset, size in pieces]
 
     def scout(self, fetch):
-        """Have fetched, for all cameras at once, what HDF5 would ask for piece by piece to find the first entries of their
-        groups. What is no group of the usual old style is passed over; nothing but the order of reads comes of this."""
+        """Have fetched, for all cameras at once, what HDF5 would ask for piece by piece to find the first entries of
+        their groups. What is no group of the usual old style is passed over; nothing but the order of reads comes of
+        this."""
         addresses: list[int] = []
         for group in filter(None, (self.group("Camera"), self.group("Keypoints2d"))):
             with self.reading(group):
@@ -637,8 +634,8 @@ class _File:
             addresses = [more for address in addresses for more in self._leads_to(address)]
 
     def _leads_to(self, address: int) -> list[int]:
-        """Addresses to which the structure at one leads: object header -> B-tree -> symbol node -> object headers, and
-        object header -> heap -> names (HDF5 file format specification, III.A, III.B, III.D and IV.A)."""
+        """Return the addresses to which the structure at one leads: object header -> B-tree -> symbol node -> object
+        headers, and object header -> heap -> names (HDF5 file format specification, III.A, III.B, III.D and IV.A)."""
         self.source.seek(address)
         data = self.source.read(544)
         numbers = struct.unpack("<68Q", data.ljust(544, b"\0"))
@@ -654,7 +651,8 @@ class _File:
     # ---- attributes and arrays
 
     def attribute(self, path: str, name: str, kind: type):
-        """An attribute of a group as str, int, float or int array; None, with an oddity noted, where it isn't one."""
+        """Return an attribute of a group as str, int, float or int array; None, with an oddity noted, where it isn't
+        one."""
         group = self.group(path)
         if group is None:
             return None
@@ -669,19 +667,16 @@ class _File:
             self.note(str(error).partition(": ")[2])
             return None
 
-    def shape(self, group, name: str, shape: tuple | None) -> tuple:
-        """The shape of a numeric data set, checked against one in which None stands for any length."""
-        return self._dataset(group, name, shape).shape
-
     def array(self, group, name: str, shape: tuple | None) -> np.ndarray:
-        """A numeric data set, whole, in its stored type; `shape` as above, None for any."""
-        data = self._dataset(group, name, shape)
+        """Return a numeric data set, whole, in its stored type; see `dataset`."""
+        data = self.dataset(group, name, shape)
         with self.reading(group, name):
             array = np.empty(data.shape, data.dtype)
             data.read(h5s.ALL, h5s.ALL, array)
             return array
 
-    def _dataset(self, group, name, shape):
+    def dataset(self, group, name: str, shape: tuple | None):
+        """Return a numeric data set of a shape in which None stands for any length; shape None: of any."""
         where = self.where(group, name)
         data = self.entry(group, name)
         if not isinstance(data, h5d.DatasetID):
@@ -691,9 +686,8 @@ class _File:
             found, dtype = data.shape, data.dtype
             if dtype.kind not in "fiub":
                 raise ValueError(f"it holds {dtype}, no numbers")
-            if shape is not None and (
-                len(found) != len(shape) or any(s not in (None, n) for s, n in zip(shape, found))
-            ):
+            fits = shape and len(found) == len(shape) and all(s in (None, n) for s, n in zip(shape, found))
+            if shape is not None and not fits:
                 raise ValueError(f"its shape is {found}, not {shape}".replace("None", "n"))
             self._check_size(data, math.prod(found) * dtype.itemsize, MAX_ARRAY_BYTES)
         return data
@@ -702,9 +696,8 @@ class _File:
     def _refuse_elsewhere(data):
         """Refuse data outside the file, before anything is asked that would make HDF5 look there."""
         properties = data.get_create_plist()
-        if properties.get_layout() == h5d.VIRTUAL or (
-            properties.get_layout() == h5d.CONTIGUOUS and properties.get_external_count()
-        ):
+        layout = properties.get_layout()
+        if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and properties.get_external_count()):
             raise ValueError("its data lies in another file")
 
     @staticmethod
@@ -718,7 +711,7 @@ class _File:
     # ---- encoded pictures
 
     def extents(self, group, pattern) -> list[tuple[int, _Extent]]:
-        """(number, extent) of the pictures of a group, in the order in which they lie in the file."""
+        """Return (number, extent) of the pictures of a group, in the order in which they lie in the file."""
         names = self.names(group, pattern)
         found = [(int(name), self._extent(group, name)) for name in names]
         claimed, stored = (sum(getattr(extent, kind) for _, extent in found) for kind in ("size", "stored"))
@@ -745,21 +738,17 @@ class _File:
             return _Extent(name, offset, size, size)
 
     def _scattered(self, data, name: str) -> _Extent:
-        """The extent of a data set that is empty or that HDF5 has to put together."""
+        """Return the extent of a data set that is empty or that HDF5 has to put together."""
         self._refuse_elsewhere(data)
         shape, kind = data.shape or (), data.get_type()
-        if (
-            kind.get_class() != h5t.INTEGER
-            or kind.get_size() != 1
-            or len(shape) not in (1, 2)
-            or shape[1:] not in ((), (1,))
-        ):
+        bytelike = kind.get_class() == h5t.INTEGER and kind.get_size() == 1
+        if not bytelike or len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
             raise ValueError("it is no list of bytes")
         self._check_size(data, shape[0], MAX_PICTURE_BYTES)
         return _Extent(name, None if shape[0] else 0, shape[0], data.get_storage_size())
 
     def read_extent(self, group, extent: _Extent) -> bytes:
-        """The bytes of one picture."""
+        """Return the bytes of one picture."""
         if extent.offset is None:
             return self.array(group, extent.name, None).tobytes()
         if self.descriptor is None:
@@ -772,15 +761,15 @@ class _File:
         return data
 
     def encoded(self, group, name: str) -> bytes:
-        """The bytes of the picture of that name."""
+        """Return the bytes of the picture of that name."""
         if self.entry(group, name) is None:
             raise self.error(f"there is no {self.where(group, name)}")
         return self.read_extent(group, self._extent(group, name))
 
 
 def _opened(source) -> h5py.File:
-    """Open a file without HDF5's locks, which file systems of clusters often lack; with them, where this process has the
-    file open in that way already: HDF5 wants the same for both."""
+    """Open a file without HDF5's locks, which file systems of clusters often lack; with them, where this process has
+    the file open in that way already: HDF5 wants the same for both."""
     if hasattr(source, "read"):
         return h5py.File(source, "r")
     try:
@@ -792,7 +781,7 @@ def _opened(source) -> h5py.File:
 
 
 def _as_kind(value, kind: type):
-    """A value of an HDF5 attribute as a plain str, int, float or int array. ValueError where it is none."""
+    """Return a value of an HDF5 attribute as a str, int, float or int array. Raise ValueError where it is none."""
     if kind is np.ndarray:
         value = np.asarray(value)
         if value.dtype.kind not in "iu":
@@ -812,6 +801,6 @@ def _as_kind(value, kind: type):
 
 
 def printable(text: str, longest: int = 60) -> str:
-    """Text from a file as it can be shown: control characters escaped, and cut where it is long."""
+    """Return text from a file as it can be shown: control characters escaped, and cut where it is long."""
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= longest else text[:longest] + "…"

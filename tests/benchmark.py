@@ -93,7 +93,10 @@ WAYS = {
 def measure(way, folder):
     """Run one way in this process; prints seconds, CPU seconds, peak memory in MB, and bytes written, as JSON."""
     function, output = WAYS[way]
-    cpu = lambda: sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+    def cpu():
+        return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
     begin, cpu_before = time.monotonic(), cpu()
     function(folder)
     seconds, cpu_seconds = time.monotonic() - begin, cpu() - cpu_before
@@ -116,7 +119,8 @@ def run(way, folder):
 
 
 def put_away(folder, name):
-    """Free the space of an output without deleting it: for minutes after, ext4 looks at each deleted file when it makes a new one."""
+    """Free the space of an output without deleting it: for minutes after, ext4 looks at each deleted file when it makes
+    a new one."""
     path = folder / name
     for file in [path] if path.is_file() else path.rglob("*.*"):
         if file.is_file():
@@ -155,7 +159,7 @@ def table(folder, views, frames, runs):
             seconds, cpu, memory, size = run(way, folder)
             scale = views * frames / SAMPLE if way.startswith("decode") else 1
             figures[way].append((seconds * scale, cpu * scale, memory, size * scale))
-    median = lambda values: statistics.median(values)
+    median = statistics.median
     print(f"\n{'':20} {'s':>7} {'CPU s':>7} {'MB/s':>6} {'peak MB':>8} {'GB':>6} {'s / tar x':>10} {'CPU / tar x':>12}")
     for way, runs_of_way in figures.items():
         seconds, cpu, memory, size = (median(values) for values in zip(*runs_of_way))
@@ -163,7 +167,10 @@ def table(folder, views, frames, runs):
         print(
             f"{way:20} {seconds:7.2f} {cpu:7.2f} {size / seconds / 1e6:6.0f} {memory:8.0f} {size / 1e9:6.2f} {ratios[0]:10.2f} {ratios[1]:12.2f}"
         )
-    ratio = lambda a, b: median(x[1] / y[1] for x, y in zip(figures[a], figures[b]))
+
+    def ratio(a, b):
+        return median(x[1] / y[1] for x, y in zip(figures[a], figures[b]))
+
     print(f"\nCPU of decode, re-encode / ours, verify fast: {ratio('decode, re-encode', 'ours, verify fast'):.1f}")
     print(f"CPU of ours, verify full / decode, re-encode: {ratio('ours, verify full', 'decode, re-encode'):.2f}")
 
@@ -193,7 +200,8 @@ def growth(folder):
 
 
 def overlap(folder):
-    """Print how long a run takes beside its downloads alone: rclone with the same limit, one subject after the other."""
+    """Print how long a run takes beside its downloads alone: rclone with the same limit, one subject after the
+    other."""
     subjects = ("0018", "0019", "0026", "0030")
     paths = synthetic_release.write_demo(
         folder, subjects, frames=200, size=(1024, 1224), jpeg_bytes=200_000, distinct=1, cameras=(0, 25)

@@ -91,7 +91,8 @@ class Workspace:
         return [sys.executable, str(SCRIPT), "--config", str(self.folder / "config.yaml"), *arguments]
 
     def run(self, *arguments, expect=0, environment=None, timeout=120):
-        """Run the script; its exit code has to be `expect`. Gives what it printed, stdout and stderr in `out` and `err`."""
+        """Run the script; its exit code has to be `expect`. Gives what it printed, stdout and stderr in `out` and
+        `err`."""
         begin, cpu_before = time.monotonic(), cpu_of_children()
         done = subprocess.run(
             self.command(*arguments),

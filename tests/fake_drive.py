@@ -144,7 +144,8 @@ class FakeDrive:
             connection.hang_up()
 
     def environment(self):
-        """Variables that lead rclone here. Add them to those of the process; the empty ones clear what may be set there."""
+        """Variables that lead rclone here. Add them to those of the process; the empty ones clear what may be set
+        there."""
         proxy = f"http://127.0.0.1:{self.port}"
         return {
             "HTTPS_PROXY": proxy,
@@ -162,19 +163,19 @@ class FakeDrive:
     # Faults and gates
 
     def fault(self, name, kind, times=None, after_bytes=None, on=None, skip=0, bytes_per_second=None, delay=0.0):
-        """Spoil the answers to requests for `name`, a path in the folder or a bare file name, with * and ? as wildcards.
+        """Spoil the answers to requests for `name`, a path in the folder or a bare file name, with * and ? as
+        wildcards.
 
         kind: a key of ERRORS, answered with that status and reason
                   (cannotDownloadAbusiveFile only as long as the request does not acknowledge abuse), or
-              "cut"        hang up hard after `after_bytes` of the body (default: half)
-              "corrupt"    flip the bits of the byte at offset `after_bytes` of the file (default: the middle of the answer);
-                           an answer without that byte is left whole, and does not count for `times`
+              "cut"        hang up hard after `after_bytes` of the body (default: half) "corrupt"    flip the bits of
+              the byte at offset `after_bytes` of the file (default: the middle of the answer); an answer without that
+              byte is left whole, and does not count for `times`
               "slow"       wait `delay` seconds, then send `bytes_per_second`
               "stall"      send `after_bytes` of the body (default: half), then nothing more
               "truncated"  a well-formed answer with a Content-Length of `after_bytes` (default: half)
-        times: how many requests it hits, None for all
-        skip: how many matching requests it lets pass first
-        on: "list", "get", "media" or "any"; default "any" for 401 and 404, else "media". In a listing `name` is the folder's.
+        times: how many requests it hits, None for all skip: how many matching requests it lets pass first on: "list",
+        "get", "media" or "any"; default "any" for 401 and 404, else "media". In a listing `name` is the folder's.
 
         Returns the Fault: `.hits` counts, `.clear()` ends it. Of several that match, the one set first is used.
         """
@@ -218,7 +219,8 @@ class FakeDrive:
     # Records
 
     def count(self, kind=None, name=None, status=None):
-        """How many requests of this kind ("list", "get", "media", ...), for this name and with this status there were."""
+        """How many requests of this kind ("list", "get", "media", ...), for this name and with this status there
+        were."""
         return len(self.select(kind, name, status))
 
     def select(self, kind=None, name=None, status=None):
@@ -235,8 +237,8 @@ class FakeDrive:
     def bytes_sent(self, name=None):
         """Media bytes sent, also by answers that were cut or are still under way.
 
-        Sent means written to the socket. The last 100 KB or so of an answer that the client hung up on may have stayed in its buffer.
-        """
+        Sent means written to the socket. The last 100 KB or so of an answer that the client hung up on may have stayed
+        in its buffer."""
         return sum(request.sent for request in self.select("media", name))
 
     def wait_until_idle(self, timeout=5.0):
@@ -750,7 +752,8 @@ class _Connection(http.server.BaseHTTPRequestHandler):
                 raise
 
     def _wait_while_connected(self, event):
-        """Wait for the event; ConnectionError when the client hangs up or the server stops. A client that waits sends nothing."""
+        """Wait for the event; ConnectionError when the client hangs up or the server stops. A client that waits sends
+        nothing."""
         while not event.wait(0.01):
             if self._closing.is_set() or select.select([self.connection], [], [], 0)[0]:
                 self.close_connection = True

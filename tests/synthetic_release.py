@@ -129,9 +129,8 @@ LANDMARK_COLORS = {name: color for name, (_, _, color) in STICKERS.items()}
 def rig(size=(256, 306), distortion=(0, 0, 0, 0, 0)):
     """The 60 cameras: {"00": {"K": (3, 3), "D": (5,) k1 k2 p1 p2 k3, "RT": (4, 4) camera to world}, ...}, float64.
 
-    17 columns of three around the person, 20° apart and open behind, where 51 hangs; 52...59 closer, between the columns.
-    Camera 25 is in front of the face, and lower numbers are on the person's left.
-    """
+    17 columns of three around the person, 20° apart and open behind, where 51 hangs; 52...59 closer, between the
+    columns. Camera 25 is in front of the face, and lower numbers are on the person's left."""
     height, width = size
     cameras = {}
     for n in ALL_VIEWS:
@@ -231,9 +230,9 @@ def _camera(K, D, RT):
 def _scene(K, D, RT, size):
     """What each pixel shows, ray by ray.
 
-    Returns two (height, width) uint8, the part's number + 1 (0: none) and its brightness (200: as its colour is), and for
-    each of PAINTED its slices in the picture and, per pixel there, x and y in metres from its middle (NaN: no face).
-    """
+    Returns two (height, width) uint8, the part's number + 1 (0: none) and its brightness (200: as its colour is), and
+    for each of PAINTED its slices in the picture and, per pixel there, x and y in metres from its middle (NaN: no
+    face)."""
     camera, eye = _camera(K, D, RT), np.frombuffer(RT).reshape(4, 4)[:3, 3]
     light = np.array([0.35, -0.75, -0.55], np.float32)
     part, brightness, depth = np.zeros(size, np.uint8), np.zeros(size, np.uint8), np.full(size, np.inf, np.float32)
@@ -341,7 +340,8 @@ def _jpeg(picture, quality=90, grain=0.0):
 
 
 def _jpeg_settings(picture, target_bytes):
-    """(quality, grain) for about `target_bytes`: a lower quality if a plain picture is larger, more noise if smaller."""
+    """(quality, grain) for about `target_bytes`: a lower quality if a plain picture is larger, more noise if
+    smaller."""
     if target_bytes is None:
         return 90, 0.0
     if len(_jpeg(picture)) > target_bytes:
@@ -363,7 +363,8 @@ def encode(picture, target_bytes=None):
 
 
 def label(subject, performance, camera=None, frame=None, kind=""):
-    """The text that a stored picture carries, e.g. b"0018 s1_all cam 25 frame 12" or b"0018 s1_all mask cam 25 frame 12"."""
+    """The text that a stored picture carries, e.g. b"0018 s1_all cam 25 frame 12" or b"0018 s1_all mask cam 25 frame
+    12"."""
     words = [
         subject,
         performance,
@@ -390,7 +391,8 @@ def _png(picture):
 
 
 def damage(encoded, how):
-    """A picture's bytes after an accident: "cut" in half, "garbage", "empty" (no byte) or "zeroed" (as long, all zero)."""
+    """A picture's bytes after an accident: "cut" in half, "garbage", "empty" (no byte) or "zeroed" (as long, all
+    zero)."""
     return {
         "cut": encoded[: len(encoded) // 2],
         "garbage": np.random.default_rng(len(encoded)).bytes(len(encoded)),
@@ -477,7 +479,8 @@ def _uv_texture(look):
 
 
 def _encoded(pictures, png, jpeg_bytes, distinct):
-    """The bytes of one camera's pictures, one after the other; with `distinct` of the first so many, again and again."""
+    """The bytes of one camera's pictures, one after the other; with `distinct` of the first so many, again and
+    again."""
     pictures = iter(pictures)
     first = next(pictures, None)
     if first is None:
@@ -637,16 +640,14 @@ def write_smc(
 ):
     """Write one SMC file with just the groups that are asked for.
 
-    cameras, masks, keypoints2d, scan_masks: the cameras (int) that have pictures, masks ... ; frame_ids: int, may have gaps
-    size: (height, width) of the pictures; jpeg_bytes: about how large each is to be (None: as it comes)
-    distinct: render only so many pictures per camera and repeat them under other labels (for large files in little time)
-    gaps, mask_gaps: {camera: [frames that are left out]}
-    damaged, damaged_masks: {(camera, frame): "cut" | "garbage" | "empty" | "zeroed"}, see `damage`
-    audio_seconds: None for no audio; audio: "pcm16" | "float", see `speech_audio`
-    storage: "contiguous" | "chunked" | "gzip"; column_shape: pictures are (N, 1), not (N,)
-    num_frame: what the attributes say (None: the number of frame_ids, which is also what fps comes from)
-    attributes: root attributes to replace, or with None to leave out
-    """
+    cameras, masks, keypoints2d, scan_masks: the cameras (int) that have pictures, masks ... ; frame_ids: int, may have
+    gaps size: (height, width) of the pictures; jpeg_bytes: about how large each is to be (None: as it comes) distinct:
+    render only so many pictures per camera and repeat them under other labels (for large files in little time) gaps,
+    mask_gaps: {camera: [frames that are left out]} damaged, damaged_masks: {(camera, frame): "cut" | "garbage" |
+    "empty" | "zeroed"}, see `damage` audio_seconds: None for no audio; audio: "pcm16" | "float", see `speech_audio`
+    storage: "contiguous" | "chunked" | "gzip"; column_shape: pictures are (N, 1), not (N,) num_frame: what the
+    attributes say (None: the number of frame_ids, which is also what fps comes from) attributes: root attributes to
+    replace, or with None to leave out"""
     path, frame_ids = Path(path), [int(frame) for frame in frame_ids]
     num_frame = len(frame_ids) if num_frame is None else num_frame
     fps = len(frame_ids) / audio_seconds if audio_seconds else 30.0

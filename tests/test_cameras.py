@@ -26,14 +26,15 @@ def data_of(page):
 
 
 def places():
-    """Azimuth, elevation (degrees) and distance (m) of 60 cameras; lower numbers on the person's left, that is, right."""
+    """Azimuth, elevation (degrees) and distance (m) of 60 cameras; lower numbers on the person's left, that is,
+    right."""
     columns = [(160 - 20 * (n // 3), (30, 3, -24)[n % 3], 1.25) for n in range(51)]
     return np.array(columns + [(180, 31, 1.3)] + [(150 - 40 * k, -3, 1.07) for k in range(8)], float)
 
 
 def rig(where=None, world=None):
-    """A calibration of cameras that look at one point from there; world (4, 4): moves the frame in which the camera that
-    is in front stands at +z, with y up, and the person's left at +x."""
+    """A calibration of cameras that look at one point from there; world (4, 4): moves the frame in which the camera
+    that is in front stands at +z, with y up, and the person's left at +x."""
     calibration = {}
     for n, (azimuth, elevation, distance) in enumerate(places() if where is None else where):
         a, e = np.radians([azimuth, elevation])
@@ -272,7 +273,10 @@ def tile(page, camera):
 
 def expect(page, chosen):
     """The page shows this selection, with the coverage that Python computes."""
-    read = lambda name: page.find_element("id", name)
+
+    def read(name):
+        return page.find_element("id", name)
+
     pressed = page.find_elements("css selector", '.tile[aria-pressed="true"]')
     assert sorted(int(element.get_attribute("data-camera")) for element in pressed) == sorted(chosen)
     assert read("count").text == str(len(chosen))
@@ -315,8 +319,13 @@ def test_the_buttons_choose_all_none_and_the_scripts_suggestions(page):
 def test_the_keyboard_is_enough(page):
     from selenium.webdriver.common.keys import Keys
 
-    press = lambda *keys: [page.switch_to.active_element.send_keys(key) for key in keys]
-    focused = lambda: page.switch_to.active_element.get_attribute("data-camera")
+    def press(*keys):
+        for key in keys:
+            page.switch_to.active_element.send_keys(key)
+
+    def focused():
+        return page.switch_to.active_element.get_attribute("data-camera")
+
     page.execute_script("arguments[0].focus()", tile(page, 25))
     press(Keys.TAB)
     assert focused() == "27"

@@ -71,7 +71,8 @@ def run_until(workspace, kill_at):
 
 
 def check_promises(workspace, reference):
-    """What has to hold at every moment: a completed row has its whole folder; without the row, the SMC is still there."""
+    """What has to hold at every moment: a completed row has its whole folder; without the row, the SMC is still
+    there."""
     states = workspace.states if workspace.manifest.exists() else {}
     for performance in PERFORMANCES:
         folder = workspace.path("0018", performance)

@@ -53,7 +53,8 @@ class Place:
         return self.release / subject / f"{subject}_{performance}_raw.smc"
 
     def run(self, verify="fast", but=OURS):
-        """Run the script; exit code, what it said and its memory (kB) are kept. It changes nothing but what is its own."""
+        """Run the script; exit code, what it said and its memory (kB) are kept. It changes nothing but what is its
+        own."""
         text = CONFIG.format(performances=", ".join(self.performances), modalities=MODALITIES, verify=verify)
         (self.folder / "config.yaml").write_text(text)
         before = snapshot(self.folder, without=but)
@@ -103,7 +104,8 @@ def pictures_written(folder):
 
 
 def check_completed(folder, row, source):
-    """A completed performance is whole, as its info.json and its row say, and holds what plain h5py reads in the SMC."""
+    """A completed performance is whole, as its info.json and its row say, and holds what plain h5py reads in the
+    SMC."""
     info = json.loads((folder / "metadata/info.json").read_text())
     written = pictures_written(folder)
     for modality in ("images", "masks"):

@@ -77,7 +77,9 @@ def test_what_inspect_prints_stands_in_the_readme(tmp_path):
     )[0]
     run = subprocess.run([sys.executable, SCRIPT, "--inspect", smc], check=False, capture_output=True, text=True)
     shown = re.search(r"^```\n(0018 s3_all\n.*?)^```", SECTION, re.MULTILINE | re.DOTALL)[1]
-    without_sizes = lambda text: re.sub(
-        r"[0-9.]+ MB", "", text
-    ).split()  # which differ a little from one libjpeg to the next
+
+    def without_sizes(text):
+        """They differ a little from one libjpeg to the next."""
+        return re.sub(r"[0-9.]+ MB", "", text).split()
+
     assert without_sizes(run.stdout) == without_sizes(shown)
