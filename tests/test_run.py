@@ -439,7 +439,7 @@ def test_dry_run_lists_sizes_and_states_and_touches_nothing(workspace):
     run = workspace.run("--dry-run")
     size = sum(workspace.smc("0018", p).stat().st_size for p in SPEECH)
     assert all(re.search(rf"0018 +{p} .*to be downloaded", run.out) for p in SPEECH)
-    assert f"{size / 1e6:.3g} MB to be downloaded" in run.out
+    assert f"{size / 1e6:.2f} MB to be downloaded" in run.out
     assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
 
 
