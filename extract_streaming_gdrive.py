@@ -1965,7 +1965,7 @@ def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, al
     """
     available = sorted(set(available))
     if not 1 <= n <= len(available):
-        raise ValueError(f"the number of cameras must be at least 1, and {len(available)} have pictures: not {n}")
+        raise ValueError(f"cannot choose {n} cameras: at least 1 is needed, and {len(available)} have pictures")
     # Rounded angles keep ties independent of the world's axes.
     angles = np.round(pairwise_angles(directions), 6)
     keep = [always] if always in available else []
@@ -2077,15 +2077,13 @@ def read_tile(path: Path) -> np.ndarray | None:
         return None
 
 
-def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], selected: list[int], title: str) -> np.ndarray:
+def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str) -> np.ndarray:
     """Return a contact sheet of the views as the cameras stand, (h, w, 3) uint8 BGR.
 
-    tiles: pictures as of read_tile, by index in the rig; a camera without a picture is a grey field. selected: indices in
-    the rig; those that have a picture are framed. Below stand a line with the title and the coverage, and the line for
-    the config.
+    tiles: pictures as of read_tile, by index in the rig; a camera without a picture is a grey field. chosen: indices of
+    those to be framed. Below stand a line with the title and the coverage, and the line for the config.
     """
     layout = rig_layout(rig)
-    chosen = [i for i in selected if i in tiles]
     width, height, gap, margin = 200, 168, 14, 40
     bottom = margin + len(layout["rows"]) * (height + gap)
     right = margin + (max(camera["slot"] for camera in layout["cameras"]) + 2) * (width + gap) // 2
@@ -2110,10 +2108,10 @@ def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], selected: list[int], tit
     return sheet
 
 
-def camera_page(rig: Rig, tiles: dict[int, np.ndarray], selected: list[int], title: str, frame: int) -> str:
+def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str, frame: int) -> str:
     """Return an HTML page with the same layout as camera_grid to choose views in, without network or libraries.
 
-    rig, tiles, selected: as for camera_grid; title: subject and performance, which are plain names. The page computes
+    rig, tiles, chosen: as for camera_grid; title: subject and performance, which are plain names. The page computes
     coverages from the angles in it, which have four decimals; the suggestions are those of suggest_cameras.
     """
     layout, views, front = rig_layout(rig), sorted(tiles), rig.ids.index(FRONT_CAMERA)
@@ -2126,7 +2124,7 @@ def camera_page(rig: Rig, tiles: dict[int, np.ndarray], selected: list[int], tit
         **layout,
         "angles": pairwise_angles(rig.directions).round(4).tolist(),
         "presets": [*presets, ("all", views), ("none", [])],
-        "selected": [i for i in selected if i in tiles],
+        "selected": chosen,
         "front": front,
     }
     return PAGE.replace("@TITLE@", title).replace("@FRAME@", str(frame)).replace("@DATA@", json.dumps(data))
@@ -2359,14 +2357,15 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], selected: lis
     with ThreadPoolExecutor() as pool:
         tiles = dict(zip(pictures, pool.map(read_tile, pictures.values())))
     tiles = {i: tile for i, tile in tiles.items() if tile is not None}
-    picture = camera_grid(rig, tiles, selected, f"{title}, frame {frame}")
+    chosen = [i for i in selected if i in tiles]
+    picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
     folder = config.path.parent / "previews"
     folder.mkdir(exist_ok=True)
     jpg, page = (folder / f"{title.replace(' ', '_')}.{ending}" for ending in ("jpg", "html"))
     replace_file(jpg, cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes())
-    replace_file(page, camera_page(rig, tiles, selected, title, frame).encode())
+    replace_file(page, camera_page(rig, tiles, chosen, title, frame).encode())
     count = "1 view" if len(tiles) == 1 else f"{len(tiles)} views"
-    log.info("%s of %s, frame %d, as the cameras stand; selected, and framed: %d", count, title, frame, len(selected))
+    log.info("%s of %s, frame %d, as the cameras stand; selected, and framed: %d", count, title, frame, len(chosen))
     log.info("  picture  %s", jpg)
     log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", page)
 
