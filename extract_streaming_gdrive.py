@@ -2021,9 +2021,9 @@ def rig_layout(rig: Rig) -> dict[str, list]:
     between two columns. On the page's map, seen from above, each row is a circle: the closer cameras' is the innermost,
     then the rows from the top down.
 
-    "rows" and "columns" are their labels. "cameras" has for each camera its number `id`, azimuth and elevation in words
-    `label`, `row`, the left edge in half columns `slot`, and on the map, whose radius is 100 and where the front camera
-    is at the bottom, `x` to the right and `y` downwards.
+    "rows" and "columns" are their labels. "cameras" has for each camera its number ("id"), azimuth and elevation in
+    words ("label"), "row" in the grid, left edge in half columns ("slot"), and where it is on the map, whose radius is
+    100: "x" to the right and "y" down from the middle. The front camera is at the bottom.
     """
     around = pairwise_angles(rig.directions) < 45
     closer = rig.distances < [0.93 * np.median(rig.distances[near]) for near in around]
@@ -2053,7 +2053,7 @@ def rig_layout(rig: Rig) -> dict[str, list]:
 
 
 def groups(values: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
-    """Return the indices of the wanted values (n,) bool in ascending order, split at each step of more than 8."""
+    """Return the indices of the wanted values (n,) bool in ascending order, split at each step of more than 8°."""
     members = np.argsort(values, kind="stable")
     members = members[wanted[members]]
     return np.split(members, np.flatnonzero(np.diff(values[members]) > 8) + 1)

@@ -37,7 +37,7 @@ def rig(where=None, world=None):
 def poses(where=None, world=None):
     """The poses of cameras that look at one point from there; world (4, 4): moves the frame in which the camera that is
     in front stands at +z, with y up, and the person's left at +x."""
-    poses = {}
+    pose_of = {}
     for n, (azimuth, elevation, distance) in enumerate(places() if where is None else where):
         a, e = np.radians([azimuth, elevation])
         outward = np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
@@ -45,8 +45,8 @@ def poses(where=None, world=None):
         pose = np.eye(4)
         pose[:3, :3] = np.column_stack([right, np.cross(-outward, right), -outward])
         pose[:3, 3] = distance * outward
-        poses[n] = pose if world is None else world @ pose
-    return poses
+        pose_of[n] = pose if world is None else world @ pose
+    return pose_of
 
 
 def moved(axes, origin):
