@@ -34,7 +34,6 @@ import errno
 import fcntl
 import functools
 import glob
-import html
 import http.client
 import io
 import itertools
@@ -1842,50 +1841,49 @@ def runs_text(numbers: Iterable[int], most: int = 12) -> str:
 # ---------------------------------------------------------------------------------------------- cameras
 
 
-def rig_directions(calibration: dict) -> tuple[list[int], np.ndarray, np.ndarray, np.ndarray]:
-    """Return the directions in which the cameras of a rig stand, seen from the point nearest to all optical axes.
+class Rig(NamedTuple):
+    """The cameras of a rig, seen from the point nearest to all optical axes: one entry per camera in each field."""
 
-    calibration: {"00": {"RT": (4, 4), …}, …}; RT maps camera to world, OpenCV axes, metres.
-    Return the camera numbers in ascending order, unit vectors from that point to the cameras (n, 3), distances in
-    metres (n,), and the unit vector that points up (3,): the normal of the cameras' x axes on the side where their
-    pictures have the top, because the cameras are mounted level. Raise ValueError where the optical axes are parallel.
+    ids: list[int]  # camera numbers, ascending
+    directions: np.ndarray  # (n, 3) unit vectors from that point to the cameras
+    distances: np.ndarray  # (n,) metres from that point
+    azimuth: np.ndarray  # (n,) degrees: 0 for the front camera, 0…180 on the person's left, -180…0 on the right
+    elevation: np.ndarray  # (n,) degrees, positive above
+
+
+def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
+    """Return where the cameras of a rig stand, whatever the origin and the axes of the world.
+
+    poses: (4, 4) per camera, camera to world, OpenCV axes, metres. Up is the normal of the cameras' x axes on the side
+    where their pictures have the top, because the cameras are mounted level. Raise ValueError where the optical axes
+    are parallel, and where the front camera is missing.
     """
-    ids = sorted(int(camera) for camera in calibration)
-    pose_of = {int(camera): np.asarray(entry["RT"], float) for camera, entry in calibration.items()}
-    poses = np.array([pose_of[camera] for camera in ids]).reshape(-1, 4, 4)
-    right, down, forward, centers = (poses[:, :3, k] for k in range(4))
+    ids = sorted(poses)
+    matrices = np.array([poses[camera] for camera in ids]).reshape(-1, 4, 4)
+    right, down, forward, centers = matrices[:, :3].transpose(2, 0, 1)
     forward = forward / np.linalg.norm(forward, axis=1, keepdims=True)
     # Each of these matrices projects onto the plane across an optical axis.
     across = np.eye(3) - forward[:, :, None] * forward[:, None, :]
-    if np.linalg.cond(across.sum(0)) > 1e8:
+    if not np.linalg.cond(across.sum(0)) < 1e8:
         raise ValueError(f"the optical axes of the {len(ids)} calibrated camera(s) meet in no point")
+    if FRONT_CAMERA not in ids:
+        raise ValueError(f"the calibration has no camera {FRONT_CAMERA}, which would be the front")
     # Offsets from the mean of the centers keep the precision where the origin of the world is far away.
     offsets = centers - centers.mean(0)
     offsets = offsets - np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, offsets))
     distances = np.linalg.norm(offsets, axis=1)
+    directions = offsets / distances[:, None]
     up = -down.mean(0)
     _, spread, axes = np.linalg.svd(right)
     # The x axes span no plane where all cameras stand in one column.
     if spread[1] > 0.1 * spread[0]:
         up = axes[2] * np.sign(axes[2] @ up)
-    return ids, offsets / distances[:, None], distances, up / np.linalg.norm(up)
-
-
-def azimuth_elevation(ids: list[int], directions: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return azimuth and elevation of each camera in degrees, (n,) each, for what rig_directions returns.
-
-    The front camera is at azimuth 0, cameras on the person's left are at 0…180, those on the right at -180…0. So with
-    azimuth growing to the right, the rig is unrolled as seen from outside, and noses point towards the front camera.
-    """
-    if FRONT_CAMERA not in ids:
-        raise ValueError(f"the calibration has no camera {FRONT_CAMERA}, which would be the front")
-    ahead = directions[ids.index(FRONT_CAMERA)]
-    ahead = ahead - up * (ahead @ up)
-    ahead = ahead / np.linalg.norm(ahead)
-    azimuth = np.degrees(np.arctan2(directions @ np.cross(up, ahead), directions @ ahead))
+    up = up / np.linalg.norm(up)
+    front = directions[ids.index(FRONT_CAMERA)]
+    azimuth = np.degrees(np.arctan2(directions @ np.cross(up, front), directions @ (front - up * (front @ up))))
     # Straight behind is 180, whatever the rounding says.
     azimuth[azimuth < -180 + 1e-6] += 360
-    return azimuth, np.degrees(np.arcsin(np.clip(directions @ up, -1, 1)))
+    return Rig(ids, directions, distances, azimuth, np.degrees(np.arcsin(np.clip(directions @ up, -1, 1))))
 
 
 def pairwise_angles(directions: np.ndarray) -> np.ndarray:
@@ -1904,7 +1902,7 @@ def coverage(directions: np.ndarray, chosen: list[int]) -> tuple[float, float]:
     return float(nearest.max()), float(nearest.mean())
 
 
-def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, always: int = FRONT_CAMERA) -> list[int]:
+def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, always: int) -> list[int]:
     """Return the n available cameras with the smallest coverage angle, sorted.
 
     directions (m, 3): unit vectors to all cameras of the rig; available: rows of it that have pictures; always: the row
@@ -1912,10 +1910,8 @@ def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, al
     over all angles between cameras finds the smallest within which n cameras cover the rig.
     """
     available = sorted(set(available))
-    if n < 1:
-        raise ValueError(f"the number of cameras must be at least 1, not {n}")
-    if n > len(available):
-        raise ValueError(f"{n} cameras were asked for; {len(available)} have pictures")
+    if not 1 <= n <= len(available):
+        raise ValueError(f"cannot choose {n} cameras: at least 1 is needed, and {len(available)} have pictures")
     # Rounded angles keep ties independent of the world's axes.
     angles = np.round(pairwise_angles(directions), 6)
     keep = [always] if always in available else []
@@ -1923,219 +1919,166 @@ def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, al
     low, high, chosen = 0, len(radii) - 1, keep or available[:1]
     while low < high:
         middle = (low + high) // 2
-        found = cover(angles <= radii[middle], available, n, keep)
+        near = angles <= radii[middle]
+        uncovered = np.flatnonzero(~near[:, keep].any(1))
+        found = cover(near, uncovered, np.setdiff1d(available, keep), n - len(keep))
         if found is None:
             low = middle + 1
         else:
-            high, chosen = middle, found
+            high, chosen = middle, keep + found
     while len(chosen) < n:
         others = [camera for camera in available if camera not in chosen]
         chosen = chosen + [min(others, key=lambda camera: angles[:, chosen + [camera]].min(1).mean())]
     return sorted(chosen)
 
 
-def cover(near: np.ndarray, available: list[int], n: int, keep: list[int]) -> list[int] | None:
-    """Return at most n cameras, with those to keep, that together are near every direction; None where there are none.
+def cover(near: np.ndarray, uncovered: np.ndarray, candidates: np.ndarray, n: int) -> list[int] | None:
+    """Return at most n of the candidates that together are near every uncovered direction; None where there are none.
 
-    near (m, m) bool: near[direction, camera]. This is a branch and bound on bit masks of directions.
+    near (m, m) bool: near[direction, camera]; uncovered and candidates: rows and columns of it. This is a branch and
+    bound: a branch for each camera that is near the direction to which the fewest are.
     """
-    masks = {camera: sum(1 << int(d) for d in np.flatnonzero(near[:, camera])) for camera in available}
-
-    def size(mask: int) -> int:
-        return bin(mask).count("1")
-
-    def search(uncovered: int, candidates: list[int], left: int) -> list[int] | None:
-        if not uncovered:
-            return []
-        gains = {camera: masks[camera] & uncovered for camera in candidates}
-        by_size = sorted(candidates, key=lambda camera: -size(gains[camera]))
-        if sum(size(gains[camera]) for camera in by_size[:left]) < size(uncovered):
-            return None
-        # A camera that is near nothing but what another one is near as well is no use.
-        useful = []
-        for camera in by_size:
-            if not any(gains[camera] | gains[other] == gains[other] for other in useful):
-                useful.append(camera)
-        directions = [d for d in range(len(near)) if uncovered >> d & 1]
-        hardest = min(directions, key=lambda d: sum(gains[camera] >> d & 1 for camera in useful))
-        for camera in [camera for camera in useful if gains[camera] >> hardest & 1]:
-            # What follows are the branches without this camera.
-            useful.remove(camera)
-            found = search(uncovered & ~masks[camera], useful[:], left - 1)
-            if found is not None:
-                return [camera] + found
+    if not len(uncovered):
+        return []
+    gains = near[np.ix_(uncovered, candidates)]
+    by_size = np.argsort(-gains.sum(0), kind="stable")
+    candidates, gains = candidates[by_size], gains[:, by_size]
+    if gains[:, :n].sum() < len(uncovered):
         return None
-
-    uncovered = (1 << len(near)) - 1
-    for camera in keep:
-        uncovered &= ~masks[camera]
-    found = search(uncovered, [camera for camera in available if camera not in keep], n - len(keep))
-    return None if found is None else keep + found
-
-
-class Layout(NamedTuple):
-    """Where each camera's view stands in the picture and on the page: one entry per camera, but for the labels."""
-
-    ids: list[int]  # camera numbers, ascending
-    directions: np.ndarray  # (n, 3) unit vectors, as rig_directions returns them
-    places: list[str]  # azimuth and elevation in words
-    row: list[int]  # row of the grid, 0 on top
-    slot: list[int]  # left edge in half columns, 0 at the left
-    spot: np.ndarray  # (n, 2) on the round map, in the unit circle: x right, y down, the front camera at the bottom
-    row_labels: list[str]
-    columns: list[tuple[int, str]]  # slot and label of each column
+    # A camera that is near nothing but what another one is near as well is no use.
+    within = (gains[:, :, None] <= gains[:, None, :]).all(0)
+    useful = ~np.tril(within, -1).any(1)
+    candidates, gains = candidates[useful], gains[:, useful]
+    hardest = gains[gains.sum(1).argmin()]
+    for k in np.flatnonzero(hardest):
+        # A branch does without the cameras of the branches before it.
+        rest = candidates[~hardest | (np.arange(len(hardest)) > k)]
+        found = cover(near, uncovered[~gains[:, k]], rest, n - 1)
+        if found is not None:
+            return [int(candidates[k])] + found
+    return None
 
 
-def rig_layout(calibration: dict) -> Layout:
-    """Return the rig unrolled: columns by azimuth, growing to the right, and rows by elevation, from the top down.
+def rig_layout(rig: Rig) -> dict[str, list]:
+    """Return the rig unrolled, as seen from outside: where the view of each camera stands in the picture and the page.
 
-    Cameras that stand closer to the person than those around them have a row of their own and may stand between two
-    columns. On the map, seen from above, each row is a circle: the closer cameras' is the innermost, then the rows from
-    the top down.
+    Columns go by azimuth, growing to the right, and rows by elevation, from the top down. So noses point towards the
+    front camera. Cameras that stand closer to the person than those around them have a row of their own and may stand
+    between two columns. On the page's map, seen from above, each row is a circle: the closer cameras' is the innermost,
+    then the rows from the top down.
+
+    "rows" and "columns" are their labels. "cameras" has for each camera its number ("id"), azimuth and elevation in
+    words ("label"), "row" in the grid, left edge in half columns ("slot"), and where it is on the map, whose radius is
+    100: "x" to the right and "y" down from the middle. The front camera is at the bottom.
     """
-    ids, directions, distances, up = rig_directions(calibration)
-    azimuth, elevation = azimuth_elevation(ids, directions, up)
-    around = pairwise_angles(directions) < 45
-    closer = np.array([distance < 0.93 * np.median(distances[near]) for distance, near in zip(distances, around)])
-    columns = groups(azimuth, np.flatnonzero(~closer))
-    column_azimuths = [azimuth[members].mean() for members in columns]
-    rings = [("ring", members) for members in groups(elevation, np.flatnonzero(~closer))]
-    if closer.any():
-        rings.append(("closer", np.flatnonzero(closer)))
-    rings.sort(key=lambda ring: -elevation[ring[1]].mean())
-
-    row, slot = [0] * len(ids), [0] * len(ids)
-    for number, (_, members) in enumerate(rings):
+    around = pairwise_angles(rig.directions) < 45
+    closer = rig.distances < [0.93 * np.median(rig.distances[near]) for near in around]
+    columns = groups(rig.azimuth, ~closer)
+    middles = [rig.azimuth[members].mean() for members in columns]
+    slots = np.interp(rig.azimuth, middles, range(0, 2 * len(columns), 2)).round().astype(int).tolist()
+    rows = [("ring", members) for members in groups(rig.elevation, ~closer)]
+    rows += [("closer", np.flatnonzero(closer))] if closer.any() else []
+    rows.sort(key=lambda row: -rig.elevation[row[1]].mean())
+    inwards = sorted(range(len(rows)), key=lambda row: rows[row][0] == "closer")
+    radius = dict(zip(inwards, np.linspace(100, 40, max(4, len(rows)))))
+    cameras: list[dict] = [{} for _ in rig.ids]
+    for row, (_, members) in enumerate(rows):
         free = 0
-        for i in sorted(members, key=lambda i: azimuth[i]):
-            row[i] = number
-            slot[i] = max(free, round(2 * np.interp(azimuth[i], column_azimuths, range(len(columns)))))
-            free = slot[i] + 2
-    inwards = sorted(range(len(rings)), key=lambda number: rings[number][0] == "closer")
-    radius = dict(zip(inwards, np.linspace(1, 0.4, max(4, len(rings)))))
-    spot = [(radius[r] * np.sin(a), radius[r] * np.cos(a)) for r, a in zip(row, np.radians(azimuth))]
-    places = [f"azimuth {degrees(a)}, elevation {degrees(e)}" for a, e in zip(azimuth, elevation)]
-    row_labels = [f"{name} {degrees(elevation[members].mean())}" for name, members in rings]
-    labels = [
-        "front" if ids.index(FRONT_CAMERA) in members else degrees(azimuth[members].mean()) for members in columns
-    ]
-    return Layout(ids, directions, places, row, slot, np.array(spot), row_labels, [*zip(range(0, 99, 2), labels)])
+        for i in sorted(members, key=lambda i: rig.azimuth[i]):
+            label = f"azimuth {degrees(rig.azimuth[i])}, elevation {degrees(rig.elevation[i])}"
+            slot, angle = max(free, slots[i]), np.radians(rig.azimuth[i])
+            x, y = (radius[row] * np.array([np.sin(angle), np.cos(angle)])).round(1).tolist()
+            cameras[i] = {"id": rig.ids[i], "label": label, "row": row, "slot": slot, "x": x, "y": y}
+            free = slot + 2
+    front = rig.ids.index(FRONT_CAMERA)
+    return {
+        "cameras": cameras,
+        "rows": [f"{name} {degrees(rig.elevation[members].mean())}" for name, members in rows],
+        "columns": ["front" if front in members else degrees(middle) for members, middle in zip(columns, middles)],
+    }
 
 
-def groups(values: np.ndarray, members: Iterable[int]) -> list[list[int]]:
-    """Return the members in ascending order of value, with a new group after each step of more than 8 degrees."""
-    members = sorted(members, key=lambda i: values[i])
-    starts = [k for k in range(1, len(members)) if values[members[k]] - values[members[k - 1]] > 8]
-    return [members[a:b] for a, b in zip([0] + starts, starts + [len(members)])]
+def groups(values: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
+    """Return the indices of the wanted values (n,) bool in ascending order, split at each step of more than 8°."""
+    members = np.argsort(values, kind="stable")
+    members = members[wanted[members]]
+    return np.split(members, np.flatnonzero(np.diff(values[members]) > 8) + 1)
 
 
 def degrees(angle: float) -> str:
     return f"{round(angle):+d}°" if round(angle) else "0°"
 
 
-def read_tiles(views: dict[int, Path], width: int = 400) -> dict[int, np.ndarray | None]:
-    """Return a small version of each camera's picture, (h, w, 3) uint8 BGR with w <= width; None for an unreadable
-    one."""
-
-    def read(path: Path) -> np.ndarray | None:
-        try:
-            tile = cv2.imdecode(np.fromfile(path, np.uint8), cv2.IMREAD_COLOR)
-        except cv2.error:  # it is empty, or claims more pixels than OpenCV has room for
-            return None
-        if tile is None or tile.shape[1] <= width:
-            return tile
-        height = max(1, round(tile.shape[0] * width / tile.shape[1]))
-        return cv2.resize(tile, (width, height), interpolation=cv2.INTER_AREA)
-
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(views, pool.map(read, views.values())))
-
-
+TILE_SIZE = (400, 335)  # width and height in pixels, as of a picture of 2448 x 2048
 # BGR. This blue differs from the colours of faces for people with any colour vision (Okabe and Ito).
 BLUE, DARK_GREY, LIGHT_GREY, WHITE = (178, 114, 0), (36, 31, 27), (226, 222, 219), (255, 255, 255)
 
 
-def camera_grid(tiles: dict, layout: Layout, selected: Iterable[int], title: str) -> np.ndarray:
+def read_tile(path: Path) -> np.ndarray | None:
+    """Return a picture made small, (335, 400, 3) uint8 BGR; None, with a warning, where it cannot be read."""
+    try:
+        return cv2.resize(cv2.imread(str(path)), TILE_SIZE, interpolation=cv2.INTER_AREA)
+    except cv2.error:
+        log.warning("%s cannot be read as a picture", path)
+        return None
+
+
+def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str) -> np.ndarray:
     """Return a contact sheet of the views as the cameras stand, (h, w, 3) uint8 BGR.
 
-    tiles: as read_tiles returns them; a camera without a picture is a grey field. The selected cameras that have one
-    are framed. Below stand a line with the title and the coverage, and the line for the config.
+    tiles: pictures as of read_tile, by index in the rig; a camera without a picture is a grey field. chosen: indices of
+    those to be framed. Below stand a line with the title and the coverage, and the line for the config.
     """
-    views = [i for i, camera in enumerate(layout.ids) if tiles.get(camera) is not None]
-    chosen = [i for i in views if layout.ids[i] in selected]
-    first = tiles[layout.ids[views[0]]] if views else np.empty((5, 6, 3))
-    width, gap, margin = 200, 14, 40
-    height = round(width * first.shape[0] / first.shape[1])
-    rows, columns = len(layout.row_labels), max(layout.slot) / 2 + 1
-    bottom = margin + rows * (height + gap)
-    sheet = np.full((bottom + 190, max(1600, int(2 * margin + columns * (width + gap))), 3), 255, np.uint8)
-    for i, camera in enumerate(layout.ids):
-        x, y = margin + layout.slot[i] * (width + gap) // 2, margin + layout.row[i] * (height + gap)
-        field = sheet[y : y + height, x : x + width]
-        field[:] = (
-            cv2.resize(tiles[camera], (width, height), interpolation=cv2.INTER_AREA) if i in views else LIGHT_GREY
-        )
-        color, ink = (BLUE, WHITE) if i in chosen else (WHITE, DARK_GREY)
-        if i in views:
-            field[:40, : 16 + 24 * len(str(camera))] = color
-        cv2.putText(field, str(camera), (8, 31), cv2.FONT_HERSHEY_SIMPLEX, 1.1, ink, 2, cv2.LINE_AA)
+    layout = rig_layout(rig)
+    width, height, gap, margin = 200, 168, 14, 40
+    bottom = margin + len(layout["rows"]) * (height + gap)
+    right = margin + (max(camera["slot"] for camera in layout["cameras"]) + 2) * (width + gap) // 2
+    sheet = np.full((bottom + 190, max(1600, right + margin), 3), 255, np.uint8)
+    for i, camera in enumerate(layout["cameras"]):
+        x, y = margin + camera["slot"] * (width + gap) // 2, margin + camera["row"] * (height + gap)
+        field, number = sheet[y : y + height, x : x + width], str(camera["id"])
+        field[:] = LIGHT_GREY
+        if i in tiles:
+            field[:] = cv2.resize(tiles[i], (width, height), interpolation=cv2.INTER_AREA)
+            field[:40, : 16 + 24 * len(number)] = BLUE if i in chosen else WHITE
+        ink = WHITE if i in chosen else DARK_GREY
+        cv2.putText(field, number, (8, 31), cv2.FONT_HERSHEY_SIMPLEX, 1.1, ink, 2, cv2.LINE_AA)
         if i in chosen:
             cv2.rectangle(sheet, (x - 3, y - 3), (x + width + 2, y + height + 2), BLUE, 8)
-    largest, mean = coverage(layout.directions, chosen)
-    facts = f"{title}: {len(chosen)} of {len(views)} views selected"
-    if chosen:
-        facts += f", largest hole {largest:.1f} degrees, mean {mean:.1f} degrees"
-    for y, line in ((bottom + 60, facts), (bottom + 130, config_line(layout.ids[i] for i in chosen))):
+    facts = f"{title}: {len(chosen)} of {len(tiles)} views selected, "
+    facts += "largest hole {:.1f} degrees, mean {:.1f} degrees".format(*coverage(rig.directions, chosen))
+    for y, line in ((bottom + 60, facts), (bottom + 130, f"cameras: {[rig.ids[i] for i in chosen]}")):
         room = sheet.shape[1] - 2 * margin
-        scale = min(1.6, 1.6 * room / cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 1.6, 3)[0][0])
+        scale = 1.6 * min(1, room / cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 1.6, 3)[0][0])
         cv2.putText(sheet, line, (margin, y), cv2.FONT_HERSHEY_SIMPLEX, scale, DARK_GREY, 3, cv2.LINE_AA)
     return sheet
 
 
-def config_line(cameras: Iterable[int]) -> str:
-    return f"cameras: [{', '.join(map(str, cameras))}]"
-
-
-def camera_page(tiles: dict, layout: Layout, selected: Iterable[int], title: str, details: str = "") -> str:
+def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str, frame: int) -> str:
     """Return an HTML page with the same layout as camera_grid to choose views in, without network or libraries.
 
-    tiles, layout, selected: as for camera_grid; title and details: the heading and a line beside it. The page computes
+    rig, tiles, chosen: as for camera_grid; title: subject and performance, which are plain names. The page computes
     coverages from the angles in it, which have four decimals; the suggestions are those of suggest_cameras.
     """
-    views = [i for i, camera in enumerate(layout.ids) if tiles.get(camera) is not None]
-    front = layout.ids.index(FRONT_CAMERA)
-    counts = [n for n in SUGGESTED_COUNTS if n < len(views)]
-    cameras = []
-    for i, camera in enumerate(layout.ids):
-        x, y = layout.spot[i].round(3).tolist()
-        cameras.append({"id": camera, "row": layout.row[i], "slot": layout.slot[i], "x": x, "y": y})
-        cameras[i]["place"] = layout.places[i]
-        if i in views:
-            jpeg = cv2.imencode(".jpg", tiles[camera], [cv2.IMWRITE_JPEG_QUALITY, 75])[1]
-            cameras[i]["image"] = "data:image/jpeg;base64," + base64.b64encode(jpeg.tobytes()).decode()
-        else:
-            cameras[i]["why"] = "unreadable" if camera in tiles else "no picture"
+    layout, views, front = rig_layout(rig), sorted(tiles), rig.ids.index(FRONT_CAMERA)
+    for i in views:
+        jpeg = cv2.imencode(".jpg", tiles[i], [cv2.IMWRITE_JPEG_QUALITY, 75])[1]
+        layout["cameras"][i]["image"] = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+    suggested = [suggest_cameras(rig.directions, views, n, front) for n in SUGGESTED_COUNTS if n < len(views)]
+    presets = [(f"{len(best)} ({coverage(rig.directions, best)[0]:.1f}°)", best) for best in suggested]
     data = {
-        "angles": pairwise_angles(layout.directions).round(4).tolist(),
-        "suggestions": [suggest_cameras(layout.directions, views, n, front) for n in counts],
-        "width": max(layout.slot) + 2,
-        "rows": layout.row_labels,
-        "columns": layout.columns,
+        **layout,
+        "angles": pairwise_angles(rig.directions).round(4).tolist(),
+        "presets": [*presets, ("all", views), ("none", [])],
+        "selected": chosen,
         "front": front,
-        "selected": [i for i in views if layout.ids[i] in selected],
-        "cameras": cameras,
     }
-    parts = {"TITLE": html.escape(title), "DETAILS": html.escape(details)}
-    parts["DATA"] = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    return re.sub("@(TITLE|DETAILS|DATA)@", lambda match: parts[match[1]], PAGE)
+    return PAGE.replace("@TITLE@", title).replace("@FRAME@", str(frame)).replace("@DATA@", json.dumps(data))
 
 
 PAGE = r"""<!doctype html>
 <html lang="en">
-<head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>@TITLE@: choose the cameras</title>
 <style>
@@ -2144,68 +2087,62 @@ PAGE = r"""<!doctype html>
   @media (prefers-color-scheme: dark) {
     :root { --back: #15181c; --bar: #20252b; --ink: #eceff3; --quiet: #a3adb9; --line: #4a525c;
             --faint: #2b3138; --chosen: #56b4e9; --on-chosen: #06202f; --hole: #ff9448; } }
-  * { box-sizing: border-box; }
   body { margin: 0; background: var(--back); color: var(--ink); font: 14px/1.4 system-ui, sans-serif; }
+  .quiet { color: var(--quiet); }
   header { position: sticky; top: 0; z-index: 2; padding: 8px 16px; background: var(--bar);
            border-bottom: 1px solid var(--line); }
-  header div { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; margin: 3px 0; }
+  header div, #presets, main { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
+  header div { margin: 3px 0; }
   h1 { font-size: 17px; margin: 0 8px 0 0; }
-  .quiet { color: var(--quiet); }  #coverage { color: var(--hole); }
   #status { margin-left: auto; font-size: 16px; font-variant-numeric: tabular-nums; }
-  button, .dot.view { cursor: pointer; }
-  button, input { font: inherit; color: inherit; background: var(--back); padding: 3px 9px;
-                  border: 1px solid var(--line); border-radius: 5px; }
-  button[aria-pressed=true] { background: var(--chosen); color: var(--on-chosen); border-color: var(--chosen); }
-  :focus-visible { outline: 3px solid var(--ink); outline-offset: 2px; }
-  #presets { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
+  #coverage { color: var(--hole); }
+  button, .view { cursor: pointer; }
+  header button, input { font: inherit; color: inherit; background: var(--back); padding: 3px 9px;
+                         border: 1px solid var(--line); border-radius: 5px; }
   #line { flex: 1; min-width: 12em; font-family: ui-monospace, monospace; }
-  #grid { display: grid; gap: 4px; padding: 8px 16px; overflow-x: auto; align-items: center;
-          justify-content: safe center; }
-  #grid > span { font-size: 11px; text-align: center; color: var(--quiet); white-space: nowrap; }
-  #grid > .row { text-align: right; padding-right: 6px; }
-  .tile { position: relative; display: block; width: 100%; min-height: 44px; padding: 0; overflow: hidden; border: 0;
-          border-radius: 4px; background: var(--faint); color: var(--quiet); text-align: center;
-          font-size: 11px; align-self: stretch; }
-  .tile b { position: absolute; left: 0; top: 0; padding: 0 5px; background: var(--back); color: var(--ink);
+  :focus-visible { outline: 3px solid var(--ink); outline-offset: 2px; }
+  #grid { display: grid; grid: auto / 70px; grid-auto-columns: minmax(24px, 72px); gap: 4px; padding: 8px 16px;
+          overflow-x: auto; align-items: center; justify-content: safe center; text-align: center; font-size: 11px; }
+  #grid span { color: var(--quiet); white-space: nowrap; }
+  #grid .row { text-align: right; padding-right: 6px; }
+  .tile { position: relative; display: grid; align-content: center; place-self: stretch; min-height: 44px; padding: 0;
+          overflow: hidden; border: 0; border-radius: 4px; background: var(--faint); color: var(--quiet); font: inherit;
+          line-height: 1.2; }
+  .tile b { position: absolute; padding: 0 5px; background: var(--back); color: var(--ink);
             border-bottom-right-radius: 4px; font-size: 12px; line-height: 17px; }
-  .tile[aria-pressed=true] { background: var(--faint); box-shadow: 0 0 0 3px var(--chosen); }
-  .tile[aria-pressed=true] b { background: var(--chosen); color: var(--on-chosen); }
+  .tile[aria-pressed=true] { box-shadow: 0 0 0 3px var(--chosen); }
   .tile[aria-pressed=true] b::after { content: " ✓"; }
-  div.tile { display: grid; place-content: center; line-height: 1.2; }
-  main { display: flex; flex-wrap: wrap; gap: 8px 32px; justify-content: center; align-items: center;
-         padding: 0 16px 12px; }
-  svg, figure { width: clamp(280px, min(30vw, 100vh - 24vw - 60px), 560px); }
-  svg { font-size: 8px; text-anchor: middle; }
-  svg text { fill: var(--quiet); dominant-baseline: central; }
-  .dot circle { fill: var(--back); stroke: var(--quiet); }  .dot.none circle { fill: var(--faint); stroke: none; }
-  .dot.view text { fill: var(--ink); }
-  .dot.on circle { fill: var(--chosen); stroke: var(--chosen); }
-  .dot.on text { fill: var(--on-chosen); font-weight: bold; }
-  .ring { fill: none; stroke: var(--faint); stroke-width: 1.5; }
-  #person { fill: var(--quiet); }  #hole { opacity: .3; fill: var(--hole); }
-  #edge * { fill: none; stroke: var(--hole); stroke-width: 2.5; }
-  figure { margin: 0; }  img { display: block; width: 100%; border-radius: 4px; }
-  .help { max-width: 19em; }  kbd { border: 1px solid var(--line); border-radius: 3px; padding: 0 4px; }
+  #presets [aria-pressed=true], [aria-pressed=true] b { background: var(--chosen); color: var(--on-chosen); }
+  main { gap: 8px 32px; justify-content: center; padding: 0 16px 12px; }
+  svg, figure { width: clamp(280px, min(30vw, 100vh - 24vw - 60px), 560px); margin: 0; }
+  svg { font-size: 8px; text-anchor: middle; fill: var(--quiet); }
+  text { dominant-baseline: central; }
+  #rings { fill: none; stroke: var(--faint); stroke-width: 1.5; }
+  #dots circle { fill: var(--disc, var(--faint)); stroke: var(--edge); }
+  .view { --disc: var(--back); --edge: var(--quiet); fill: var(--ink); }
+  .on { --disc: var(--chosen); --edge: var(--chosen); fill: var(--on-chosen); font-weight: bold; }
+  #gap { fill: none; stroke: var(--hole); stroke-width: 2.5; }
+  #hole { fill: var(--hole); stroke: none; opacity: .3; }
+  img { display: block; width: 100%; border-radius: 4px; }
+  .help { max-width: 19em; }
+  kbd { padding: 0 4px; border: 1px solid var(--line); border-radius: 3px; }
 </style>
-</head>
-<body>
 <header>
-  <div><h1>@TITLE@</h1><span class="quiet">@DETAILS@</span>
+  <div><h1>@TITLE@</h1><span class="quiet">frame @FRAME@</span>
     <span id="status" role="status"><b id="count"></b> <span id="of"></span> · coverage <b id="coverage"></b>
       <span id="where" class="quiet"></span></span></div>
-  <div><span id="presets">Suggested</span>
+  <div><span id="presets">Suggested </span>
     <input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy">Copy</button></div>
 </header>
 <section id="grid" aria-label="views, as the cameras stand"></section>
 <main>
-  <svg viewBox="-122 -122 244 244" role="img" aria-label="the rig from above">
-    <g id="rings"></g><g id="hole"></g><g id="edge"></g>
-    <g id="person"><path d="M-4 13 L0 21 L4 13Z"/><ellipse rx="12" ry="15"/>
-      <circle cx="-12" r="3"/><circle cx="12" r="3"/></g>
+  <svg viewBox="-124 -124 248 248" role="img" aria-label="the rig from above">
+    <g id="rings"></g><g id="gap"></g>
+    <path d="M-4 13 L0 21 L4 13Z"/><ellipse rx="12" ry="15"/><circle cx="-12" r="3"/><circle cx="12" r="3"/>
     <g id="dots"></g>
-    <text y="116">front</text><text y="-116">behind</text>
-    <text transform="translate(116) rotate(90)">person's left</text>
-    <text transform="translate(-116) rotate(-90)">person's right</text>
+    <text y="118">front</text><text y="-118">behind</text>
+    <text transform="translate(118) rotate(90)">person's left</text>
+    <text transform="translate(-118) rotate(-90)">person's right</text>
   </svg>
   <figure><img id="large" alt=""><figcaption id="caption"></figcaption></figure>
   <div class="help quiet">
@@ -2216,91 +2153,60 @@ PAGE = r"""<!doctype html>
     <p>The map's circles, from the middle: closer cameras, if any, then the rings from the top down.</p>
   </div>
 </main>
-<script type="application/json" id="rig">@DATA@</script>
 <script>
-"use strict";
+const {cameras, rows, columns, angles, presets, selected, front} = @DATA@;
+const views = [...cameras.keys()].filter(i => cameras[i].image);
+let chosen;
+
 const $ = id => document.getElementById(id);
-const rig = JSON.parse($("rig").textContent);
-const views = rig.cameras.map((camera, i) => i).filter(i => rig.cameras[i].image);
-let chosen = new Set(rig.selected);
+const fill = (id, items, markup) => $(id).insertAdjacentHTML("beforeend", items.map(markup).join(""));
+const area = (row, slot) => `style="grid-area: ${row + 2} / ${slot + 2} / auto / span 2"`;
+const disc = (i, r) => `<circle cx="${cameras[i].x}" cy="${cameras[i].y}" r="${r}"/>`;
 
-function add(parent, name, attributes = {}, text = "") {
-  const svg = parent.namespaceURI.endsWith("svg") ? parent.namespaceURI : "http://www.w3.org/1999/xhtml";
-  const element = document.createElementNS(svg, name);
-  for (const key in attributes) element.setAttribute(key, attributes[key]);
-  element.append(text);
-  return parent.appendChild(element);
-}
-const at = i => [rig.cameras[i].x * 98, rig.cameras[i].y * 98];
-const disc = (parent, i, r) => add(parent, "circle", {cx: at(i)[0], cy: at(i)[1], r});
+fill("grid", rows, (label, row) => `<span class="row" style="grid-area: ${row + 2} / 1">${label}</span>`);
+fill("grid", columns, (label, column) => `<span ${area(-1, 2 * column)}>${label}</span>`);
+fill("grid", cameras, ({id, label, row, slot, image}) => image
+  ? `<button class="tile" ${area(row, slot)} data-camera="${id}" aria-label="camera ${id}, ${label}">
+       <b>${id}</b><img src="${image}" alt=""></button>`
+  : `<div class="tile" ${area(row, slot)} title="${label}">${id}<small>no picture</small></div>`);
+fill("rings", [...new Set(cameras.map(({x, y}) => Math.hypot(x, y).toFixed()))], r => `<circle r="${r}"/>`);
+fill("dots", cameras, ({id, x, y, image}, i) =>
+  `<g class="dot ${image ? "view" : ""}">${disc(i, 7.5)}<text x="${x}" y="${y}">${id}</text></g>`);
+fill("presets", presets, ([label]) => `<button>${label}</button>`);
+const [tiles, dots, buttons] = [".tile", ".dot", "#presets button"].map(all => [...document.querySelectorAll(all)]);
 
-function enlarge(i) {
-  const camera = rig.cameras[i];
-  $("large").src = camera.image;
-  $("large").alt = $("caption").textContent = `Camera ${camera.id}: ${camera.place}`;
-}
-function gapsOf(rows) {              // how well these views cover the rig
-  const nearest = rig.angles.map(row => rows.reduce((best, j) => best < 0 || row[j] < row[best] ? j : best, -1));
-  const gaps = nearest.map((j, i) => j < 0 ? 180 : rig.angles[i][j]), coverage = Math.max(...gaps);
-  return {nearest, coverage, worst: gaps.indexOf(coverage)};
-}
-function choose(rows) { chosen = new Set(rows); show(); }
-function toggle(i) { chosen.delete(i) || chosen.add(i); show(); }
-
-function show() {
-  const list = [...chosen].sort((a, b) => a - b);
+function show(list) {
+  chosen = list;
+  const gaps = angles.map(row => Math.min(180, ...list.map(j => row[j])));
+  const coverage = Math.max(...gaps), worst = gaps.indexOf(coverage);
   for (const i of views) {
-    rig.cameras[i].tile.setAttribute("aria-pressed", chosen.has(i));
-    rig.cameras[i].dot.classList.toggle("on", chosen.has(i));
+    tiles[i].setAttribute("aria-pressed", list.includes(i));
+    dots[i].classList.toggle("on", list.includes(i));
   }
-  for (const [button, rows] of buttons) {
-    button.setAttribute("aria-pressed", rows.length === list.length && rows.every(i => chosen.has(i)));
-  }
+  buttons.forEach((button, k) => button.setAttribute("aria-pressed", `${presets[k][1]}` === `${list}`));
   $("count").textContent = list.length;
-  $("line").value = `cameras: [${list.map(i => rig.cameras[i].id).join(", ")}]`;
-  $("hole").replaceChildren();
-  $("edge").replaceChildren();
-  const {nearest, coverage, worst} = gapsOf(list);
+  $("line").value = `cameras: [${list.map(i => cameras[i].id).join(", ")}]`;
   $("coverage").textContent = list.length ? coverage.toFixed(1) + "°" : "none";
-  $("where").textContent = list.length && coverage ? `(hole at camera ${rig.cameras[worst].id})` : "";
+  $("where").textContent = $("gap").innerHTML = "";
   if (!list.length || !coverage) return;
-  rig.cameras.forEach((camera, i) => { if (rig.angles[worst][i] < coverage) disc($("hole"), i, 14); });
-  disc($("edge"), worst, 9);
-  const [x1, y1] = at(worst), [x2, y2] = at(nearest[worst]);
-  add($("edge"), "line", {x1, y1, x2, y2, "stroke-dasharray": "4 3"});
+  const {x, y} = cameras[list.find(j => angles[worst][j] === coverage)];
+  const nearer = cameras.map((camera, i) => angles[worst][i] < coverage ? disc(i, 14) : "");
+  $("where").textContent = `(hole at camera ${cameras[worst].id})`;
+  $("gap").innerHTML = `<g id="hole">${nearer.join("")}</g>${disc(worst, 9)}
+    <path stroke-dasharray="4 3" d="M${cameras[worst].x} ${cameras[worst].y} L${x} ${y}"/>`;
+}
+function enlarge({id, label, image}) {
+  $("large").src = image;
+  $("large").alt = $("caption").textContent = `Camera ${id}: ${label}`;
 }
 
-$("grid").style.gridTemplateColumns = `5em repeat(${rig.width}, minmax(24px, 72px))`;
-rig.rows.forEach((label, row) => add($("grid"), "span", {class: "row", style: `grid-area: ${row + 2} / 1`}, label));
-rig.columns.forEach(([slot, label]) => {
-  add($("grid"), "span", {style: `grid-area: 1 / ${slot + 2} / 2 / span 2`}, label);
-});
-const radii = new Set(rig.cameras.map((camera, i) => Math.hypot(...at(i)).toFixed(0)));
-for (const r of radii) add($("rings"), "circle", {r, class: "ring"});
-rig.cameras.forEach((camera, i) => {
-  const style = `grid-area: ${camera.row + 2} / ${camera.slot + 2} / auto / span 2`;
-  camera.dot = add($("dots"), "g", {class: camera.image ? "dot view" : "dot none"});
-  disc(camera.dot, i, 7.5);
-  add(camera.dot, "text", {x: at(i)[0], y: at(i)[1]}, camera.id);
-  if (!camera.image) {
-    add(add($("grid"), "div", {class: "tile", style, title: camera.place}, camera.id), "small", {}, camera.why);
-    return;
+for (const i of views) {
+  for (const element of [tiles[i], dots[i]]) {
+    element.onclick = () => show(views.filter(j => (j === i) !== chosen.includes(j)));
+    element.onmouseenter = element.onfocus = () => enlarge(cameras[i]);
   }
-  const label = `camera ${camera.id}, ${camera.place}`;
-  camera.tile = add($("grid"), "button", {class: "tile", style, "data-camera": camera.id, "aria-label": label});
-  add(camera.tile, "img", {src: camera.image, alt: ""});
-  add(camera.tile, "b", {}, camera.id);
-  for (const element of [camera.tile, camera.dot]) {
-    element.onclick = () => toggle(i);
-    element.onmouseenter = element.onfocus = () => enlarge(i);
-  }
-});
-const presets = rig.suggestions.map(rows => [`${rows.length} (${gapsOf(rows).coverage.toFixed(1)}°)`, rows]);
-const buttons = [...presets, ["all", views], ["none", []]].map(([label, rows]) => {
-  const button = add($("presets"), "button", {}, label);
-  button.onclick = () => choose(rows);
-  return [button, rows];
-});
+}
+buttons.forEach((button, k) => { button.onclick = () => show(presets[k][1]); });
 $("of").textContent = `of ${views.length} view${views.length === 1 ? "" : "s"}`;
 $("copy").onclick = () => {
   $("line").select();
@@ -2308,11 +2214,9 @@ $("copy").onclick = () => {
   $("copy").textContent = "Copied";
   setTimeout(() => { $("copy").textContent = "Copy"; }, 1500);
 };
-if (views.length) enlarge(views.includes(rig.front) ? rig.front : views[0]);
-show();
+if (views.length) enlarge(cameras[views.includes(front) ? front : views[0]]);
+show(selected);
 </script>
-</body>
-</html>
 """
 
 
@@ -2320,111 +2224,94 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
     """Carry out --camera-grid and --suggest-cameras with what was extracted, without a download."""
     try:
         if arguments.camera_grid:
-            subject, performance = shown_performance(config, arguments.camera_grid)
+            subject, _, performance = arguments.camera_grid.partition("/")
+            if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
+                name = printable(arguments.camera_grid)
+                raise ValueError(f"--camera-grid: {name!r} is no performance: write it as 0018/s3_all")
             folder, source = config.folder(subject, performance), f"{subject}/{performance}"
-            views, frame = frame_of_views(folder, arguments.frame)
-            available, calibration = sorted(views), read_calibration(folder)
+            pictures, frame = pictures_of_frame(folder, arguments.frame)
+            cameras = set(pictures)
         else:
-            available, performance, source = sorted(cameras_seen(manifest)), "s3_all", "what was extracted"
-            calibration = any_calibration(config, manifest)
-        unknown = [camera for camera in available if f"{camera:02d}" not in calibration]
-        if unknown:
-            raise ValueError(f"no calibration for camera {', '.join(map(str, unknown))}")
+            performance, source, rows = "s3_all", "what was extracted", manifest.completed.values()
+            # The rig is the same for all.
+            folders = (config.folder(*key) for key in sorted(manifest.completed, key=lambda key: key[1] != "s3_all"))
+            folder = next((folder for folder in folders if (folder / "calibration").is_dir()), None)
+            if folder is None:
+                missing = f"there is nothing extracted with its calibration in {config.output_dir}"
+                raise ValueError(f"{missing}: extract one subject with all cameras first")
+            cameras = set().union(*(number_set(row.get("cameras_available")) for row in rows))
+        rig = rig_geometry(read_poses(folder))
+        if not cameras <= set(rig.ids):
+            raise ValueError(f"no calibration for camera {', '.join(map(str, sorted(cameras - set(rig.ids))))}")
+        available = [i for i, camera in enumerate(rig.ids) if camera in cameras]
         asked = config.asked_cameras(performance)
-        selected = [camera for camera in available if asked is None or camera in asked]
+        selected = [i for i in available if asked is None or rig.ids[i] in asked]
         if arguments.suggest_cameras is not None:
-            selected = show_suggestion(config, calibration, available, selected, arguments.suggest_cameras, source)
+            selected = show_suggestion(config, rig, available, selected, arguments.suggest_cameras, source)
         if arguments.camera_grid:
-            show_grid(config, views, rig_layout(calibration), selected, f"{subject} {performance}", frame)
+            pictures = {i: pictures[rig.ids[i]] for i in available}
+            show_grid(config, rig, pictures, selected, f"{subject} {performance}", frame)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return 0
 
 
-def cameras_seen(manifest: Manifest) -> set[int]:
-    """Return the cameras that had pictures in any performance that is done."""
-    return set().union(*(number_set(row.get("cameras_available")) for row in manifest.completed.values()))
-
-
-def shown_performance(config: Config, name: str) -> tuple[str, str]:
-    """Return subject and performance of "0018/s3_all". Raise ValueError where it is no such name, or not extracted."""
-    subject, _, performance = name.partition("/")
-    if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
-        raise ValueError(f"--camera-grid: {printable(name)!r} is no performance: write it as 0018/s3_all")
-    folder = config.folder(subject, performance)
-    if not (folder / "images").is_dir():
-        raise ValueError(f"there are no pictures in {folder}: extract {name} first, with its images")
-    return subject, performance
-
-
-def frame_of_views(folder: Path, frame: int | None) -> tuple[dict[int, Path], int]:
-    """Return the picture of each camera that has the frame, and the frame: by default the first that most cameras
-    have."""
-    views = {int(path.name[4:]): path for path in sorted(folder.glob("images/cam_[0-9][0-9]"))}
-    frames = {camera: {int(path.stem[6:]): path for path in view.glob("frame_*.*")} for camera, view in views.items()}
-    counts = collections.Counter(number for numbers in frames.values() for number in numbers)
-    if not counts:
-        raise ValueError(f"there are no pictures in {folder / 'images'}")
+def pictures_of_frame(folder: Path, frame: int | None) -> tuple[dict[int, Path], int]:
+    """Return the picture of each camera that has the frame, and the frame: by default the first that most have."""
+    pictures: dict[int, dict[int, Path]] = collections.defaultdict(dict)
+    for path in folder.glob("images/cam_[0-9][0-9]/frame_*.*"):
+        pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
+    if not pictures:
+        raise ValueError(f"{folder} has no pictures: extract {'/'.join(folder.parts[-2:])} first, with its images")
     if frame is None:
-        frame = min(counts, key=lambda number: (-counts[number], number))
-    if frame not in counts:
-        held = f"they have {len(counts)}, from {min(counts)} to {max(counts)}"
+        frame = min(pictures, key=lambda number: (-len(pictures[number]), number))
+    if frame not in pictures:
+        held = f"they have {len(pictures)}, from {min(pictures)} to {max(pictures)}"
         raise ValueError(f"no camera of {folder} has a frame {frame}: {held}")
-    return {camera: numbers[frame] for camera, numbers in frames.items() if frame in numbers}, frame
+    return pictures[frame], frame
 
 
-def read_calibration(folder: Path) -> dict:
-    """Return the cameras of calibration/cameras.json. Raise ValueError where it is missing or no such file."""
+def read_poses(folder: Path) -> dict[int, np.ndarray]:
+    """Return the pose of each camera, (4, 4) camera to world, of an extracted performance."""
     path = folder / "calibration" / "cameras.json"
     try:
-        return json.loads(path.read_text())["cameras"]
+        cameras = json.loads(path.read_text())["cameras"]
+        return {int(camera): np.array(entry["RT"], float).reshape(4, 4) for camera, entry in cameras.items()}
     except FileNotFoundError:
         raise ValueError(f"there is no {path}: extract the performance with calibration among the modalities") from None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} cannot be read as a calibration: extract the performance again with --redo") from None
 
 
-def any_calibration(config: Config, manifest: Manifest) -> dict:
-    """Return the calibration of whatever is extracted and still there: the rig is the same for all."""
-    for subject, performance in sorted(manifest.completed, key=lambda key: key[1] != "s3_all"):
-        if (config.folder(subject, performance) / "calibration").is_dir():
-            return read_calibration(config.folder(subject, performance))
-    missing = f"there is nothing extracted with its calibration in {config.output_dir}"
-    raise ValueError(f"{missing}: extract one subject with all cameras first")
-
-
-def show_suggestion(
-    config: Config, calibration: dict, available: list[int], now: list[int], n: int, source: str
-) -> list[int]:
-    """Print the n views that cover the rig best, beside what the config gives now, and return their numbers."""
-    ids, directions, _, _ = rig_directions(calibration)
-    row = {camera: k for k, camera in enumerate(ids)}
-    rows = suggest_cameras(directions, [row[camera] for camera in available], n, row.get(FRONT_CAMERA, -1))
-    chosen = [ids[k] for k in rows]
+def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[int], n: int, source: str) -> list[int]:
+    """Print the n views that cover the rig best, beside what the config gives now, and return them as indices."""
+    front = rig.ids.index(FRONT_CAMERA)
+    chosen = suggest_cameras(rig.directions, available, n, front)
     log.info("%d of the %d cameras with pictures in %s:", n, len(available), source)
     for title, cameras in (("suggested", chosen), (f"{config.path.name} now", now)):
-        largest, mean = coverage(directions, [row[camera] for camera in cameras])
+        largest, mean = coverage(rig.directions, cameras)
         log.info("  %-16s %2d cameras, largest hole %5.1f°, mean %4.1f°", title, len(cameras), largest, mean)
-    if FRONT_CAMERA not in chosen:
+    if front not in chosen:
         log.warning("camera %d, which faces the person, has no pictures here", FRONT_CAMERA)
     log.info("The line for %s:", config.path.name)
-    log.info("  %s", config_line(chosen))
+    log.info("  cameras: %s", [rig.ids[i] for i in chosen])
     return chosen
 
 
-def show_grid(
-    config: Config, views: dict[int, Path], layout: Layout, selected: list[int], title: str, frame: int
-) -> None:
+def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], selected: list[int], title: str, frame: int):
     """Write the picture and the page of a performance into previews/ beside the config, and say so."""
-    tiles = read_tiles(views)
-    picture = camera_grid(tiles, layout, selected, f"{title}, frame {frame}")
+    with ThreadPoolExecutor() as pool:
+        tiles = dict(zip(pictures, pool.map(read_tile, pictures.values())))
+    tiles = {i: tile for i, tile in tiles.items() if tile is not None}
+    chosen = [i for i in selected if i in tiles]
+    picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
     folder = config.path.parent / "previews"
     folder.mkdir(exist_ok=True)
     jpg, page = (folder / f"{title.replace(' ', '_')}.{ending}" for ending in ("jpg", "html"))
     replace_file(jpg, cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes())
-    replace_file(page, camera_page(tiles, layout, selected, title, f"frame {frame}").encode())
-    count = "1 view" if len(views) == 1 else f"{len(views)} views"
-    log.info("%s of %s, frame %d, as the cameras stand; selected, and framed: %d", count, title, frame, len(selected))
+    replace_file(page, camera_page(rig, tiles, chosen, title, frame).encode())
+    count = "1 view" if len(tiles) == 1 else f"{len(tiles)} views"
+    log.info("%s of %s, frame %d, as the cameras stand; selected, and framed: %d", count, title, frame, len(chosen))
     log.info("  picture  %s", jpg)
     log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", page)
 

@@ -1,28 +1,25 @@
 """Where the cameras stand, the best subset, the picture, and the page in a real browser."""
 
-import html
 import itertools
 import json
 import re
 import shutil
-import sys
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import synthetic_release
+from conftest import Workspace
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import extract_streaming_gdrive as c
 
 VIEWS_38 = sorted(c.S3_VIEWS)
 UNREADABLE = [55, 57, 59]
-DATA = r'<script type="application/json" id="rig">(.*?)</script>'
 
 
 def data_of(page):
-    return json.loads(re.search(DATA, page, re.DOTALL)[1])
+    return json.loads(re.search(r"^const \{.*\} = (.*);$", page, re.MULTILINE)[1])
 
 
 def places():
@@ -33,9 +30,14 @@ def places():
 
 
 def rig(where=None, world=None):
-    """A calibration of cameras that look at one point from there; world (4, 4): moves the frame in which the camera
-    that is in front stands at +z, with y up, and the person's left at +x."""
-    calibration = {}
+    """The geometry of cameras that look at one point from there."""
+    return c.rig_geometry(poses(where, world))
+
+
+def poses(where=None, world=None):
+    """The poses of cameras that look at one point from there; world (4, 4): moves the frame in which the camera that is
+    in front stands at +z, with y up, and the person's left at +x."""
+    pose_of = {}
     for n, (azimuth, elevation, distance) in enumerate(places() if where is None else where):
         a, e = np.radians([azimuth, elevation])
         outward = np.array([np.sin(a) * np.cos(e), np.sin(e), np.cos(a) * np.cos(e)])
@@ -43,12 +45,8 @@ def rig(where=None, world=None):
         pose = np.eye(4)
         pose[:3, :3] = np.column_stack([right, np.cross(-outward, right), -outward])
         pose[:3, 3] = distance * outward
-        calibration[f"{n:02d}"] = {
-            "K": np.eye(3),
-            "D": np.zeros(5),
-            "RT": (pose if world is None else world @ pose).tolist(),
-        }
-    return calibration
+        pose_of[n] = pose if world is None else world @ pose
+    return pose_of
 
 
 def moved(axes, origin):
@@ -70,38 +68,34 @@ WORLDS = pytest.mark.parametrize(
 
 @WORLDS
 def test_azimuth_elevation_and_distance_of_a_known_rig_in_any_world_frame(world):
-    ids, directions, distances, up = c.rig_directions(rig(world=world))
-    azimuth, elevation = c.azimuth_elevation(ids, directions, up)
-    assert ids == list(range(60))
-    assert np.allclose(np.column_stack([azimuth, elevation, distances]), places(), atol=1e-6)
-    assert np.allclose(up, world[:3, 1])
+    found = rig(world=world)
+    assert found.ids == list(range(60))
+    assert np.allclose(np.column_stack([found.azimuth, found.elevation, found.distances]), places(), atol=1e-6)
 
 
 def test_cameras_to_the_viewers_right_see_the_persons_left_ear():
-    calibration = rig()
-    ids, directions, _, up = c.rig_directions(calibration)
-    azimuth, _ = c.azimuth_elevation(ids, directions, up)
-    front = np.array(calibration["25"]["RT"])
-    in_front_camera = np.array([np.linalg.solve(front, np.array(calibration[f"{i:02d}"]["RT"])[:, 3]) for i in ids])
+    azimuth = rig().azimuth
+    in_front_camera = np.array([np.linalg.solve(poses()[25], pose[:, 3]) for pose in poses().values()])
     beside = (abs(azimuth) > 1) & (abs(azimuth) < 179)
     assert np.array_equal(np.sign(in_front_camera[beside, 0]), np.sign(azimuth[beside]))
 
 
 def test_the_up_direction_of_half_a_rig_is_not_tilted_by_the_pitch_of_its_cameras():
-    where = [place for place in places() if abs(place[0]) <= 60 and place[1] != -24]
-    _, _directions, _, up = c.rig_directions(rig(where, SLANTED))
-    assert np.allclose(up, SLANTED[:3, 1])
+    where = np.array([place for place in places() if abs(place[0]) <= 60 and place[1] != -24])
+    half = {n if n else 25: pose for n, pose in poses(where, SLANTED).items()}  # its first camera is the front
+    order = np.argsort(list(half))
+    assert np.allclose(c.rig_geometry(half).elevation, where[order, 1])
 
 
 def test_parallel_axes_and_a_missing_front_camera_are_said_clearly():
     with pytest.raises(ValueError, match="meet in no point"):
-        c.rig_directions({"25": rig()["25"]})
+        c.rig_geometry({25: poses()[25]})
     with pytest.raises(ValueError, match="no camera 25"):
-        c.rig_layout({camera: entry for camera, entry in rig().items() if camera != "25"})
+        c.rig_geometry({camera: pose for camera, pose in poses().items() if camera != 25})
 
 
 def test_coverage_is_the_angle_to_the_direction_that_is_worst_off():
-    _, directions, _, _ = c.rig_directions(rig([(azimuth, 0, 1) for azimuth in range(0, 360, 10)]))
+    directions = rig([(azimuth, 0, 1) for azimuth in range(0, 360, 10)]).directions
     assert c.coverage(directions, [0, 9, 18, 27]) == pytest.approx((40, 80 / 36 * 10))
     assert c.coverage(directions, [0])[0] == pytest.approx(180)
     assert c.coverage(directions, []) == (180, 180)
@@ -127,10 +121,10 @@ def test_suggestions_are_the_optimum_that_brute_force_finds(seed):
 
 @pytest.mark.parametrize("views", [VIEWS_38, range(60)], ids=["38 views", "60 views"])
 def test_every_size_is_quick_and_never_worse_than_a_smaller_one(views):
-    directions, last = c.rig_directions(rig())[1], 180.0
+    directions, last = rig().directions, 180.0
     for n in range(1, len(views) + 1):
         start = time.process_time()
-        found = c.suggest_cameras(directions, views, n)
+        found = c.suggest_cameras(directions, views, n, 25)
         assert time.process_time() - start < 1
         assert len(set(found)) == n and 25 in found and set(found) <= set(views)
         largest, _ = c.coverage(directions, found)
@@ -140,17 +134,9 @@ def test_every_size_is_quick_and_never_worse_than_a_smaller_one(views):
 
 @WORLDS
 def test_suggestions_depend_neither_on_the_world_frame_nor_on_the_order_of_the_views(world):
-    reference, directions = c.rig_directions(rig())[1], c.rig_directions(rig(world=world))[1]
     for n in (4, 13):
-        best = c.suggest_cameras(reference, VIEWS_38, n)
-        assert best == c.suggest_cameras(directions, VIEWS_38[::-1], n)
-
-
-def test_impossible_numbers_are_refused():
-    directions = c.rig_directions(rig())[1]
-    for n, message in ((0, "at least 1"), (-3, "at least 1"), (39, "39 cameras were asked for; 38 have pictures")):
-        with pytest.raises(ValueError, match=message):
-            c.suggest_cameras(directions, VIEWS_38, n)
+        best = c.suggest_cameras(rig().directions, VIEWS_38, n, 25)
+        assert best == c.suggest_cameras(rig(world=world).directions, VIEWS_38[::-1], n, 25)
 
 
 # ---------------------------------------------------------------- layout and picture
@@ -169,63 +155,51 @@ def tiles(tmp_path_factory):
     size = huge.index(b"\xff\xc0") + 5
     huge[size : size + 4] = b"\xff" * 4  # 65535 x 65535 pixels
     views[55].write_bytes(huge)
-    return c.read_tiles(views)
+    tiles = {n: c.read_tile(path) for n, path in views.items()}
+    assert [n for n, tile in tiles.items() if tile is None] == UNREADABLE
+    return {n: tile for n, tile in tiles.items() if tile is not None}
 
 
 def test_the_layout_has_the_front_in_the_middle_rings_downward_and_the_closer_cameras_apart():
     layout = c.rig_layout(rig())
-    assert layout.row_labels == ["ring +30°", "ring +3°", "closer -3°", "ring -24°"]
-    assert [i for i in layout.ids if layout.row[i] == 2] == list(range(52, 60))
-    assert [i for i in layout.ids if layout.row[i] == 0] == list(range(0, 51, 3)) + [51]
-    assert layout.slot[24] == layout.slot[25] == layout.slot[26] == 16 and layout.columns[-1][0] == 34
-    assert layout.slot[22] == 18 and layout.slot[28] == 14 and layout.slot[51] == 34  # 22 on the right; 51 at the end
-    assert layout.slot[55] == 19  # half way from 20° to 40°
-    assert len(set(zip(layout.row, layout.slot))) == 60
-    assert layout.columns[8] == (16, "front") and layout.places[22] == "azimuth +20°, elevation +3°"
-    assert np.allclose(layout.spot[25] / np.hypot(*layout.spot[25]), (0, 1))  # at the bottom of the map
-
-
-def test_tiles_are_small_and_a_file_that_is_no_picture_has_none(tiles):
-    assert [n for n, tile in tiles.items() if tile is None] == UNREADABLE
-    assert {tile.shape for tile in tiles.values() if tile is not None} == {(335, 400, 3)}
+    row, slot = ([camera[key] for camera in layout["cameras"]] for key in ("row", "slot"))
+    assert layout["rows"] == ["ring +30°", "ring +3°", "closer -3°", "ring -24°"]
+    assert [i for i in range(60) if row[i] == 2] == list(range(52, 60))
+    assert [i for i in range(60) if row[i] == 0] == list(range(0, 51, 3)) + [51]
+    assert slot[24] == slot[25] == slot[26] == 16 and len(layout["columns"]) == 18
+    assert slot[22] == 18 and slot[28] == 14 and slot[51] == 34  # 22 on the right; 51 at the end
+    assert slot[55] == 19  # half way from 20° to 40°
+    assert len(set(zip(row, slot))) == 60
+    assert layout["columns"][8] == "front" and layout["cameras"][22]["label"] == "azimuth +20°, elevation +3°"
+    assert layout["cameras"][25]["x"] == 0 < layout["cameras"][25]["y"]  # at the bottom of the map
 
 
 def test_the_picture_shows_the_views_as_they_stand_and_frames_the_selected_ones(tiles):
-    layout = c.rig_layout(rig())
-    sheet = c.camera_grid(tiles, layout, [0, 25, 6, 59], "0018 s3_all")  # 6 has no picture, 59 an unreadable one
+    sheet = c.camera_grid(rig(), tiles, [0, 25], "0018 s3_all")
     width, height, left, top = 214, 168 + 14, 40, 40
-    for i, camera in enumerate(layout.ids):
-        x, y = left + layout.slot[i] * width // 2, top + layout.row[i] * height
-        shown = tiles.get(camera) is not None
-        assert abs(sheet[y + 100, x + 100] - ((4 * camera, 90, 250 - 4 * camera) if shown else c.LIGHT_GREY)).max() < 9
-        assert (tuple(sheet[y + 100, x - 2]) == c.BLUE) == (camera in (0, 25))
+    for i, camera in enumerate(c.rig_layout(rig())["cameras"]):
+        x, y = left + camera["slot"] * width // 2, top + camera["row"] * height
+        assert abs(sheet[y + 100, x + 100] - ((4 * i, 90, 250 - 4 * i) if i in tiles else c.LIGHT_GREY)).max() < 9
+        assert (tuple(sheet[y + 100, x - 2]) == c.BLUE) == (i in (0, 25))
     below = sheet[top + 4 * height :]
     assert (below < 100).any(2).sum() > 5000
 
 
-@pytest.mark.parametrize("where", [places(), places()[[24, 25, 26]], places()[:26]])
-def test_the_picture_and_the_page_work_with_one_view(tiles, where):
-    calibration = rig(where)
-    if len(where) == 3:  # a small rig, its front camera named 25
-        calibration = dict(zip(("24", "25", "26"), calibration.values()))
-    for views in ({25: tiles[25]}, {25: None}):
-        assert c.camera_grid(views, c.rig_layout(calibration), [25], "0018 s1_all").shape[1] >= 1600
-        assert "cameras" in c.camera_page(views, c.rig_layout(calibration), [25], "0018 s1_all")
+@pytest.mark.parametrize("cameras", [range(60), (24, 25, 26), range(26)])
+def test_the_picture_and_the_page_work_with_one_view_and_with_none(tiles, cameras):
+    few = c.rig_geometry({camera: poses()[camera] for camera in cameras})
+    for views in ({few.ids.index(25): tiles[25]}, {}):
+        assert c.camera_grid(few, views, list(views), "0018 s1_all").shape[1] >= 1600
+        assert len(data_of(c.camera_page(few, views, list(views), "0018 s1_all", 0))["selected"]) == len(views)
 
 
-def test_views_of_full_size_make_a_small_page(tmp_path):
+def test_views_of_full_size_make_a_small_page_that_loads_nothing(tmp_path):
     noise = np.random.default_rng(0).normal(120, 8, (2048, 2448, 1)).clip(0, 255).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "view.jpg"), noise, [cv2.IMWRITE_JPEG_QUALITY, 60])
-    full = dict.fromkeys(VIEWS_38, c.read_tiles({25: tmp_path / "view.jpg"})[25])
-    assert len(c.camera_page(full, c.rig_layout(rig()), VIEWS_38, "0018 s3_all")) < 3_000_000
-
-
-def test_text_in_the_page_is_escaped(tiles):
-    title = "</title><script>bad()</script>@DATA@"
-    page = c.camera_page(tiles, c.rig_layout(rig()), [25], title, "a & b")
-    assert "<script>bad" not in page and html.escape(title) in page and "a &amp; b" in page
-    assert "<" not in re.search(DATA, page, re.DOTALL)[1] and len(data_of(page)["cameras"]) == 60
-    assert not re.search(r"(src|href)=.?(https?:|//)|url\(", page.replace("http://www.w3.org", ""))
+    full = dict.fromkeys(VIEWS_38, c.read_tile(tmp_path / "view.jpg"))
+    page = c.camera_page(rig(), full, VIEWS_38, "0018 s3_all", 0)
+    assert len(page) < 3_000_000
+    assert not re.search(r"(src|href)=.?(https?:|//)|url\(|@[A-Z]+@", page)
 
 
 # ---------------------------------------------------------------- the page in a browser
@@ -257,12 +231,17 @@ def browser():
     driver.quit()
 
 
+@pytest.fixture(scope="module")
+def page_file(tiles, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "0018_s3_all.html"
+    path.write_text(c.camera_page(rig(), tiles, [0, 25], "0018 s3_all", 0), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
-def page(browser, tiles, tmp_path):
+def page(browser, page_file):
     """The page open in the browser, 0 and 25 selected; at the end its console must be empty."""
-    path = tmp_path / "0018_s3_all.html"
-    path.write_text(c.camera_page(tiles, c.rig_layout(rig()), [0, 6, 25], "0018 s3_all", "frame 0"), encoding="utf-8")
-    browser.get(path.as_uri())
+    browser.get(page_file.as_uri())
     yield browser
     assert browser.get_log("browser") == []
 
@@ -281,7 +260,7 @@ def expect(page, chosen):
     assert sorted(int(element.get_attribute("data-camera")) for element in pressed) == sorted(chosen)
     assert read("count").text == str(len(chosen))
     assert read("line").get_attribute("value") == f"cameras: {sorted(chosen)}"
-    directions = c.rig_directions(rig())[1]
+    directions = rig().directions
     assert read("coverage").text == (f"{c.coverage(directions, chosen)[0]:.1f}°" if chosen else "none")
     assert len(page.find_elements("css selector", ".dot.on")) == len(chosen)
     if chosen:
@@ -293,7 +272,7 @@ def expect(page, chosen):
 
 
 def test_a_click_on_a_view_toggles_it(page):
-    expect(page, [0, 25])  # 6 is selected and has no picture
+    expect(page, [0, 25])
     tile(page, 40).click()
     expect(page, [0, 25, 40])
     tile(page, 0).click()
@@ -303,17 +282,17 @@ def test_a_click_on_a_view_toggles_it(page):
 
 
 def test_the_buttons_choose_all_none_and_the_scripts_suggestions(page):
-    directions = c.rig_directions(rig())[1]
+    directions = rig().directions
     readable = [n for n in VIEWS_38 if n not in UNREADABLE]
     buttons = page.find_elements("css selector", "#presets button")
-    choices = [c.suggest_cameras(directions, readable, n) for n in c.SUGGESTED_COUNTS] + [readable, []]
+    choices = [c.suggest_cameras(directions, readable, n, 25) for n in c.SUGGESTED_COUNTS] + [readable, []]
     labels = [f"{len(best)} ({c.coverage(directions, best)[0]:.1f}°)" for best in choices[:-2]]
     assert [button.text for button in buttons] == labels + ["all", "none"]
     for button, choice in zip(buttons, choices):
         button.click()
         expect(page, choice)
         assert button.get_attribute("aria-pressed") == "true"
-    assert not page.find_elements("css selector", "#hole circle, #edge circle")
+    assert not page.find_elements("css selector", "#gap *")
 
 
 def test_the_keyboard_is_enough(page):
@@ -381,9 +360,6 @@ def test_it_follows_the_colour_scheme(page, scheme):
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory):
     """A workspace with s1_all (camera 25) and s3_all (38 views) extracted; not to be changed."""
-    import synthetic_release
-    from conftest import Workspace
-
     folder = tmp_path_factory.mktemp("cameras")
     synthetic_release.write_subject(
         folder / "release", "0018", performances=["s1_all", "s3_all"], frames=4, size=(128, 153), gaps={3: [1]}
@@ -426,12 +402,11 @@ def test_what_cannot_be_shown_is_a_clear_message(extracted, arguments, expected)
 def test_suggest_cameras_prints_the_coverage_and_the_line_to_paste(extracted):
     run = extracted.run("--suggest-cameras", "8")
     line = [int(n) for n in re.search(r"cameras: \[(.*)\]", run.out)[1].split(",")]
-    calibration = json.loads(extracted.path("0018", "s3_all", "calibration", "cameras.json").read_text())["cameras"]
-    _, directions, _, _ = c.rig_directions(calibration)
-    largest, mean = c.coverage(directions, line)
+    largest, mean = c.coverage(c.rig_geometry(c.read_poses(extracted.path("0018", "s3_all"))).directions, line)
     assert len(line) == 8 and 25 in line and set(line) <= set(VIEWS_38)
     assert f"{largest:.1f}°" in run.out and f"{mean:.1f}°" in run.out and "config.yaml now" in run.out
 
 
-def test_before_anything_is_extracted_there_is_nothing_to_suggest(workspace):
+def test_before_anything_is_extracted_there_is_nothing_to_suggest(tmp_path):
+    workspace = Workspace(tmp_path / "work", tmp_path)
     assert "extract one subject" in workspace.run("--suggest-cameras", "4", expect=2).err
