@@ -489,51 +489,20 @@ def lock_file(path: Path, wait: bool = True) -> int | None:
         os.close(descriptor)  # while we waited, the holder removed or replaced the file: this is the lock of nothing
 
 
-class SubjectLocks:
-    """Which subjects this process works on: a locked file each, beside the manifest that all processes share."""
-
-    def __init__(self, config: Config):
-        self.manifest = config.manifest
-        self.held: dict[str, int] = {}
-
-    def path(self, subject: str) -> Path:
-        return self.manifest.with_name(f".{self.manifest.name}.{subject}.lock")
-
-    def take(self, subject: str) -> bool:
-        """Return whether the subject is ours now."""
-        descriptor = lock_file(self.path(subject), wait=False)
-        if descriptor is not None:
-            self.held[subject] = descriptor
-        return descriptor is not None
-
-    def release(self, subject: str):
-        self.path(subject).unlink()
-        os.close(self.held.pop(subject))
-
-
 def replace_file(path: Path, content: bytes):
     """Put a whole new file in the place of one, on disk when this returns."""
     new = path.with_name(f".{path.name}.new")
-    with open(new, "wb") as file:
-        file.write(content)
-        os.fsync(file.fileno())
+    new.write_bytes(content)
+    sync_disk(path.parent)
     os.replace(new, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path):
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_disk(path.parent)
 
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 def sync_disk(folder: Path):
-    """Bring everything written to the disk of a folder onto it, with one call for any number of files."""
+    """Bring everything written to the disk of a folder onto it, with one call for any number of files and names."""
     if not hasattr(libc, "syncfs"):
         os.sync()
         return
@@ -552,7 +521,7 @@ def put_in_place(partial: Path, folder: Path):
         clear(old)
         os.rename(folder, old)
     os.rename(partial, folder)
-    sync_folder(folder.parent)
+    sync_disk(folder.parent)
     clear(old)
 
 
@@ -569,23 +538,6 @@ def paths_like(folder: Path, wildcard: str) -> list[Path]:
     return [Path(path) for path in glob.glob(f"{glob.escape(str(folder))}/{wildcard}")]
 
 
-def remove_empty(folder: Path):
-    with contextlib.suppress(OSError):
-        folder.rmdir()
-
-
-def free_bytes(folder: Path) -> int:
-    """Return the free bytes on the disk of a folder that need not be there yet."""
-    return shutil.disk_usage(existing(folder)).free
-
-
-def existing(folder: Path) -> Path:
-    """Return a folder, or the nearest one above it that is there."""
-    while not folder.exists():
-        folder = folder.parent
-    return folder
-
-
 def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
@@ -598,6 +550,10 @@ def gb(size: float) -> str:
 def duration(seconds: float) -> str:
     """Return a time in words: 4.2 s, 03:20, 2:05:00."""
     return f"{seconds:.1f} s" if seconds < 59.95 else tqdm.format_interval(seconds)
+
+
+def free_bytes(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
 
 
 # ---------------------------------------------------------------------------------------------- remote
@@ -2319,8 +2275,33 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], selected: lis
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
-    """Remove what a run that ended early has left of a subject, but for whole SMC files that are wanted (None: all)."""
+class SubjectLocks:
+    """Which subjects this process works on: a locked file each, beside the manifest that all processes share."""
+
+    def __init__(self, config: Config, manifest: Manifest):
+        self.config, self.manifest = config, manifest
+        self.held: dict[str, int] = {}
+
+    def path(self, subject: str) -> Path:
+        return self.manifest.path.with_name(f".{self.manifest.path.name}.{subject}.lock")
+
+    def take(self, subject: str) -> bool:
+        """Return whether the subject is ours now, without what a run that ended early has left of it."""
+        descriptor = lock_file(self.path(subject), wait=False)
+        if descriptor is not None:
+            self.held[subject] = descriptor
+            clean_up(self.config, self.manifest, subject)
+        return descriptor is not None
+
+    def release(self, subject: str):
+        clean_up(self.config, self.manifest, subject)
+        self.path(subject).unlink()
+        os.close(self.held.pop(subject))
+
+
+def clean_up(config: Config, manifest: Manifest, subject: str):
+    """Remove what is unfinished of a subject, but for whole SMC files of performances that are not done."""
+    manifest.refresh()
     finished = config.output_dir / subject
     if not finished.is_symlink():  # nothing is deleted through a link
         for path in paths_like(finished, "*.partial") + paths_like(finished, "*.old"):
@@ -2332,17 +2313,14 @@ def clean_up(config: Config, subject: str, wanted: set[Path] | None = None):
         if folder.is_symlink():  # not followed: rclone will make a folder
             clear(folder)
         for path in paths_like(folder, "*.smc*"):
+            name = SMC_NAME.match(path.name)
             whole = path.suffix == ".smc" and path.is_file() and not path.is_symlink()
-            if SMC_NAME.match(path.name) and not (whole and (wanted is None or path in wanted)):
+            if name and not (whole and state_of(config, manifest, subject, name["performance"]) != "done"):
                 clear(path)
-    remove_empty_temp(config, subject)
-
-
-def remove_empty_temp(config: Config, subject: str):
-    for folder in config.remote_folders(subject):
-        remove_empty(config.temp_dir / folder)
-        if folder != subject:
-            remove_empty((config.temp_dir / folder).parent)
+        for emptied in (folder, folder.parent):
+            if emptied != config.temp_dir:
+                with contextlib.suppress(OSError):  # it is not empty
+                    emptied.rmdir()
 
 
 def state_of(config: Config, manifest: Manifest, subject: str, performance: str) -> str:
@@ -2418,7 +2396,6 @@ def downloads(config: Config, manifest: Manifest, remote: Remote, locks: Subject
     held, unreachable = 0, 0
     for subject in subjects_to_do(config, manifest, remote, locks):
         jobs = plan(config, manifest, remote, subject)
-        clean_up(config, subject, wanted={path for job in jobs for path in job.paths(config)})
         failed = jobs and all(type(job.error) is RemoteError for job in jobs)
         unreachable = unreachable + 1 if failed else 0
         while True:
@@ -2454,11 +2431,9 @@ def subjects_to_do(config: Config, manifest: Manifest, remote: Remote, locks: Su
                 return
             time.sleep(0.5)
         else:
-            manifest.refresh()
             if has_work(config, manifest, subject):
                 yield subject
             else:
-                clean_up(config, subject, wanted=set())  # after a run that was killed between its last row and the end
                 locks.release(subject)
 
 
@@ -2473,7 +2448,7 @@ def lack_of_room(config: Config, jobs: list[Job], held: int) -> str | None:
     if held + total > config.max_temp_size_gb * GB:
         return f"{config.temp_dir} would hold {gb(held + total)}, more than storage.max_temp_size_gb"
     needs = {config.temp_dir: coming, config.output_dir: held + total}
-    if existing(config.temp_dir).stat().st_dev == existing(config.output_dir).stat().st_dev:
+    if config.temp_dir.stat().st_dev == config.output_dir.stat().st_dev:
         needs = {config.output_dir: coming + held + total}
     for folder, need in needs.items():
         free = free_bytes(folder)
@@ -2558,7 +2533,6 @@ def delete_smc(job: Job, config: Config):
     for path in job.paths(config):  # and what else begins with its name: see SelectedFile
         for each in paths_like(path.parent, f"{path.name}*"):
             clear(each)
-    remove_empty_temp(config, job.subject)
 
 
 def error_text(error: Exception) -> str:
@@ -2699,7 +2673,9 @@ class Summary:
 
 def run(config: Config, manifest: Manifest, remote: Remote) -> int:
     """Download, extract, note and delete, subject by subject. Return the exit code."""
-    log_file, locks, summary = open_log(config), SubjectLocks(config), Summary()
+    for folder in (config.temp_dir, config.output_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+    log_file, locks, summary = open_log(config), SubjectLocks(config, manifest), Summary()
     try:
         with ThreadPoolExecutor(1) as thread, remote:
             for turn in one_ahead(downloads(config, manifest, remote, locks), thread):
@@ -2712,7 +2688,6 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
                     locks.release(turn.subject)
     finally:
         for subject in list(locks.held):
-            clean_up(config, subject)
             locks.release(subject)
         summary.show(config, manifest)
         log.info("The log is %s", log_file)
@@ -2738,17 +2713,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--redo", action="store_true", help="do them again whatever the manifest says (needs --subject)")
     add("--dry-run", action="store_true", help="list what would be downloaded, with sizes and states")
     add("--status", action="store_true", help="progress from the manifest")
-    add(
-        "--inspect",
-        nargs="+",
-        metavar="FILE.smc",
-        help="what is inside SMC files (a raw and its anno file as one performance); needs no config",
-    )
-    add(
-        "--camera-grid",
-        metavar="0018/s3_all",
-        help="write a picture and a page of every view, laid out as the cameras stand",
-    )
+    add("--inspect", nargs="+", metavar="FILE.smc", help="what is inside SMC files; needs no config")
+    add("--camera-grid", metavar="0018/s3_all", help="write a picture and a page of every view, as the cameras stand")
     add("--frame", type=int, metavar="N", help="the frame for --camera-grid (default: the first)")
     add("--suggest-cameras", type=int, metavar="N", help="the N views that cover 360 degrees best")
     add("--verbose", action="store_true", help="debug messages on the console as well as in the log")
@@ -2757,18 +2723,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def configure(arguments: argparse.Namespace) -> Config:
     """Return the config, with what the command line has to say instead."""
-    config, changes = load_config(arguments.config), {"redo": arguments.redo}
-    for option, names, parse in (
-        ("subject", arguments.subject, list_of(subject_id, "0018")),
-        ("performance", arguments.performance, list_of(performance_name, "s1_all")),
-    ):
-        try:
-            changes |= {f"{option}s": parse(names)} if names else {}
-        except ValueError as error:
-            raise ConfigError(f"--{option}: {error}") from None
+    config = load_config(arguments.config)
     if arguments.redo and not arguments.subject:
         raise ConfigError("--redo needs --subject: name the subjects that are to be done again")
-    return replace(config, **changes)
+    try:
+        subjects = subject_list(arguments.subject or config.subjects or "all")
+        performances = performance_list(arguments.performance or config.performances or "all")
+    except ValueError as error:
+        raise ConfigError(f"--subject, --performance: {error}") from None
+    return replace(config, subjects=subjects, performances=performances, redo=arguments.redo)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -219,7 +219,7 @@ def test_what_a_crash_left_of_a_finished_subject_is_cleaned_up(tmp_path, release
         "temp_smc/0018/0018_s1_all_raw.smc",
         "temp_smc/0018/0018_s2_all_raw.smc.3f2a.partial",
         "subjects/0018/s1_all.partial/x",
-        ".MANIFEST.csv.locks/0018",
+        ".MANIFEST.csv.0018.lock",
     ):
         path = workspace.folder / path
         path.parent.mkdir(parents=True, exist_ok=True)

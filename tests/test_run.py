@@ -432,7 +432,7 @@ def test_too_little_free_space_stops_before_the_download_with_exit_3(workspace):
     workspace.write_config(storage={"min_free_gb": 900000})
     environment, calls = rclone_log(workspace)
     run = workspace.run(environment=environment, expect=3)
-    assert "min_free_gb" in run.err and "copy" not in calls() and not workspace.path().exists()
+    assert "min_free_gb" in run.err and "copy" not in calls() and not any(workspace.path().iterdir())
 
 
 def test_dry_run_lists_sizes_and_states_and_touches_nothing(workspace):
