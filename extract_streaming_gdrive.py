@@ -97,7 +97,7 @@ REQUEST_BLOCKS = 1024  # blocks that one request fetches at most
 FETCHERS = 16  # requests under way
 FETCH_TRIES = 10  # consecutive requests without a byte before a fetch fails
 FETCH_TIMEOUT_S = 900  # seconds without a byte before a request fails; rclone gives up after about five minutes
-REPORT_BYTES = 16 << 20  # of pictures: that many are reported at once
+REPORTED_PICTURES = 50  # about 16 MB, after which an extraction tells how far it is and looks at the free space
 MEMORY_LIMIT = 700 << 20  # that unpacking may take; damaged files can ask for any amount
 DECODER_MEMORY = 48 << 20  # that each decoding thread may take besides: a picture's pixels in colour, and its stack
 
@@ -985,7 +985,7 @@ def fetch_selection(job: Job, config: Config, server: tuple[int, str], report: C
 
 def selected(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
     """Return the cameras that are asked for among those that have a modality; [None] where it is not by camera."""
-    if modality not in BY_CAMERA:
+    if modality not in PER_CAMERA:
         return [None] * reader.has(modality)
     return [camera for camera in reader.cameras(modality) if asked is None or camera in asked]
 
@@ -1042,21 +1042,22 @@ def opened(job: Job, config: Config) -> SMCReader:
 
 
 class Extraction:
-    """One performance being unpacked into its `.partial` folder: what the writers below share, and what they have
-    found.
+    """One performance being unpacked into its `.partial` folder: what the writers below share, and what they found.
 
-    missing, damaged: {modality: {camera: [frames]}}, or {modality: [frames or cameras]} where there is one folder for
-    all. send: what `report` passes its news to: pictures=n for n pictures more, total=n for all that will come."""
+    pictures: {"images" or "masks": {"25": {frame: (name below the folder, height, width)}}} of those that are not
+    damaged. missing, damaged: {modality: {"25": [frames]}}, or {modality: [numbers]} where one folder holds all. send:
+    what `report` passes its news to: pictures=n for n pictures more, total=n for all that will come."""
 
     def __init__(self, job: Job, config: Config, reader: SMCReader, send: Callable):
         self.job, self.config, self.reader, self.send = job, config, reader, send
         self.folder = config.partial(job.subject, job.performance)
         self.bytes = 0
+        self.pictures: dict[str, dict] = {"images": {}, "masks": {}}
         self.frames: dict[str, int] = {}
         self.missing: dict[str, dict] = {}
         self.damaged: dict[str, dict] = {}
         resolution = reader.Camera_info["resolution"]
-        self.resolution = None if resolution is None else [int(n) for n in resolution]
+        self.resolution = None if resolution is None else resolution.tolist()
 
     def report(self, **news):
         """Tell the parent process how far it is. Raise OSError where the disk has no more room."""
@@ -1066,8 +1067,7 @@ class Extraction:
 
     def selected(self, modality: str) -> list[int]:
         """Return the cameras to extract among those that have the modality."""
-        asked = self.job.cameras
-        return [camera for camera in self.reader.cameras(modality) if asked is None or camera in asked]
+        return selected(self.reader, modality, self.job.cameras)
 
     def save(self, name: str, content: bytes | memoryview):
         """Write one file of the performance's folder."""
@@ -1092,16 +1092,17 @@ def write_pictures(task: Extraction, modality: str):
     """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes."""
     stored = {}
     for camera in task.selected(modality):
-        name, pictures = f"{camera:02d}", task.reader.iter_encoded(modality, camera)
-        stored[name], damaged = store_pictures(task, modality, f"{modality}/cam_{name}", pictures)
+        pictures, name = task.reader.iter_encoded(modality, camera), f"{camera:02d}"
+        good, damaged = store_pictures(task, modality, f"{modality}/cam_{name}", pictures)
+        task.pictures[modality][name], stored[name] = good, {*good, *damaged}
         if damaged:
             task.damaged.setdefault(modality, {})[name] = damaged
     if modality == "images":
         task.frames = {camera: len(numbers) for camera, numbers in stored.items()}
     expected = expected_frames(task.reader, stored.values())
     for camera, numbers in stored.items():
-        if expected - set(numbers):
-            task.missing.setdefault(modality, {})[camera] = sorted(expected - set(numbers))
+        if expected - numbers:
+            task.missing.setdefault(modality, {})[camera] = sorted(expected - numbers)
 
 
 def expected_frames(reader: SMCReader, of_cameras: Iterable[Iterable[int]]) -> set[int]:
@@ -1111,56 +1112,51 @@ def expected_frames(reader: SMCReader, of_cameras: Iterable[Iterable[int]]) -> s
     return set(range(reader.num_frame)) if max(there, default=0) < reader.num_frame else there
 
 
-def write_uv_textures(task: Extraction, modality: str):
-    """uv_textures/frame_000000.png: the stored bytes."""
-    _, damaged = store_pictures(task, modality, modality, task.reader.iter_encoded(modality))
-    if damaged:
-        task.damaged[modality] = damaged
-
-
-def write_scan_masks(task: Extraction, modality: str):
-    """scan_masks/cam_00.png: the stored bytes."""
-    selected = set(task.selected(modality))
-    pictures = ((camera, data) for camera, data in task.reader.iter_encoded(modality) if camera in selected)
-    _, damaged = store_pictures(task, modality, modality, pictures, name="cam_{:02d}")
+def write_numbered_pictures(task: Extraction, modality: str):
+    """uv_textures/frame_000000.png and scan_masks/cam_00.png: the stored bytes."""
+    pictures, name = task.reader.iter_encoded(modality), "frame_{:06d}"
+    if modality == "scan_masks":
+        cameras, name = task.selected(modality), "cam_{:02d}"
+        pictures = ((camera, data) for camera, data in pictures if camera in cameras)
+    _, damaged = store_pictures(task, modality, modality, pictures, name)
     if damaged:
         task.damaged[modality] = damaged
 
 
 def store_pictures(
     task: Extraction, modality: str, folder: str, pictures: Iterable[tuple[int, bytes]], name: str = "frame_{:06d}"
-) -> tuple[list[int], list[int]]:
-    """Write numbered pictures to a folder and check what is there then. Return the numbers of those written, and of the
-    damaged ones among them, which are written as they are: not whole, not of the performance's size or, with
-    `verify: full`, impossible to decode. Empty ones are not written."""
-    path, usual = task.folder / folder, "jpg" if modality == "images" else "png"
-    resolution = task.resolution if modality in ("images", "masks") else None
-    files: dict[int, str] = {}
-    sizes, damaged, reported, unreported_bytes = {}, set(), 0, 0
+) -> tuple[dict[int, tuple[str, int, int]], list[int]]:
+    """Write numbered pictures to a folder and check what is there then. Return {number: (name below the performance's
+    folder, height, width)} of the good ones, and the numbers of the damaged ones, which are written as they are: not
+    whole, not of the performance's size or, with `verify: full`, impossible to decode. Empty ones are not written."""
+    usual, resolution = ("jpg", task.resolution) if modality == "images" else ("png", None)
+    resolution = task.resolution if modality == "masks" else resolution
+    stored: dict[int, tuple[str, int, int]] = {}
+    sizes, damaged, unreported = {}, set(), 0
     # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
     for number, data in pictures:
         if not data:
             continue
-        if not files:
-            path.mkdir(parents=True, exist_ok=True)
+        if not stored:
+            (task.folder / folder).mkdir(parents=True, exist_ok=True)
         picture = probe_picture(data)
-        files[number] = file = f"{name.format(number)}.{picture.format or usual}"
-        write_new(f"{path}/{file}", data)
-        sizes[file] = len(data)
+        file = f"{name.format(number)}.{picture.format or usual}"
+        write_new(f"{task.folder}/{folder}/{file}", data)
+        stored[number], sizes[file] = (f"{folder}/{file}", picture.height, picture.width), len(data)
         if not picture.whole or resolution not in (None, [picture.height, picture.width]):
             damaged.add(number)
-        unreported_bytes += len(data)
-        if unreported_bytes > REPORT_BYTES:
-            task.report(pictures=len(files) - reported)
-            reported, unreported_bytes = len(files), 0
-    task.report(pictures=len(files) - reported)
-    if files:
-        check_folder(path, sizes)
+        unreported += 1
+        if unreported == REPORTED_PICTURES:
+            task.report(pictures=unreported)
+            unreported = 0
+    task.report(pictures=unreported)
+    if stored:
+        check_folder(task.folder / folder, sizes)
         task.bytes += sum(sizes.values())
         if task.config.verify == "full":
-            whole = {number: f"{path}/{file}" for number, file in files.items() if number not in damaged}
+            whole = {number: f"{task.folder}/{stored[number][0]}" for number in stored if number not in damaged}
             damaged |= undecodable(whole, task.config.workers)
-    return sorted(files), sorted(damaged)
+    return {number: stored[number] for number in stored if number not in damaged}, sorted(damaged)
 
 
 def undecodable(files: dict[int, str], workers: int) -> set[int]:
@@ -1181,14 +1177,12 @@ def undecodable(files: dict[int, str], workers: int) -> set[int]:
 
     before = said()
     with ThreadPoolExecutor(workers) as threads:
-        bad = {number for number, good in zip(files, threads.map(decodes, files.values())) if not good}
-    if said() == before:
-        return bad
-    for number, file in files.items():
-        before = said()
-        if not decodes(file) or said() > before:
-            bad.add(number)
-    return bad
+        good = dict(zip(files, threads.map(decodes, files.values())))
+    if said() > before:
+        for number, file in files.items():
+            before = said()
+            good[number] = decodes(file) and said() == before
+    return {number for number in files if not good[number]}
 
 
 def check_folder(folder: Path, sizes: dict[str, int]):
@@ -1272,48 +1266,29 @@ def write_transforms(task: Extraction, modality: str):
 
     Each picture has its own intrinsics, and none stand at the top, where loaders would take them for those of all
     cameras."""
-    calibration = task.reader.get_Calibration_all()
-    images, masks = good_pictures(task, "images"), good_pictures(task, "masks")
-    for camera in set(images) - set(calibration):
+    images, masks, calibration = task.pictures["images"], task.pictures["masks"], task.reader.get_Calibration_all()
+    for camera in images.keys() - calibration:
         task.reader.oddities.append(f"{task.job}: camera {camera} has no calibration and is not in transforms.json")
-        del images[camera]
-    if not images:
+    cameras = [camera for camera in images if images[camera] and camera in calibration]
+    timesteps = sorted({frame for camera in cameras for frame in images[camera]})
+    if not cameras:
         return
-    timesteps = {frame: index for index, frame in enumerate(sorted(set().union(*images.values())))}
+    timestep_of, lines = {frame: index for index, frame in enumerate(timesteps)}, []
+    for index, camera in enumerate(cameras):
+        for frame in sorted(images[camera]):
+            name, height, width = images[camera][frame]
+            entry = {"file_path": name}
+            if frame in masks.get(camera, ()):
+                entry["mask_path"] = entry["fg_mask_path"] = masks[camera][frame][0]
+            entry.update(timestep_index=timestep_of[frame], timestep_id=f"{frame:06d}", camera_index=index)
+            entry.update(camera_id=camera, **view(calibration[camera], height, width))
+            lines.append(json.dumps(entry, allow_nan=False))
     top = {"camera_model": "OPENCV", "fps": task.reader.fps()}
     if (task.folder / "audio/audio.wav").is_file():
         top["audio_path"] = "audio/audio.wav"
-    top.update(camera_indices=list(range(len(images))), timestep_indices=list(timesteps.values()))
-    lines = []
-
-    @functools.cache
-    def of_camera(index: int, camera: str, height: int, width: int) -> str:
-        """Return what all pictures of a size have in common, which is most of the text."""
-        of_all = {"camera_index": index, "camera_id": camera, **view(calibration[camera], height, width)}
-        return json.dumps(of_all, allow_nan=False)[1:]
-
-    for index, (camera, files) in enumerate(images.items()):
-        for frame, name in files.items():
-            size = task.resolution or probe_picture((task.folder / name).read_bytes())[1:3]
-            mask = masks.get(camera, {}).get(frame)
-            entry = {"file_path": name, **({"mask_path": mask, "fg_mask_path": mask} if mask else {})}
-            entry.update(timestep_index=timesteps[frame], timestep_id=f"{frame:06d}")
-            lines.append(f"{json.dumps(entry)[:-1]}, {of_camera(index, camera, *size)}")
+    top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(timestep_of.values()))
     frames = ",\n".join(lines)
     task.save("transforms.json", f'{json.dumps(top, allow_nan=False)[:-1]}, "frames": [\n{frames}\n]}}\n'.encode())
-
-
-def good_pictures(task: Extraction, modality: str) -> dict[str, dict[int, str]]:
-    """Return {"25": {frame: "images/cam_25/frame_000000.jpg"}, …} of what is there and not damaged, in order."""
-    found: dict[str, dict[int, str]] = {}
-    for folder in sorted((task.folder / modality).glob("cam_*")):
-        camera = folder.name[4:]
-        frames = {int(name[6:].partition(".")[0]): f"{modality}/{folder.name}/{name}" for name in os.listdir(folder)}
-        damaged = set(task.damaged.get(modality, {}).get(camera, ()))
-        good = {frame: frames[frame] for frame in sorted(frames) if frame not in damaged}
-        if good:
-            found[camera] = good
-    return found
 
 
 def view(camera: dict, height: int, width: int) -> dict:
@@ -1358,9 +1333,9 @@ WRITERS: dict[str, Callable[[Extraction, str], None]] = {
     "keypoints2d": write_keypoints2d,
     "keypoints3d": write_keypoints3d,
     "flame": write_flame,
-    "uv_textures": write_uv_textures,
+    "uv_textures": write_numbered_pictures,
     "scan": write_scan,
-    "scan_masks": write_scan_masks,
+    "scan_masks": write_numbered_pictures,
     "transforms": write_transforms,  # the last, from what the others have written
 }
 
@@ -1468,10 +1443,15 @@ def numbers_text(numbers: Iterable[int]) -> str:
 
 
 def extract_apart(job: Job, config: Config) -> dict:
-    """Return what `extract` returns, called in a process of its own. Raise SMCError or OSError."""
+    """Return what `extract` returns, called in a process of its own, under a bar. Raise SMCError or OSError."""
     full = config.verify == "full"
     limits = MEMORY_LIMIT + DECODER_MEMORY * config.workers * full, cpu_limit(job.bytes, full)
-    with extraction_progress(job) as show:
+
+    def show(pictures: int = 0, total: int | None = None):
+        progress.total = total or progress.total
+        progress.update(pictures)
+
+    with bar(desc=str(job), unit=" pictures") as progress:
         return apart(extract, job, config, name=job.files[0].name, limits=limits, show=show)
 
 
@@ -2602,19 +2582,6 @@ def download_progress(jobs: list[Job]):
         yield show
     seconds, came = time.monotonic() - begin, sum(job.fetched for job in jobs)
     log.info("%s: downloaded %s in %s (%s/s)", subject, gb(came), duration(seconds), gb(came / max(seconds, 0.001)))
-
-
-@contextlib.contextmanager
-def extraction_progress(job: Job):
-    """Show an extraction as a bar. Give what to call with the pictures written and their total."""
-
-    def show(pictures: int = 0, total: int | None = None):
-        if total is not None:
-            progress.total = total
-        progress.update(pictures)
-
-    with bar(desc=str(job), unit=" pictures") as progress:
-        yield show
 
 
 class Summary:
