@@ -68,7 +68,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from renderme_360_reader_new import NUM_CAMERAS, SMCError, SMCReader, printable, probe_picture
+from renderme_360_reader_new import MODALITIES, NUM_CAMERAS, SMCError, SMCReader, printable, probe_picture
 
 SPEECH = ["s1_all", "s2_all", "s3_all", "s4_all", "s5_all", "s6_all"]
 S3_VIEWS = {0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27, 28, 29}  # of every subject seen
@@ -121,19 +121,9 @@ class StopEarly(Exception):
 class RemoteError(Exception):
     """Something cannot be had from the remote: exit 1. `status` is what the manifest calls that."""
 
-    status = "download_failed"
-
-
-class QuotaError(RemoteError):
-    """Drive's download quota for a file is used up."""
-
-    status = "quota_exceeded"
-
-
-class AbsentError(RemoteError):
-    """A performance is not on the remote."""
-
-    status = "absent"
+    def __init__(self, message: str, status: str = "download_failed"):
+        super().__init__(message)
+        self.status = status
 
 
 class Interrupted(BaseException):
@@ -168,13 +158,10 @@ def composed(path: str) -> yaml.Node | None:
     """Return the syntax tree of a YAML file, which knows the line of each value."""
     try:
         return yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
-        raise ConfigError(f"{path}: cannot be read: {reason}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"{path}, line {mark.line + 1}" if mark else path
-        raise ConfigError(f"{place}: this is no YAML: {getattr(error, 'problem', error)}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: this is no YAML: {printable(' '.join(str(error).split()), 200)}") from None
 
 
 def mapping(path: str, node: yaml.Node | None, section: str, known: Iterable[str]) -> dict[str, yaml.Node]:
@@ -235,6 +222,7 @@ def matching(pattern: str, what: str, kind: type = str) -> Callable:
     return parse
 
 
+subject_id = matching(SUBJECT.pattern, "subject: subjects are four digits such as '0018'")
 remote_name = matching(r"[\w.+@][\w.+@ -]*", "name of an rclone remote (write it without the colon)")
 folder_id = matching(
     r"(?!YOUR_SHARED_FOLDER_ID)([A-Za-z0-9_][A-Za-z0-9_-]*)?",
@@ -242,17 +230,6 @@ folder_id = matching(
 )
 performance_name = matching(PLAIN_NAME.pattern, "performance: they have names such as s1_all, e0 or h1_3bk")
 camera_number = matching("0?[0-9]|[1-5][0-9]", "camera: cameras are whole numbers from 0 to 59", int)
-
-
-def subject_id(value) -> str:
-    if SUBJECT.fullmatch(text(value)):
-        return value
-    near = f"; did you mean {value.zfill(4)!r}?" if re.fullmatch("[0-9]{1,3}", value) else ""
-    raise ValueError(f"{value!r} is no subject: subjects are four digits such as '0018'{near}")
-
-
-def modality_name(value) -> str:
-    return choice(*WRITERS)(value)
 
 
 def choice(*known: str) -> Callable:
@@ -311,7 +288,7 @@ def setting(section: str, parse: Callable, default=...) -> dict:
 
 subject_list = list_of(subject_id, '["0018", "0026"]', word_all=True)
 performance_list = list_of(performance_name, "[s1_all, s3_all]", word_all=True)
-modality_list = list_of(modality_name, "[images, audio]")
+modality_list = list_of(choice(*MODALITIES), "[images, audio]")
 
 
 @dataclass(frozen=True)
@@ -582,6 +559,7 @@ class Job:
     cameras: set[int] | None  # None: all
     modalities: list[str]
     error: Exception | None = None  # why there is nothing to extract
+    here: bool = False  # its files are in temp_dir, whole or what is selected of them
     download_s: float = 0.0
     fetched: int = 0  # bytes that were downloaded
     selection: int = 0  # bytes that a selective download of it is expected to bring; 0 for all
@@ -596,21 +574,23 @@ class Job:
         """Return what it takes in temp_dir at most."""
         return 0 if self.error else self.fetched or self.selection or self.bytes
 
+    @property
+    def hit_the_quota(self) -> bool:
+        return getattr(self.error, "status", "") == "quota_exceeded"
+
     def paths(self, config: Config) -> list[Path]:
         """Return where its files are in temp_dir."""
         return [config.temp_dir / file.path for file in self.files]
 
-    def is_here(self, config: Config, certain: bool = False) -> bool:
-        """Return whether its files are whole in temp_dir. Unless that is certain, their times too have to be the
-        remote's: rclone sets them last."""
-        try:
+    def look(self, config: Config, certain: bool = False):
+        """See whether its files are whole in temp_dir. Unless rclone is certain, their times too have to be those of
+        the remote: rclone sets them last."""
+        with contextlib.suppress(OSError):
             found = [(path.lstat(), file) for path, file in zip(self.paths(config), self.files)]
-        except OSError:
-            return False
-        return all(
-            status.st_size == file.bytes and (certain or abs(status.st_mtime - file.modified) < 2)
-            for status, file in found
-        )
+            self.here = all(
+                status.st_size == file.bytes and (certain or abs(status.st_mtime - file.modified) < 2)
+                for status, file in found
+            )
 
     def __str__(self):
         return f"{self.subject} {self.performance}"
@@ -715,49 +695,43 @@ class Remote:
             return []
         raise RemoteError(f"the remote {self.root}{folder} cannot be listed: {reason}")
 
-    def download(self, jobs: list[Job], show: Callable[[int], None]) -> list[Job]:
-        """Bring the files of some jobs to temp_dir. Return the jobs that were tried: all, unless the quota is used up.
-        A job whose files did not come has its `error` then. rclone itself retries, and checks the md5.
+    def download(self, jobs: list[Job], show: Callable[[int], None]):
+        """Bring the files of some jobs to temp_dir with one call of rclone, which retries and checks the md5. A job
+        whose files did not come has its `error` then. But a used-up quota ends rclone for all files at once: then the
+        others have none, and can come with another call.
 
         show: called with the number of bytes that have come so far."""
-        waiting, begin, before = list(jobs), time.monotonic(), 0
-        while waiting and not self.stopped and not self.quota_is_used_up():
-            came, complete, said = self.copy([file for job in waiting for file in job.files], before, show)
-            before += came
-            missing = [job for job in waiting if not job.is_here(self.config, certain=complete)]
-            for job in missing:
-                job.error = remote_error(*(said[file.path] for file in job.files if file.path in said), said.get(""))
-            refused = [job for job in missing if isinstance(job.error, QuotaError)]
-            self.note_refusals(len(refused), came=len(missing) < len(waiting))
-            # A used-up quota ends rclone for all files at once: the others go on without that one.
-            waiting = [job for job in missing if job not in refused] if refused else []
-            for job in waiting:
-                job.error = None
-        tried = [job for job in jobs if job not in waiting]
-        for job in tried:
-            job.fetched = 0 if job.error else job.bytes
-            job.download_s = (time.monotonic() - begin) * job.bytes / max(1, sum(job.bytes for job in tried))
-        return tried
+        begin = time.monotonic()
+        content, said = self.copy([file for job in jobs for file in job.files], show)
+        for job in jobs:
+            job.look(self.config, certain=content)
+            job.fetched = job.bytes * job.here
+            job.download_s = (time.monotonic() - begin) * job.bytes / max(1, sum(job.bytes for job in jobs))
+        missing = [job for job in jobs if not job.here]
+        for job in missing:
+            job.error = remote_error(*(said[file.path] for file in job.files if file.path in said), said.get(""))
+        refused = [job for job in missing if job.hit_the_quota]
+        for job in missing if refused else []:
+            job.error = job.error if job in refused else None
+        self.note_refusals(len(refused), came=len(missing) < len(jobs))
 
-    def copy(self, files: list[RemoteFile], before: int, show: Callable[[int], None]) -> tuple[int, bool, dict]:
-        """Call rclone once. Return the bytes that have come, whether rclone is content, and {path: last error, "": last
-        error without a path}.
-
-        show: called with the bytes that have come, and those that had come before."""
-        places, came, said = [self.root, str(self.config.temp_dir)], 0, {}
-        command = self.command("copy", "--files-from-raw", "-", *RCLONE_LOG, places=places)
+    def copy(self, files: list[RemoteFile], show: Callable[[int], None]) -> tuple[bool, dict[str, str]]:
+        """Call rclone once. Return whether it is content, and {path: last error, "": last error without a path}."""
+        command = self.command(
+            "copy", "--files-from-raw", "-", *RCLONE_LOG, places=[self.root, str(self.config.temp_dir)]
+        )
+        said: dict[str, str] = {}
         with self.start(command, stdin="".join(f"{file.path}\n" for file in files).encode()) as process:
             for line in process.stderr:
                 entry = json_or_text(line)
                 if "stats" in entry:
-                    came = int(entry["stats"].get("bytes", 0))
-                    show(before + came)
+                    show(int(entry["stats"].get("bytes", 0)))
                     continue
                 log.debug("rclone: %s %s", entry.get("object", ""), entry["msg"].strip())
                 if entry.get("level") in ("error", "critical", "fatal"):
                     # A file has a longer name while it is written.
                     said[re.sub(r"(\.smc)\..*", r"\1", entry.get("object", ""))] = plain(entry["msg"])
-        return came, process.returncode == 0, said
+        return process.returncode == 0, said
 
     def note_refusals(self, number: int, came: bool):
         """Count the files in a row whose quota is used up. `came`: others came before these."""
@@ -767,21 +741,13 @@ class Remote:
         """Return whether so many files in a row were refused that the others would be too."""
         return len(self.refusals) >= FAILURES_IN_A_ROW
 
-    def check_quota(self):
-        if self.quota_is_used_up():
-            again = datetime.fromisoformat(self.refusals[0]) + QUOTA_LASTS
-            raise StopEarly(
-                f"Drive's download quota has been used up since {self.refusals[0]}, for {len(self.refusals)} files in "
-                "a row. It is renewed after about a day: run the same command again after "
-                f"{again.isoformat(timespec='minutes')}"
-            )
-
 
 def remote_error(*said: str | None) -> Exception:
     """Return the exception that the first of some messages of rclone stands for."""
     reason = next(filter(None, said), "rclone did not bring it, and did not say why")
     if "downloadQuotaExceeded" in reason:
-        return QuotaError("Drive's download quota for this file is used up; it is renewed after about a day")
+        said = "Drive's download quota for this file is used up; it is renewed after about a day"
+        return RemoteError(said, "quota_exceeded")
     if any(words in reason for words in RCLONE_DISK_FULL):
         return OSError(errno.ENOSPC, reason)
     return RemoteError(reason)
@@ -797,13 +763,12 @@ def json_or_text(line: bytes) -> dict:
 
 
 def plain(said: str) -> str:
-    """Return a message of rclone without its time and level, the chain of its functions, and addresses half a screen
-    long."""
-    said = re.sub(r"^\d\S+ \d\S+ *(?:[A-Z]+ *: *)*", "", " ".join(said.split()))
-    said = re.sub(
-        r"Failed to \w+(?: with \d+ errors)?: |last error was: |error in ListJSON: |couldn't list directory: ", "", said
+    """Return a message of rclone without its time and level, the chain of its functions, and long addresses."""
+    noise = (
+        r"^\d\S+ \d\S+ *(?:[A-Z]+ *: *)*|(?:Failed to \w+(?: with \d+ errors)?|last error was|error in ListJSON|"
+        r'couldn\'t list directory|(?:Get|Post) "https?://[^"]*"): '
     )
-    return printable(re.sub(r'(?:Get|Post) "https?://[^"]*": ', "", said), 300)
+    return printable(re.sub(noise, "", " ".join(said.split())), 300)
 
 
 # ---------------------------------------------------------------------------------------------- selective download
@@ -1014,6 +979,7 @@ def fetch_apart(remote: Remote, job: Job, show: Callable):
         job.blocks, job.fetched = apart(
             fetch_selection, job, remote.config, address, name=name, limits=limits, show=show
         )
+        job.here = True
         log.info("%s: fetched %s of %s", job, gb(job.fetched), gb(job.bytes))
     except FetchError as error:
         end = time.monotonic() + 1  # rclone's log can be later than its answer
@@ -1027,7 +993,7 @@ def fetch_apart(remote: Remote, job: Job, show: Callable):
             job.error = RemoteError(f"{name}: it changed on the remote while it was read; run again")
     except RemoteError as error:
         job.error = job.error or error
-    remote.note_refusals(int(isinstance(job.error, QuotaError)), came=not job.error)
+    remote.note_refusals(int(job.hit_the_quota), came=not job.error)
     job.download_s = time.monotonic() - begin
 
 
@@ -1129,8 +1095,7 @@ def store_pictures(
     """Write numbered pictures to a folder and check what is there then. Return {number: (name below the performance's
     folder, height, width)} of the good ones, and the numbers of the damaged ones, which are written as they are: not
     whole, not of the performance's size or, with `verify: full`, impossible to decode. Empty ones are not written."""
-    usual, resolution = ("jpg", task.resolution) if modality == "images" else ("png", None)
-    resolution = task.resolution if modality == "masks" else resolution
+    usual, resolution = "jpg" if modality == "images" else "png", task.resolution if modality in BY_CAMERA else None
     stored: dict[int, tuple[str, int, int]] = {}
     sizes, damaged, unreported = {}, set(), 0
     # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
@@ -1504,10 +1469,13 @@ def start_without_signals(process):
 
 
 def in_child(pipe, parent: int, name: str, limits: tuple[int, int], work: Callable, arguments: tuple):
-    """Do what the process of `apart` is for."""
+    """Do what the process of `apart` is for. On Linux it ends with its parent, elsewhere with the next report."""
+    if hasattr(libc, "prctl"):
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        return
     memory, seconds = limits
     try:
-        die_with(parent)
         limit_resources(memory, seconds)
         # What libraries print goes to a file: see undecodable.
         said, file = tempfile.mkstemp()
@@ -1522,17 +1490,8 @@ def in_child(pipe, parent: int, name: str, limits: tuple[int, int], work: Callab
         pipe.send(("error", SMCError(f"{name}: {type(error).__name__}: {printable(str(error), 200)}")))
 
 
-def die_with(parent: int):
-    """Have Linux end this process with its parent, whatever ends that. (Elsewhere, the next report ends it.)"""
-    if hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-
-
 def limit_resources(memory: int, seconds: int):
-    """Let this process take that much more memory than it has, where the system (Linux) says how much that is, and so
-    many seconds of CPU."""
+    """Let this process take so many seconds of CPU, and so much more memory than it has (where Linux says how much)."""
     with contextlib.suppress(OSError, ValueError):  # ValueError: a lower limit holds already
         held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_DATA, (held + memory, held + memory))
@@ -1567,8 +1526,8 @@ def plan_text(config: Config, job: Job | None, earlier: str | None) -> str:
     if job is None:
         return "done"
     if job.error:
-        return "absent from the remote" if isinstance(job.error, AbsentError) else str(job.error)
-    if job.is_here(config):
+        return "absent from the remote" if job.error.status == "absent" else str(job.error)
+    if job.here:
         return "downloaded already, to be extracted"
     why = {None: "", "completed": " again, for what is asked for now"}
     return "to be downloaded" + why.get(earlier, f" (last time: {str(earlier).replace('_', ' ')})")
@@ -2326,7 +2285,7 @@ def asked_performances(config: Config, manifest: Manifest, subject: str) -> list
 def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> list[Job]:
     """Return what is to be done of a subject, from one look at its folder on the remote. A job that cannot be done
     (absent, too large, …) has its `error` already."""
-    files, error = {}, AbsentError("it is absent from the remote")
+    files, error = {}, RemoteError("it is absent from the remote", "absent")
     try:
         if has_work(config, manifest, subject):
             files = remote.files(subject, config.performances)
@@ -2338,7 +2297,8 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
         if state == "done" or (state == "half" and len(its_files) < 2):
             continue
         job = Job(subject, performance, its_files, *with_earlier(config, manifest, subject, performance))
-        if config.download == "selective" and not job.is_here(config):
+        job.look(config)
+        if config.download == "selective" and not job.here:
             job.selection = expected_selection(job, config)
         if not job.files:
             job.error = error
@@ -2363,34 +2323,35 @@ def with_earlier(
     return asked, [name for name in WRITERS if name in modalities]
 
 
-class Turn(NamedTuple):
-    """What was downloaded together: the jobs of a subject, or as many of them as fit into temp_dir."""
-
-    subject: str
-    jobs: list[Job]
-    last: bool  # of the subject
-
-
-def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks) -> Iterator[Turn]:
-    """Yield each turn when its files are in temp_dir. Raise StopEarly or RemoteError where going on makes no sense."""
+def downloads(
+    config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks
+) -> Iterator[tuple[str, list[Job], bool]]:
+    """Yield each turn when its files are in temp_dir: a subject, its jobs or as many of them as fit into temp_dir, and
+    whether these were its last. Raise StopEarly or RemoteError where going on makes no sense."""
     held, unreachable = 0, 0
     for subject in subjects_to_do(config, manifest, remote, locks):
         jobs = plan(config, manifest, remote, subject)
-        failed = jobs and all(type(job.error) is RemoteError for job in jobs)
+        failed = jobs and all(job.error and job.error.status == "download_failed" for job in jobs)
         unreachable = unreachable + 1 if failed else 0
-        while True:
+        last = False
+        while not last:
             count = count_that_fits(config, jobs, held)
             if jobs and not count and held:
-                yield Turn(subject, [], last=False)  # who asks for the next one has extracted and deleted what was held
+                yield subject, [], False  # who asks for the next turn has extracted and deleted what was held
                 count = count_that_fits(config, jobs, 0)
             if jobs and not count:
                 raise StopEarly(lack_of_room(config, jobs[:1], 0))
-            turn, jobs = brought(remote, jobs[:count]), jobs[count:]
+            turn = brought(remote, jobs[:count])
+            jobs, last = jobs[len(turn) :], len(turn) == len(jobs)
             held = sum(job.temp_bytes for job in turn)
-            yield Turn(subject, turn, last=not jobs)
-            remote.check_quota()
-            if not jobs:
-                break
+            yield subject, turn, last
+            if remote.quota_is_used_up():
+                since = datetime.fromisoformat(remote.refusals[0])
+                raise StopEarly(
+                    f"Drive's download quota has been used up since {since.isoformat()}, for {len(remote.refusals)} "
+                    "files in a row. It is renewed after about a day: run the same command again after "
+                    f"{(since + QUOTA_LASTS).isoformat(timespec='minutes')}"
+                )
         if unreachable == FAILURES_IN_A_ROW:
             raise RemoteError(
                 f"Stopped: {unreachable} subjects in a row could not be reached. Run again when they can be"
@@ -2424,7 +2385,7 @@ def count_that_fits(config: Config, jobs: list[Job], held: int) -> int:
 
 def lack_of_room(config: Config, jobs: list[Job], held: int) -> str | None:
     """Return why these jobs are too much beside the bytes that are held in temp_dir, or None."""
-    coming, total = sum(job.temp_bytes for job in jobs if not job.is_here(config)), sum(job.temp_bytes for job in jobs)
+    coming, total = sum(job.temp_bytes for job in jobs if not job.here), sum(job.temp_bytes for job in jobs)
     if held + total > config.max_temp_size_gb * GB:
         return f"{config.temp_dir} would hold {gb(held + total)}, more than storage.max_temp_size_gb"
     needs = {config.temp_dir: coming, config.output_dir: held + total}
@@ -2451,18 +2412,18 @@ def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
 
 
 def brought(remote: Remote, turn: list[Job]) -> list[Job]:
-    """Bring the files of some jobs to temp_dir, whole or what is selected of them. Return the jobs without those that
-    were not tried, because the quota is used up. A job whose files did not come has its `error` then."""
-    jobs = [job for job in turn if not (job.error or job.is_here(remote.config))]
-    if not jobs:
-        return turn
-    with download_progress(jobs) as show:
-        tried = remote.download([job for job in jobs if not job.selection], show)
-        for job in [job for job in jobs if job.selection]:
-            if not (remote.stopped or remote.quota_is_used_up()):
-                fetch_apart(remote, job, functools.partial(show, before=sum(job.fetched for job in tried)))
-                tried.append(job)
-    return [job for job in turn if job in tried or job not in jobs]
+    """Bring the files of some jobs to temp_dir, whole or what is selected of them. Return the first of the jobs, up to
+    one that was not tried because of a used-up quota. A job whose files did not come has its `error` then."""
+    coming = [job for job in turn if not (job.error or job.here)]
+    whole = [job for job in coming if not job.selection]
+    if coming:
+        with download_progress(coming) as show:
+            if whole:
+                remote.download(whole, show)
+            for job in coming:
+                if job.selection and not (remote.stopped or remote.quota_is_used_up()):
+                    fetch_apart(remote, job, functools.partial(show, before=sum(job.fetched for job in coming)))
+    return list(itertools.takewhile(lambda job: job.error or job.here, turn))
 
 
 def extract_and_describe(job: Job, config: Config) -> tuple[dict, dict | None]:
@@ -2474,10 +2435,13 @@ def extract_and_describe(job: Job, config: Config) -> tuple[dict, dict | None]:
         if job.error:
             raise job.error
         result = extract_apart(job, config)
+        if config.layout == "pair":
+            missing = {"raw", "anno"} - {SMC_NAME.fullmatch(file.name)["half"] for file in job.files}
+            result["notes"] += [f"{HALF} {half}" for half in missing]
         put_in_place(config.partial(job.subject, job.performance), config.folder(job.subject, job.performance))
         row.update(
             status="completed",
-            error="; ".join(result["notes"] + half_note(config, job)),
+            error="; ".join(result["notes"]),
             frames=result["frames"],
             size_gb=f"{result['bytes'] / GB:.6f}",
             cameras_extracted=len(result["cameras"]),
@@ -2501,12 +2465,6 @@ def outcome(job: Job, config: Config, error: Exception) -> tuple[str, str]:
             f"{error_text(error)}. Move finished subjects away, then run the same command again"
         ) from None
     return getattr(error, "status", "failed"), error_text(error)
-
-
-def half_note(config: Config, job: Job) -> list[str]:
-    """Return that one file of a pair is not there, which later runs look for again."""
-    missing = {"raw", "anno"} - {SMC_NAME.fullmatch(file.name)["half"] for file in job.files}
-    return [f"{HALF} {half}" for half in missing] if config.layout == "pair" else []
 
 
 def delete_smc(job: Job, config: Config):
@@ -2645,14 +2603,14 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
     log_file, locks, summary = open_log(config), SubjectLocks(config, manifest), Summary()
     try:
         with ThreadPoolExecutor(1) as thread, remote:
-            for turn in one_ahead(downloads(config, manifest, remote, locks), thread):
-                for job in turn.jobs:
+            for subject, jobs, last in one_ahead(downloads(config, manifest, remote, locks), thread):
+                for job in jobs:
                     row, result = extract_and_describe(job, config)
                     manifest.append(row)
                     delete_smc(job, config)
                     summary.add(job, row, result)
-                if turn.last:
-                    locks.release(turn.subject)
+                if last:
+                    locks.release(subject)
     finally:
         for subject in list(locks.held):
             locks.release(subject)
@@ -2713,16 +2671,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.camera_grid or arguments.suggest_cameras is not None:
         return show_cameras(config, manifest, arguments)
     remote = Remote(config)
-    config = look_at_remote(config, manifest, remote)
-    return show_plan(config, manifest, remote) if arguments.dry_run else run(config, manifest, remote)
-
-
-def look_at_remote(config: Config, manifest: Manifest, remote: Remote) -> Config:
-    """Make sure that the remote can be used, before anything is touched, unless there is nothing to do there."""
+    # The first look at the remote shows whether it can be used, before anything is touched.
     if config.subjects is None or any(has_work(config, manifest, subject) for subject in config.subjects):
         there = remote.subjects()
-        return config if config.subjects is not None else replace(config, subjects=there)
-    return config
+        config = config if config.subjects is not None else replace(config, subjects=there)
+    return show_plan(config, manifest, remote) if arguments.dry_run else run(config, manifest, remote)
 
 
 def exit_code(argv: list[str] | None = None) -> int:

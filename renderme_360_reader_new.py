@@ -66,6 +66,7 @@ GROUPS = {
     "scan_masks": "ScanMask",
     "transforms": "Calibration",  # and the pictures that were written
 }
+MODALITIES = list(GROUPS)
 FRAMED = {"images", "masks", "keypoints2d", "keypoints3d", "flame", "uv_textures"}  # have an entry for each frame
 DETECTING_CAMERAS = {f"{camera:02d}" for camera in range(18, 33)}  # in whose pictures key points were looked for
 FROM_RAW = {"images", "audio"}  # where both files of a pair have a modality

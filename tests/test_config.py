@@ -27,7 +27,7 @@ WRONG = [
     wrong("extraction:", "extractoin:", "line 4", "did you mean extraction?"),
     wrong("  remote_name: demo\n", "", "google_drive.remote_name", "missing"),
     wrong('subjects: ["0018"]', 'subjects: ["../x"]', "line 5", "extraction.subjects", "../x"),
-    wrong('subjects: ["0018"]', "subjects: [18]", "did you mean '0018'?"),
+    wrong('subjects: ["0018"]', "subjects: [18]", "four digits such as '0018'"),
     wrong('subjects: ["0018"]', "subjects: 0018", "list"),
     wrong('subjects: ["0018"]', "subjects: []", "empty"),
     wrong('subjects: ["0018"]', 'subjects: ["0018\\n0019"]', "control characters"),

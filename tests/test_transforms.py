@@ -213,19 +213,20 @@ def test_a_camera_added_later_is_in_it(tmp_path):
 
 def test_a_picture_takes_less_than_a_third_of_a_millisecond_and_3_kilobytes(tmp_path):
     smc = synthetic_release.write_subject(tmp_path, "0018", performances=["s1_all"], frames=1, size=(64, 76))[0]
-    for kind, ending in (("images", "jpg"), ("masks", "png")):
-        for camera in range(60):
-            folder = tmp_path / kind / f"cam_{camera:02d}"
-            folder.mkdir(parents=True)
-            for frame in range(50):
-                (folder / f"frame_{frame:06d}.{ending}").touch()
+    pictures = {
+        kind: {
+            f"{camera:02d}": {
+                frame: (f"{kind}/cam_{camera:02d}/frame_{frame:06d}.{ending}", 2048, 2448) for frame in range(50)
+            }
+            for camera in range(60)
+        }
+        for kind, ending in (("images", "jpg"), ("masks", "png"))
+    }
     with SMCReader(smc) as reader:
         task = SimpleNamespace(
             reader=reader,
             folder=tmp_path,
-            resolution=[2048, 2448],
-            damaged={},
-            bytes=0,
+            pictures=pictures,
             save=lambda name, content: (tmp_path / name).write_bytes(content),
         )
         tracemalloc.start()
