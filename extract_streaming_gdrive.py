@@ -68,7 +68,7 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from renderme_360_reader_new import MODALITIES, NUM_CAMERAS, SMCError, SMCReader, printable, probe_picture
+from renderme_360_reader_new import MODALITIES, NUM_CAMERAS, SMC_NAME, SMCError, SMCReader, printable, probe_picture
 
 SPEECH = ["s1_all", "s2_all", "s3_all", "s4_all", "s5_all", "s6_all"]
 S3_VIEWS = {0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27, 28, 29}  # of every subject seen
@@ -103,9 +103,6 @@ DECODER_MEMORY = 48 << 20  # that each decoding thread may take besides: a pictu
 
 SUBJECT = re.compile(r"[0-9]{4}")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-SMC_NAME = re.compile(
-    r"(?:Copy of )*(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)\.smc"
-)
 
 log = logging.getLogger("extract")
 
@@ -678,7 +675,7 @@ class Remote:
         out, err = process.communicate()
         if process.returncode == 0:
             return json.loads(out)
-        reason = plain(json_or_text(err.rstrip().rpartition(b"\n")[2])["msg"]) or "rclone does not say why"
+        reason = last_words(err) or "rclone does not say why"
         if "didn't find section in config file" in reason:
             raise ConfigError(
                 f"{self.config.path}: google_drive.remote_name: rclone has no remote {self.config.remote_name!r}. Make "
@@ -694,6 +691,11 @@ class Remote:
         if process.returncode == 3 and folder:
             return []
         raise RemoteError(f"the remote {self.root}{folder} cannot be listed: {reason}")
+
+    def refusal(self, file: RemoteFile) -> str:
+        """Return what rclone says when it is asked for the first byte of a file; "" if that comes."""
+        options = ("--use-json-log", "--count", "1", *RCLONE_AT_ONCE)
+        return last_words(self.start(self.command("cat", *options, places=[self.root + file.path])).communicate()[1])
 
     def download(self, jobs: list[Job], show: Callable[[int], None]):
         """Bring the files of some jobs to temp_dir with one call of rclone, which retries and checks the md5. A job
@@ -762,6 +764,11 @@ def json_or_text(line: bytes) -> dict:
     return {"level": "error", "msg": line.decode("utf-8", "replace")}
 
 
+def last_words(stderr: bytes) -> str:
+    """Return the last message of rclone."""
+    return plain(json_or_text(stderr.rstrip().rpartition(b"\n")[2])["msg"])
+
+
 def plain(said: str) -> str:
     """Return a message of rclone without its time and level, the chain of its functions, and long addresses."""
     noise = (
@@ -775,7 +782,7 @@ def plain(said: str) -> str:
 
 
 class FetchError(OSError):
-    """Bytes of a file on the remote could not be had; what rclone says of it is in RangeServer.refused."""
+    """Bytes of a file on the remote could not be had."""
 
 
 class RangeServer:
@@ -788,8 +795,7 @@ class RangeServer:
     def __init__(self, remote: Remote):
         password = secrets.token_urlsafe(24)
         self.authorization = "Basic " + base64.b64encode(f"smc:{password}".encode()).decode()
-        self.refused: dict[str, str] = {}  # {path: why}; the answer itself is a mere 404
-        options = ["--addr", "127.0.0.1:0", "--append-only", "--use-json-log", "--log-level", "DEBUG", "--stats", "1s"]
+        options = ["--addr", "127.0.0.1:0", "--append-only", "--use-json-log", "--log-level", "INFO", "--stats", "1s"]
         options += ["--drive-pacer-min-sleep", "10ms"]  # rclone keeps to ten calls a second, Drive allows 200
         command = remote.command("serve restic", *options, places=[remote.root])
         # Other users can see a program's arguments, but not its environment.
@@ -802,16 +808,8 @@ class RangeServer:
             said = printable(json_or_text(line)["msg"].replace(password, "…").strip(), 300)
             found = re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", said)
             self.port = int(found[1]) if found else None
-        threading.Thread(target=self.listen, daemon=True).start()
-
-    def listen(self):
-        """Note why rclone refuses what it refuses."""
-        for line in self.process.stderr:
-            entry = json_or_text(line)
-            _, error, reason = entry["msg"].partition(" error: ")
-            if error and entry.get("object"):
-                log.debug("rclone: %s %s", entry["object"], entry["msg"])
-                self.refused[entry["object"]] = printable(" ".join(reason.split()), 300)
+        # Its log is read to the end, and not kept.
+        threading.Thread(target=collections.deque, args=(self.process.stderr, 0), daemon=True).start()
 
 
 class SelectedFile(io.RawIOBase):
@@ -981,11 +979,8 @@ def fetch_apart(remote: Remote, job: Job, show: Callable):
         )
         job.here = True
         log.info("%s: fetched %s of %s", job, gb(job.fetched), gb(job.bytes))
-    except FetchError as error:
-        end = time.monotonic() + 1  # rclone's log can be later than its answer
-        while not any(said := [remote.server.refused.get(file.path) for file in job.files]) and time.monotonic() < end:
-            time.sleep(0.05)
-        job.error = remote_error(*said, str(error))
+    except FetchError as error:  # rclone answers with a mere 404, but says why when it is asked for a byte
+        job.error = remote_error(*map(remote.refusal, job.files), str(error))
     except (SMCError, OSError, RemoteError) as error:
         job.error = error
     try:
@@ -1039,19 +1034,9 @@ class Extraction:
         """Write one file of the performance's folder."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_new(path, content)
+        with open(path, "xb") as file:  # a new file, never through a link
+            file.write(content)
         self.bytes += len(content)
-
-
-def write_new(path: Path | str, content: bytes | memoryview):
-    """Write a file of the output tree: a new one, never through a link."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-    try:
-        written = os.write(descriptor, content)
-        while written < len(content):
-            written += os.write(descriptor, content[written:])
-    finally:
-        os.close(descriptor)
 
 
 def write_pictures(task: Extraction, modality: str):
@@ -1065,17 +1050,10 @@ def write_pictures(task: Extraction, modality: str):
             task.damaged.setdefault(modality, {})[name] = damaged
     if modality == "images":
         task.frames = {camera: len(numbers) for camera, numbers in stored.items()}
-    expected = expected_frames(task.reader, stored.values())
+    expected = task.reader.expected_frames(stored.values())
     for camera, numbers in stored.items():
         if expected - numbers:
             task.missing.setdefault(modality, {})[camera] = sorted(expected - numbers)
-
-
-def expected_frames(reader: SMCReader, of_cameras: Iterable[Iterable[int]]) -> set[int]:
-    """Return the frames that every camera should have, given those that each has. Key frames keep the numbers that they
-    had in the whole recording: then a frame is expected if any camera has it."""
-    there = set().union(*of_cameras)
-    return set(range(reader.num_frame)) if max(there, default=0) < reader.num_frame else there
 
 
 def write_numbered_pictures(task: Extraction, modality: str):
@@ -1106,7 +1084,8 @@ def store_pictures(
             (task.folder / folder).mkdir(parents=True, exist_ok=True)
         picture = probe_picture(data)
         file = f"{name.format(number)}.{picture.format or usual}"
-        write_new(f"{task.folder}/{folder}/{file}", data)
+        with open(f"{task.folder}/{folder}/{file}", "xb") as new:
+            new.write(data)
         stored[number], sizes[file] = (f"{folder}/{file}", picture.height, picture.width), len(data)
         if not picture.whole or resolution not in (None, [picture.height, picture.width]):
             damaged.add(number)
@@ -1261,18 +1240,11 @@ def view(camera: dict, height: int, width: int) -> dict:
     back."""
     K, pose = camera["K"], camera["RT"].copy()
     pose[:3, 1:3] *= -1
-    return {
-        "fl_x": K[0, 0],
-        "fl_y": K[1, 1],
-        "cx": K[0, 2],
-        "cy": K[1, 2],
-        "w": width,
-        "h": height,
-        **dict(zip(("k1", "k2", "p1", "p2", "k3"), camera["D"])),
-        "camera_angle_x": 2 * math.atan(width / (2 * K[0, 0])),
-        "camera_angle_y": 2 * math.atan(height / (2 * K[1, 1])),
-        "transform_matrix": pose.tolist(),
-    }
+    fields = {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2], "w": width, "h": height}
+    fields.update(zip(("k1", "k2", "p1", "p2", "k3"), camera["D"]))
+    fields["camera_angle_x"] = 2 * math.atan(width / (2 * K[0, 0]))
+    fields["camera_angle_y"] = 2 * math.atan(height / (2 * K[1, 1]))
+    return {**fields, "transform_matrix": pose.tolist()}
 
 
 def npz_bytes(**arrays) -> bytes:
@@ -1329,8 +1301,7 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
         written = modalities_in(partial)
         if not written and not any(map(reader.has, WRITERS)):
             raise SMCError(f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows")
-        odd = reader.oddities + contradictions(reader, job.files[0].name, job.subject, job.performance)
-        task.save("metadata/info.json", json_bytes(info(task, written, odd)))
+        task.save("metadata/info.json", json_bytes(info(task, written)))
         sync_disk(partial)
         return {
             "cameras": task.selected("images") if PER_CAMERA & set(job.modalities) else [],
@@ -1339,11 +1310,11 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
             "bytes": task.bytes,
             "modalities": written,
             "notes": notes(task, written),
-            "oddities": odd,
+            "oddities": reader.oddities,
         }
 
 
-def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
+def info(task: Extraction, written: list[str]) -> dict:
     """Return the content of metadata/info.json."""
     job, reader = task.job, task.reader
     actor = {name: reader.actor_info[name] for name in ("age", "gender", "color")}
@@ -1362,7 +1333,7 @@ def info(task: Extraction, written: list[str], odd: list[str]) -> dict:
         "missing_frames": task.missing,
         "damaged_frames": task.damaged,
         "modalities": written,
-        "oddities": odd,
+        "oddities": reader.oddities,
         "source": [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files],
         "extracted_at": utc_now(),
     }
@@ -1386,20 +1357,6 @@ def notes(task: Extraction, written: list[str]) -> list[str]:
         calibrated = task.reader.has("calibration")
         cause = "no undamaged pictures were extracted" if calibrated else "the file has no calibration"
         found.append(f"no transforms.json: {cause}")
-    return found
-
-
-def contradictions(reader: SMCReader, name: str, subject: str, performance: str) -> list[str]:
-    """Return where a file doesn't fit its name or the known rates: a warning, because nobody has seen all the files."""
-    found = []
-    for stated, expected in ((reader.actor_id, subject), (reader.performance_part, performance)):
-        if stated is not None and stated != expected:
-            found.append(f"{name}: it says that it is of {printable(stated)!r}")
-    if reader.fps() not in (None, 15, 30):
-        found.append(
-            f"{name}: {reader.num_frame} frames and {reader.audio_info()['duration_s']:.2f} s of audio "
-            f"make {reader.fps():.2f} pictures per second, not 15 or 30"
-        )
     return found
 
 
@@ -1625,7 +1582,6 @@ def show_content(files: list[Path], report: Callable) -> bool:
         name, stated = SMC_NAME.fullmatch(files[0].name), (reader.actor_id, reader.performance_part)
         subject, performance = name.group("subject", "performance") if name else stated
         audio, fps = attempt(reader.audio_info), attempt(reader.fps)
-        warnings = attempt(contradictions, reader, files[0].name, subject, performance)
         found = {modality: attempt(content_of, reader, modality, attempt) for modality in WRITERS}
         contents = {modality: content for modality, content in found.items() if content}
         whose = printable(subject or "unknown subject", 20), printable(performance or "unknown performance", 70)
@@ -1643,7 +1599,7 @@ def show_content(files: list[Path], report: Callable) -> bool:
                 report(line=row(modality, line))
         for title, lines in (
             ("unknown", map(printable, attempt(reader.unknown_groups) or ())),
-            ("warning", [*(warnings or ()), *reader.oddities]),
+            ("warning", reader.oddities),
             ("damaged", dict.fromkeys(damage)),
         ):
             for line in lines:
@@ -1709,7 +1665,7 @@ def content_of(reader: SMCReader, modality: str, attempt: Callable) -> Content |
 
 def camera_lines(reader: SMCReader, cameras: dict[int, list[int]]) -> list[str]:
     """Which cameras have how many frames, and which frames they lack; those that are alike in one line."""
-    expected, alike = expected_frames(reader, cameras.values()), {}
+    expected, alike = reader.expected_frames(cameras.values()), {}
     for camera, frames in cameras.items():
         alike.setdefault((len(frames), runs_text(expected - set(frames))), []).append(camera)
     lines = []

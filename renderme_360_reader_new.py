@@ -32,7 +32,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import h5py
@@ -48,6 +48,9 @@ MAX_EXPANSION = 10  # of the encoded pictures in a chunked, compressed file: the
 MAX_FRAMES = 100_000  # the longest performance seen has 2529
 MAX_ODDITIES = 50
 
+SMC_NAME = re.compile(
+    r"(?:Copy of )*(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)\.smc"
+)
 CAMERA_NAME = re.compile(r"[0-5][0-9]")
 FRAME_NAME = re.compile(r"0|[1-9][0-9]{0,8}")
 PARAMETER_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
@@ -160,6 +163,10 @@ class SMCReader:
         self.Camera_info["resolution"] = resolution
         if self.Camera_info["num_frame"] is not None and not 0 < self.Camera_info["num_frame"] <= MAX_FRAMES:
             self._files[0].note(f"Camera has {self.Camera_info['num_frame']} for the number of frames")
+        name = SMC_NAME.fullmatch(self._files[0].name)
+        for part, stated in (("subject", self.actor_id), ("performance", self.performance_part)):
+            if name and stated not in (None, name[part]):
+                self._files[0].note(f"it says that it is of {printable(stated)!r}")
         if len(self._files) == 2:
             shared = [("", "actor_id", str), ("", "performance_part", str), ("Camera", "num_frame", int)]
             for group, name, kind in shared:
@@ -257,12 +264,23 @@ class SMCReader:
     def fps(self) -> int | float | None:
         """Return pictures per second, from the number of frames and the length of the audio: no attribute says it.
 
-        30 or 15 where the ratio is within 5 % of it, else the ratio itself; None without audio or pictures."""
+        30 or 15 where the ratio is within 5 % of it, else the ratio itself, noted as an oddity; None without audio or
+        pictures."""
         audio = self.audio_info()
         if not audio or not audio["duration_s"] or not self.num_frame:
             return None
         ratio = self.num_frame / audio["duration_s"]
-        return next((rate for rate in (15, 30) if abs(ratio / rate - 1) <= 0.05), ratio)
+        near = next((rate for rate in (15, 30) if abs(ratio / rate - 1) <= 0.05), None)
+        if near is None:
+            said = f"{self.num_frame} frames and {audio['duration_s']:.2f} s of audio make {ratio:.2f}"
+            self._files[0].note(f"{said} pictures per second, not 15 or 30")
+        return near or ratio
+
+    def expected_frames(self, of_cameras: Iterable[Iterable[int]]) -> set[int]:
+        """Return the frames that every camera should have, given those that each has. Key frames keep the numbers that
+        they had in the whole recording: then a frame is expected if any camera has it."""
+        there = set().union(*of_cameras)
+        return set(range(self.num_frame)) if max(there, default=0) < self.num_frame else there
 
     # ---- encoded pictures
 
