@@ -144,7 +144,7 @@ def test_a_redo_killed_at_any_of_its_steps_never_loses_what_was_done(small_relea
 def long_release(tmp_path_factory):
     """One performance whose extraction takes long enough to be interrupted."""
     folder = tmp_path_factory.mktemp("long")
-    options = {"performances": ["s3_all"], "frames": 200, "size": (64, 76), "distinct": 1}
+    options = {"performances": ["s3_all"], "frames": 120, "size": (64, 76), "distinct": 1}
     synthetic_release.write_subject(folder, "0018", **options)
     return folder
 
