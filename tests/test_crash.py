@@ -104,7 +104,7 @@ def test_a_run_killed_at_any_of_its_steps_is_mended_by_the_next(layout, moments,
         assert workspace.leftovers() == [] and workspace.states == undisturbed.states
 
     with ThreadPoolExecutor(2) as threads:
-        list(threads.map(kill_and_run_again, sample(range(moments), 4 if moments > 16 else 2)))
+        list(threads.map(kill_and_run_again, sample(range(moments), 3 if moments > 16 else 2)))
 
 
 def test_a_redo_killed_at_any_of_its_steps_never_loses_what_was_done(small_release, tmp_path, sample):

@@ -7,31 +7,31 @@ import pytest
 import synthetic_release
 from conftest import SCRIPT, Workspace, wait_for
 
-SUBJECTS = [f"{n:04d}" for n in range(100, 106)]
+SUBJECTS = [f"{n:04d}" for n in range(100, 105)]
 
 
 @pytest.fixture(scope="module")
-def six_subjects(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("six")
+def five_subjects(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("five")
     synthetic_release.write_release(folder, SUBJECTS, performances=["s1_all"], frames=4, size=(64, 76))
     return folder
 
 
 @pytest.fixture
-def workspace(tmp_path, six_subjects):
-    workspace = Workspace(tmp_path / "work", six_subjects)
+def workspace(tmp_path, five_subjects):
+    workspace = Workspace(tmp_path / "work", five_subjects)
     workspace.write_config(extraction={"subjects": SUBJECTS, "performances": ["s1_all"]})
     return workspace
 
 
-def test_four_processes_do_each_subject_once_and_all_exit_0(workspace):
-    runs = [workspace.start() for _ in range(4)]
+def test_three_processes_do_each_subject_once_and_all_exit_0(workspace):
+    runs = [workspace.start() for _ in range(3)]
     outputs = [run.communicate(timeout=120)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0] * 4, outputs
+    assert [run.returncode for run in runs] == [0] * 3, outputs
     assert sorted(row["subject"] for row in workspace.rows) == SUBJECTS
     assert set(workspace.states.values()) == {"completed"}
     assert all(None not in row.values() and len(row) == 14 for row in workspace.rows)
-    assert workspace.leftovers() == [] and sum("completed      0" in " ".join(o.split()) for o in outputs) < 4
+    assert workspace.leftovers() == [] and sum("completed      0" in " ".join(o.split()) for o in outputs) < 3
 
 
 def test_the_subject_of_a_killed_process_is_finished_by_the_others(workspace):
@@ -42,7 +42,7 @@ def test_the_subject_of_a_killed_process_is_finished_by_the_others(workspace):
     os.killpg(victim.pid, signal.SIGKILL)
     outputs = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [0] * 2, outputs
-    assert set(workspace.states.values()) == {"completed"} and len(workspace.states) == 6
+    assert set(workspace.states.values()) == {"completed"} and len(workspace.states) == 5
     assert workspace.leftovers() == []
 
 
