@@ -95,18 +95,10 @@ class Workspace:
         return [sys.executable, str(SCRIPT), "--config", str(self.folder / "config.yaml"), *arguments]
 
     def run(self, *arguments, expect=0, environment=None, timeout=120):
-        """Run the script; its exit code has to be `expect`. Gives what it printed, stdout and stderr in `out` and
-        `err`."""
+        """Run the script; its exit code has to be `expect`. Gives what it printed in `out` and `err`."""
         begin, cpu_before = time.monotonic(), cpu_of_children()
-        done = subprocess.run(
-            self.command(*arguments),
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            env={**os.environ, **(environment or {})},
-            cwd=self.folder.parent,
-        )
+        options = {"capture_output": True, "timeout": timeout, **self.surroundings(environment)}
+        done = subprocess.run(self.command(*arguments), check=False, **options)
         done.seconds, done.cpu = time.monotonic() - begin, cpu_of_children() - cpu_before
         done.out, done.err = done.stdout, done.stderr
         assert done.returncode == expect, done.stdout + done.stderr
@@ -115,15 +107,11 @@ class Workspace:
 
     def start(self, *arguments, environment=None, **options):
         """Start the script and don't wait for it."""
-        return subprocess.Popen(
-            self.command(*arguments),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **(environment or {})},
-            cwd=self.folder.parent,
-            **options,
-        )
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **self.surroundings(environment), **options}
+        return subprocess.Popen(self.command(*arguments), **options)
+
+    def surroundings(self, environment):
+        return {"text": True, "env": {**os.environ, **(environment or {})}, "cwd": self.folder.parent}
 
     @property
     def manifest(self):
@@ -157,8 +145,8 @@ class Workspace:
 
     def leftovers(self):
         """What a finished run has no business leaving: SMC files, work in progress, locks."""
-        found = [p for p in (self.folder / "temp_smc").rglob("*")] + list((self.folder / "subjects").rglob("*.partial"))
-        return found + list(self.folder.glob(".MANIFEST*")) + list((self.folder / "subjects").rglob("*.old"))
+        patterns = ("temp_smc/**/*", "subjects/**/*.partial", "subjects/**/*.old", ".MANIFEST*")
+        return [path for pattern in patterns for path in self.folder.glob(pattern)]
 
 
 def tree(folder):

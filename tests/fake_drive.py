@@ -143,22 +143,16 @@ class FakeDrive:
         self.gates.append(Gate(name, after_bytes))
         return self.gates[-1]
 
-    def count(self, kind=None, name=None, status=None):
+    def count(self, kind=None, name="*", status=None):
         """How many requests of a kind ("list", "get", "media", …), for a name and with a status there were."""
-        wanted = {"kind": kind, "status": status}
         return sum(
-            (name is None or matches(name, request.name))
-            and all(value in (None, getattr(request, key)) for key, value in wanted.items())
+            kind in (None, request.kind) and status in (None, request.status) and matches(name, request.name)
             for request in list(self.requests)
         )
 
     def bytes_sent(self, name="*"):
         """Media bytes written to the socket, also by answers that were cut or are still under way."""
         return sum(request.sent for request in list(self.requests) if matches(name, request.name))
-
-    def forget_requests(self):
-        """Start the counts anew."""
-        self.requests.clear()
 
     def fault_for(self, kind, name):
         """The fault that hits a request, or None. An error is raised."""
@@ -199,7 +193,7 @@ class FakeDrive:
         resource = {"id": file_id(path), "name": local.name, "mimeType": FOLDER_TYPE}
         resource["parents"] = [file_id(Path(path).parent.as_posix())]
         changed = datetime.datetime.fromtimestamp(status.st_mtime, datetime.timezone.utc)
-        resource["modifiedTime"] = resource["createdTime"] = changed.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        resource["modifiedTime"] = changed.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         if local.is_file():
             resource["mimeType"] = "application/octet-stream"
             resource["size"] = str(status.st_size)

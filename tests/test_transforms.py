@@ -20,10 +20,14 @@ EVERYTHING = ["images", "masks", "audio", "calibration", "transforms"]
 LENS = (-0.12, 0.09, 0.003, -0.002, 0.05)
 
 
-def extracted(tmp_path, performance="s3_all", modalities=EVERYTHING, selected="all", **options):
-    """A workspace in which the selected cameras of one performance were extracted, and its folder."""
+def extracted(tmp_path, performance="s3_all", modalities=EVERYTHING, selected="all", change=None, **options):
+    """A workspace in which the selected cameras of one performance were extracted, and its folder; `change` may change
+    the SMC file before that."""
     settings = {"frames": 4, "size": (128, 153), "everything": True, **options}
-    synthetic_release.write_subject(tmp_path / "release", "0018", performances=[performance], **settings)
+    (path,) = synthetic_release.write_subject(tmp_path / "release", "0018", performances=[performance], **settings)
+    if change:
+        with h5py.File(path, "r+") as smc:
+            change(smc)
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     workspace.write_config(extraction={"performances": [performance], "modalities": modalities, "cameras": selected})
     workspace.run()
@@ -131,14 +135,12 @@ def test_pictures_are_numbered_by_camera_and_by_moment(tmp_path):
 
 
 def test_only_whole_pictures_that_exist_are_listed_each_with_its_mask_if_it_has_one(tmp_path):
-    options = {
-        "gaps": {3: [1], 25: [0, 2]},
-        "damaged": {(3, 0): "cut", (4, 1): "empty"},
-        "masks": (3, 25),
-        "mask_gaps": {25: [1]},
-        "damaged_masks": {(3, 2): "garbage"},
-    }
-    _, folder = extracted(tmp_path, frames=8, cameras=(3, 4, 25), **options)
+    def spoil_two_masks(smc):
+        del smc["Camera/25/mask/1"], smc["Camera/03/mask/2"]
+        smc["Camera/03/mask/2"] = np.zeros(500, np.uint8)
+
+    options = {"gaps": {3: [1], 25: [0, 2]}, "damaged": {(3, 0): "cut", (4, 1): "empty"}, "masks": (3, 25)}
+    _, folder = extracted(tmp_path, frames=8, cameras=(3, 4, 25), change=spoil_two_masks, **options)
     found = {frame["file_path"]: frame.get("mask_path") for frame in load(folder)["frames"]}
     assert found == {
         "images/cam_03/frame_000002.jpg": None,
@@ -154,22 +156,23 @@ def test_only_whole_pictures_that_exist_are_listed_each_with_its_mask_if_it_has_
 
 
 def test_pictures_stored_as_png_have_their_name(tmp_path):
-    _, folder = extracted(tmp_path, png_images=True, cameras=(25,))
+    def store_png(smc):
+        for frame in ("0", "1"):
+            del smc[f"Camera/25/color/{frame}"]
+            smc[f"Camera/25/color/{frame}"] = cv2.imencode(".png", np.zeros((128, 153, 3), np.uint8))[1].ravel()
+
+    _, folder = extracted(tmp_path, change=store_png, cameras=(25,))
     assert [frame["file_path"] for frame in load(folder)["frames"]] == [
         f"images/cam_25/frame_00000{n}.png" for n in (0, 1)
     ]
 
 
 def test_the_size_is_the_pictures_own_where_no_attribute_says_it(tmp_path):
-    path = synthetic_release.write_subject(
-        tmp_path / "release", "0018", performances=["s1_all"], frames=2, size=(64, 76)
-    )[0]
-    with h5py.File(path, "a") as smc:
+    def forget_resolution(smc):
         del smc["Camera"].attrs["resolution"]
-    workspace = Workspace(tmp_path / "work", tmp_path / "release")
-    workspace.write_config(extraction={"performances": ["s1_all"], "modalities": EVERYTHING})
-    workspace.run()
-    assert {(frame["w"], frame["h"]) for frame in load(workspace.path("0018", "s1_all"))["frames"]} == {(76, 64)}
+
+    _, folder = extracted(tmp_path, "s1_all", change=forget_resolution, frames=2, size=(64, 76))
+    assert {(frame["w"], frame["h"]) for frame in load(folder)["frames"]} == {(76, 64)}
 
 
 @pytest.mark.parametrize(
