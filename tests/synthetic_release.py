@@ -1,9 +1,7 @@
 """Synthetic RenderMe-360 releases: SMC files that look and behave like the real ones, without the licensed data.
 
-    python tests/synthetic_release.py demo                           two subjects, six speech parts each, and a config to run
-    python tests/synthetic_release.py demo --subjects 0018 --parts 3 --size 256x306 --frames 20
-    python tests/synthetic_release.py demo --layout pair             the 21-ID layout: raw and anno files
-    python tests/synthetic_release.py big --size 2048x2448 --jpeg-kb 330 --frames 60 --distinct 4    for a benchmark
+    python tests/synthetic_release.py demo                   two subjects, six speech parts each, and a config to run
+    python tests/synthetic_release.py demo --layout pair     the 21-ID layout: raw and anno files
 
 A made-up person sits in a made-up rig of 60 cameras. The pictures are ray-cast through the very calibration that is
 written to the file, and coloured stickers on the head (LANDMARKS) can be found again in them, so a test can check that a
@@ -26,46 +24,8 @@ import h5py
 import numpy as np
 
 SPEECH = tuple(f"s{n}_all" for n in range(1, 7))
-S3_VIEWS = (
-    0,
-    1,
-    3,
-    4,
-    5,
-    7,
-    9,
-    11,
-    13,
-    15,
-    16,
-    17,
-    19,
-    20,
-    21,
-    23,
-    24,
-    25,
-    27,
-    28,
-    29,
-    31,
-    32,
-    33,
-    35,
-    37,
-    39,
-    40,
-    41,
-    43,
-    45,
-    47,
-    48,
-    49,
-    53,
-    55,
-    57,
-    59,
-)
+S3_VIEWS = "0 1 3 4 5 7 9 11 13 15 16 17 19 20 21 23 24 25 27 28 29 31 32 33 35 37 39 40 41 43 45 47 48 49 53 55 57 59"
+S3_VIEWS = tuple(map(int, S3_VIEWS.split()))
 ALL_VIEWS = tuple(range(60))
 KEYPOINT_VIEWS = tuple(range(18, 33))  # the cameras in front of the face
 SAMPLE_RATE = 48000
@@ -150,11 +110,8 @@ def rig(size=(256, 306), distortion=(0, 0, 0, 0, 0)):
         fx, fy = scale * (4710 + 15 * np.sin([2.0 * n, 2.0 * n + 0.3]))
         cx = (width - 1) / 2 + scale * 20 * np.sin(1.3 * n)
         cy = (height - 1) / 2 + scale * 20 * np.cos(1.7 * n)
-        cameras[f"{n:02d}"] = {
-            "K": np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]),
-            "D": np.array(distortion, float),
-            "RT": RT,
-        }
+        K, D = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]), np.array(distortion, float)
+        cameras[f"{n:02d}"] = {"K": K, "D": D, "RT": RT}
     return cameras
 
 
@@ -216,24 +173,15 @@ def _box(centre, radii, camera, size):
     return slice(top, bottom), slice(left, right)
 
 
-def _keys(camera, size):
-    """A camera and picture size as arguments of cached functions."""
-    return tuple(camera[key].tobytes() for key in ("K", "D", "RT")) + (tuple(size),)
-
-
-def _camera(K, D, RT):
-    """The camera again from _keys."""
-    return {"K": np.frombuffer(K).reshape(3, 3), "D": np.frombuffer(D), "RT": np.frombuffer(RT).reshape(4, 4)}
-
-
 @lru_cache(maxsize=64)
-def _scene(K, D, RT, size):
-    """What each pixel shows, ray by ray.
+def _scene(name, size, distortion):
+    """What each pixel of a camera of the rig shows, ray by ray.
 
     Returns two (height, width) uint8, the part's number + 1 (0: none) and its brightness (200: as its colour is), and
     for each of PAINTED its slices in the picture and, per pixel there, x and y in metres from its middle (NaN: no
     face)."""
-    camera, eye = _camera(K, D, RT), np.frombuffer(RT).reshape(4, 4)[:3, 3]
+    camera = rig(size, distortion)[name]
+    eye = camera["RT"][:3, 3]
     light = np.array([0.35, -0.75, -0.55], np.float32)
     part, brightness, depth = np.zeros(size, np.uint8), np.zeros(size, np.uint8), np.full(size, np.inf, np.float32)
     for k, (centre, radii) in enumerate(zip(PART_CENTRES, PART_RADII)):
@@ -264,9 +212,9 @@ def _paint(picture, color, inside):
 
 
 @lru_cache(maxsize=2)
-def _person(K, D, RT, size, look):
+def _person(name, size, distortion, look):
     """The person without mouth and stickers, (height, width, 3) uint8. Shared: not to be written to."""
-    part, brightness, (*brows, _) = _scene(K, D, RT, size)
+    part, brightness, (*brows, _) = _scene(name, size, distortion)
     colors = np.array([(0, 0, 0)] + [LOOKS[look][material] for _, _, material in PARTS.values()], np.uint8)
     picture = cv2.multiply(np.take(colors, part, axis=0), cv2.merge([brightness] * 3), scale=1 / 200)
     backdrop = np.linspace(196, 160, size[0]).astype(np.uint8)[:, None, None]
@@ -279,42 +227,27 @@ def _person(K, D, RT, size, look):
 
 
 @lru_cache(maxsize=MOUTH_STEPS + 1)
-def _talking_person(K, D, RT, size, look, mouth_open):
+def _talking_person(name, size, distortion, look, mouth_open):
     """The person with mouth and stickers, (height, width, 3) uint8. Shared: not to be written to."""
-    picture, camera = _person(K, D, RT, size, look).copy(), _camera(K, D, RT)
-    box, x, y = _scene(K, D, RT, size)[2][-1]
+    picture, camera = _person(name, size, distortion, look).copy(), rig(size, distortion)[name]
+    box, x, y = _scene(name, size, distortion)[2][-1]
     lip, gap = 0.007 + 0.011 * mouth_open, 0.0005 + 0.012 * mouth_open
     sharp = lip * size[0]  # about the lip's height in pixels, for soft edges
     for color, half_width, half_height in (((92, 92, 164), 0.026, lip), ((40, 30, 60), 0.021, gap)):
         _paint(picture[box], color, sharp * (1 - (x / half_width) ** 2 - (y / half_height) ** 2))
-    for name in visible_landmarks(camera):
-        middle = np.round(project(LANDMARKS[name][None], camera)[0] * 16).astype(int).tolist()
-        cv2.circle(picture, middle, round(16 * max(3, size[0] / 85)), LANDMARK_COLORS[name], -1, cv2.LINE_AA, 4)
+    for landmark in visible_landmarks(camera):
+        middle = np.round(project(LANDMARKS[landmark][None], camera)[0] * 16).astype(int).tolist()
+        cv2.circle(picture, middle, round(16 * max(3, size[0] / 85)), LANDMARK_COLORS[landmark], -1, cv2.LINE_AA, 4)
     return picture
 
 
-def render_head(camera, size, camera_number, frame_number, mouth_open=0.0, subject="0018"):
-    """The picture that a camera takes, (height, width, 3) uint8 BGR, with "cam 25 frame 12" in its corner."""
-    look = int(subject) % len(LOOKS)
-    picture = _talking_person(*_keys(camera, size), look, mouth_open).copy()
-    scale, thickness = size[0] / 560, max(1, round(size[0] / 400))
-    at = round(0.03 * size[0]), round(0.075 * size[0])
-    cv2.putText(
-        picture,
-        f"cam {camera_number:02d} frame {frame_number}",
-        at,
-        cv2.FONT_HERSHEY_SIMPLEX,
-        scale,
-        (40, 40, 40),
-        thickness,
-        cv2.LINE_AA,
-    )
+def render_head(name, size, distortion, frame, mouth_open, look):
+    """The picture that a camera of the rig takes, (height, width, 3) uint8 BGR, with "cam 25 frame 12" in its corner."""
+    picture = _talking_person(name, size, distortion, look, mouth_open).copy()
+    at, thickness = (round(0.03 * size[0]), round(0.075 * size[0])), max(1, round(size[0] / 400))
+    style = cv2.FONT_HERSHEY_SIMPLEX, size[0] / 560, (40, 40, 40), thickness, cv2.LINE_AA
+    cv2.putText(picture, f"cam {name} frame {frame}", at, *style)
     return picture
-
-
-def head_mask(camera, size):
-    """Where the person is, (height, width) uint8: 255 inside, 0 outside."""
-    return np.where(_scene(*_keys(camera, size))[0], 255, 0).astype(np.uint8)
 
 
 def find_landmark(picture, name):
@@ -340,8 +273,7 @@ def _jpeg(picture, quality=90, grain=0.0):
 
 
 def _jpeg_settings(picture, target_bytes):
-    """(quality, grain) for about `target_bytes`: a lower quality if a plain picture is larger, more noise if
-    smaller."""
+    """(quality, grain) for about so many bytes: a lower quality if a plain picture is larger, more noise if smaller."""
     if target_bytes is None:
         return 90, 0.0
     if len(_jpeg(picture)) > target_bytes:
@@ -357,22 +289,10 @@ def _jpeg_settings(picture, target_bytes):
     return 90, low
 
 
-def encode(picture, target_bytes=None):
-    """JPEG bytes of a picture; with `target_bytes` about that many, by noise and quality."""
-    return _jpeg(picture, *_jpeg_settings(picture, target_bytes))
-
-
-def label(subject, performance, camera=None, frame=None, kind=""):
-    """The text that a stored picture carries, e.g. b"0018 s1_all cam 25 frame 12" or b"0018 s1_all mask cam 25 frame
-    12"."""
-    words = [
-        subject,
-        performance,
-        kind,
-        camera is not None and f"cam {camera:02d}",
-        frame is not None and f"frame {frame}",
-    ]
-    return " ".join(filter(None, words)).encode()
+def label(subject, performance, kind, camera, frame):
+    """The text that a stored picture carries, e.g. b"0018 s1_all mask cam 25 frame 12"; None: it has none of these."""
+    camera, frame = camera is not None and f"cam {camera:02d}", frame is not None and f"frame {frame}"
+    return " ".join(filter(None, (subject, performance, kind, camera, frame))).encode()
 
 
 def _labelled(encoded, text):
@@ -381,9 +301,8 @@ def _labelled(encoded, text):
         after = 4 + struct.unpack(">H", encoded[4:6])[0]
         return encoded[:after] + b"\xff\xfe" + struct.pack(">H", len(text) + 2) + text + encoded[after:]
     chunk = b"tEXtComment\0" + text
-    return (
-        encoded[:33] + struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) + encoded[33:]
-    )
+    length, checksum = struct.pack(">I", len(chunk) - 4), struct.pack(">I", zlib.crc32(chunk))
+    return encoded[:33] + length + chunk + checksum + encoded[33:]
 
 
 def _png(picture):
@@ -391,8 +310,7 @@ def _png(picture):
 
 
 def damage(encoded, how):
-    """A picture's bytes after an accident: "cut" in half, "garbage", "empty" (no byte) or "zeroed" (as long, all
-    zero)."""
+    """A picture's bytes after an accident: "cut" in half, "garbage", "empty" (no byte) or "zeroed" (as long)."""
     return {
         "cut": encoded[: len(encoded) // 2],
         "garbage": np.random.default_rng(len(encoded)).bytes(len(encoded)),
@@ -441,19 +359,8 @@ def detected(camera, frame):
 def flame_parameters(voice="0018 e0", frame=0):
     """The FLAME fit of a frame: {name: float32 array}."""
     random = np.random.default_rng([zlib.crc32(voice.encode()), frame])
-    shapes = {
-        "global_pose": (3,),
-        "neck_pose": (3,),
-        "jaw_pose": (3,),
-        "left_eye_pose": (3,),
-        "right_eye_pose": (3,),
-        "trans": (3,),
-        "shape": (100,),
-        "exp": (50,),
-        "cam": (3,),
-        "verts": (5023, 3),
-        "albedos": (3, 256, 256),
-    }
+    shapes = dict.fromkeys(("global_pose", "neck_pose", "jaw_pose", "left_eye_pose", "right_eye_pose", "trans"), (3,))
+    shapes |= {"shape": (100,), "exp": (50,), "cam": (3,), "verts": (5023, 3), "albedos": (3, 256, 256)}
     return {name: 0.1 * random.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
@@ -478,27 +385,25 @@ def _uv_texture(look):
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def _encoded(pictures, png, jpeg_bytes, distinct):
-    """The bytes of one camera's pictures, one after the other; with `distinct` of the first so many, again and
-    again."""
-    pictures = iter(pictures)
-    first = next(pictures, None)
-    if first is None:
-        return iter(())
-    settings = _jpeg_settings(first, jpeg_bytes)
-    every = (_png(picture) if png else _jpeg(picture, *settings) for picture in itertools.chain([first], pictures))
-    return itertools.cycle(itertools.islice(every, distinct)) if distinct else every
+def _encoded(pictures, jpeg_bytes, distinct):
+    """The JPEG bytes of one camera's pictures; with `distinct` of the first so many, again and again."""
+    settings, every = None, []
+    for picture in itertools.islice(pictures, distinct):
+        settings = settings or _jpeg_settings(picture, jpeg_bytes)
+        every.append(_jpeg(picture, *settings))
+    return itertools.cycle(every)
 
 
 class _SMCWriter:
     """An SMC file that is being written, and what its parts have in common."""
 
-    def __init__(self, smc, subject, performance, size, frame_ids, num_frame, fps, distortion, storage, column_shape):
+    def __init__(self, smc, subject, performance, size, frame_ids, fps, distortion, storage, column_shape):
         self.smc, self.subject, self.performance, self.size = smc, subject, performance, size
-        self.frame_ids, self.num_frame, self.fps = frame_ids, num_frame, fps
-        self.storage, self.column_shape = storage, column_shape
+        self.frame_ids, self.storage, self.column_shape = frame_ids, storage, column_shape
+        self.rig, self.distortion = rig(size, distortion), distortion
         self.look, self.voice = int(subject) % len(LOOKS), f"{subject} {performance}"
-        self.rig = rig(size, distortion)
+        opening = np.round(mouth_opening(np.array(frame_ids) / fps) * MOUTH_STEPS) / MOUTH_STEPS
+        self.opening = dict(zip(frame_ids, opening.tolist()))  # how far the mouth is open in each frame
 
     def put(self, group, name, data):
         options = {}
@@ -507,53 +412,40 @@ class _SMCWriter:
             options["compression"] = "gzip" if self.storage == "gzip" else None
         group.create_dataset(name, data=data, track_times=False, **options)
 
-    def put_picture(self, group, name, encoded, camera=None, frame=None, kind="", how=None):
-        """Under its label, and damaged if `how` says so."""
-        encoded = _labelled(encoded, label(self.subject, self.performance, camera, frame, kind))
+    def put_picture(self, group, name, encoded, kind="", camera=None, frame=None, how=None):
+        """Put a picture there under its label, and damaged if `how` says so."""
+        encoded = _labelled(encoded, label(self.subject, self.performance, kind, camera, frame))
         data = np.frombuffer(damage(encoded, how) if how else encoded, np.uint8)
         self.put(group, name, data[:, None] if self.column_shape else data)
 
-    def opening(self, frame):
-        return float(np.round(mouth_opening(frame / self.fps) * MOUTH_STEPS) / MOUTH_STEPS)
-
-    def attributes(self, changes, num_device):
-        person = {
-            "actor_id": self.subject,
-            "performance_part": self.performance,
-            "capture_date": "2022-08-20",
-            "age": 20 + int(self.subject) % 40,
-            "gender": "female" if int(self.subject) % 2 else "male",
-            "color": "yellow",
-            "height": 172.5,
-            "weight": 64.0,
-        }
-        for name, value in {**person, **(changes or {})}.items():
-            if value is not None:
-                self.smc.attrs[name] = value
-        camera_group = self.smc.create_group("Camera")
-        camera_group.attrs.update(
-            {"num_device": num_device, "num_frame": self.num_frame, "resolution": np.array(self.size)}
+    def attributes(self):
+        odd = int(self.subject) % 2
+        self.smc.attrs.update({"actor_id": self.subject, "performance_part": self.performance})
+        self.smc.attrs.update({"capture_date": "2022-08-20", "age": 20 + int(self.subject) % 40})
+        self.smc.attrs.update(
+            {"gender": "female" if odd else "male", "color": "yellow", "height": 172.5, "weight": 64.0}
         )
+        attributes = {"num_device": 60, "num_frame": len(self.frame_ids), "resolution": np.array(self.size)}
+        self.smc.create_group("Camera").attrs.update(attributes)
 
-    def images(self, cameras, png, jpeg_bytes, distinct, gaps, damaged):
+    def images(self, cameras, jpeg_bytes, distinct, gaps, damaged):
         for n in cameras:
-            group = self.smc.create_group(f"Camera/{n:02d}/color")
-            frames = [frame for frame in self.frame_ids if frame not in gaps.get(n, ())]
-            shots = (
-                render_head(self.rig[f"{n:02d}"], self.size, n, frame, self.opening(frame), self.subject)
-                for frame in frames
-            )
-            for frame, encoded in zip(frames, _encoded(shots, png, jpeg_bytes, distinct)):
-                self.put_picture(group, str(frame), encoded, n, frame, how=damaged.get((n, frame)))
+            name, frames = f"{n:02d}", [frame for frame in self.frame_ids if frame not in gaps.get(n, ())]
+            group, scene = self.smc.create_group(f"Camera/{name}/color"), (name, self.size, self.distortion)
+            shots = (render_head(*scene, frame, self.opening[frame], self.look) for frame in frames)
+            for frame, encoded in zip(frames, _encoded(shots, jpeg_bytes, distinct)):
+                self.put_picture(group, str(frame), encoded, "", n, frame, damaged.get((n, frame)))
 
-    def masks(self, cameras, channels, gaps, damaged):
+    def masks(self, cameras):
         for n in cameras:
-            mask = head_mask(self.rig[f"{n:02d}"], self.size)
-            encoded = _png(mask if channels == 1 else np.repeat(mask[..., None], channels, 2))
-            group = self.smc.create_group(f"Camera/{n:02d}/mask")
+            group, encoded = self.smc.create_group(f"Camera/{n:02d}/mask"), self.head_mask(n)
             for frame in self.frame_ids:
-                if frame not in gaps.get(n, ()):
-                    self.put_picture(group, str(frame), encoded, n, frame, "mask", damaged.get((n, frame)))
+                self.put_picture(group, str(frame), encoded, "mask", n, frame)
+
+    def head_mask(self, n):
+        """The PNG of where the person is in a camera's picture: 255 inside, 0 outside."""
+        part, _, _ = _scene(f"{n:02d}", self.size, self.distortion)
+        return _png(np.where(part, 255, 0).astype(np.uint8))
 
     def audio(self, seconds, kind):
         group = self.smc.create_group("Camera/00/audio")
@@ -566,42 +458,45 @@ class _SMCWriter:
             for key in ("K", "D", "RT"):
                 self.put(group, key, camera[key])
 
+    def group_of_frames(self, name):
+        group = self.smc.create_group(name)
+        group.attrs["num_frame"] = len(self.frame_ids)
+        return group
+
     def keypoints2d(self, cameras):
-        self.smc.create_group("Keypoints2d").attrs["num_frame"] = self.num_frame
+        self.group_of_frames("Keypoints2d")
         for n in cameras:
             group = self.smc.create_group(f"Keypoints2d/{n:02d}")
             for frame in self.frame_ids:
                 if detected(n, frame):
-                    self.put(group, str(frame), project(face_points(106, self.opening(frame)), self.rig[f"{n:02d}"]))
+                    self.put(group, str(frame), project(face_points(106, self.opening[frame]), self.rig[f"{n:02d}"]))
 
     def keypoints3d(self):
-        group = self.smc.create_group("Keypoints3d")
-        group.attrs["num_frame"] = self.num_frame
+        group = self.group_of_frames("Keypoints3d")
         for frame in self.frame_ids:
-            self.put(group, str(frame), face_points(73, self.opening(frame)))
+            self.put(group, str(frame), face_points(73, self.opening[frame]))
 
     def flame(self):
-        self.smc.create_group("FLAME").attrs["num_frame"] = self.num_frame
+        flame = self.group_of_frames("FLAME")
         for frame in self.frame_ids:
-            group = self.smc.create_group(f"FLAME/{frame}")
+            group = flame.create_group(str(frame))
             for name, value in flame_parameters(self.voice, frame).items():
                 self.put(group, name, value)
 
     def uv_textures(self):
         group = self.smc.create_group("UV_texture")
         for frame in self.frame_ids:
-            self.put_picture(group, str(frame), _uv_texture(self.look), None, frame, "uv")
+            self.put_picture(group, str(frame), _uv_texture(self.look), "uv", None, frame)
 
     def scan(self):
         group = self.smc.create_group("Scan")
-        vertices, triangles = scan_mesh()
-        self.put(group, "vertex", vertices)
-        self.put(group, "vertex_indices", triangles)
+        for name, data in zip(("vertex", "vertex_indices"), scan_mesh()):
+            self.put(group, name, data)
 
     def scan_masks(self, cameras):
         group = self.smc.create_group("ScanMask")
         for n in cameras:
-            self.put_picture(group, f"{n:02d}", _png(head_mask(self.rig[f"{n:02d}"], self.size)), n, None, "scan")
+            self.put_picture(group, f"{n:02d}", self.head_mask(n), "scan", n)
 
 
 def write_smc(
@@ -614,14 +509,10 @@ def write_smc(
     size=(256, 306),
     images=True,
     jpeg_bytes=None,
-    png_images=False,
     distinct=None,
     gaps=None,
     damaged=None,
     masks=(),
-    mask_channels=1,
-    mask_gaps=None,
-    damaged_masks=None,
     audio_seconds=None,
     audio="pcm16",
     calibration=True,
@@ -634,32 +525,27 @@ def write_smc(
     scan_masks=(),
     storage="contiguous",
     column_shape=False,
-    num_device=60,
-    num_frame=None,
-    attributes=None,
 ):
     """Write one SMC file with just the groups that are asked for.
 
-    cameras, masks, keypoints2d, scan_masks: the cameras (int) that have pictures, masks ... ; frame_ids: int, may have
-    gaps size: (height, width) of the pictures; jpeg_bytes: about how large each is to be (None: as it comes) distinct:
-    render only so many pictures per camera and repeat them under other labels (for large files in little time) gaps,
-    mask_gaps: {camera: [frames that are left out]} damaged, damaged_masks: {(camera, frame): "cut" | "garbage" |
-    "empty" | "zeroed"}, see `damage` audio_seconds: None for no audio; audio: "pcm16" | "float", see `speech_audio`
-    storage: "contiguous" | "chunked" | "gzip"; column_shape: pictures are (N, 1), not (N,) num_frame: what the
-    attributes say (None: the number of frame_ids, which is also what fps comes from) attributes: root attributes to
-    replace, or with None to leave out"""
+    cameras, masks, keypoints2d, scan_masks: the cameras (int) that have pictures, masks, …
+    frame_ids: int, may have gaps
+    size: (height, width) of the pictures; jpeg_bytes: about how large each is to be (None: as it comes)
+    distinct: render only so many pictures per camera and repeat them under other labels (large files in little time)
+    gaps: {camera: [frames that are left out]}
+    damaged: {(camera, frame): "cut" | "garbage" | "empty" | "zeroed"}, see `damage`
+    audio_seconds: None for no audio; audio: "pcm16" | "float", see `speech_audio`
+    storage: "contiguous" | "chunked" | "gzip"; column_shape: pictures are (N, 1), not (N,)
+    """
     path, frame_ids = Path(path), [int(frame) for frame in frame_ids]
-    num_frame = len(frame_ids) if num_frame is None else num_frame
     fps = len(frame_ids) / audio_seconds if audio_seconds else 30.0
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as smc:
-        writer = _SMCWriter(
-            smc, subject, performance, size, frame_ids, num_frame, fps, distortion, storage, column_shape
-        )
-        writer.attributes(attributes, num_device)
+        writer = _SMCWriter(smc, subject, performance, tuple(size), frame_ids, fps, distortion, storage, column_shape)
+        writer.attributes()
         if images:
-            writer.images(cameras, png_images, jpeg_bytes, distinct, gaps or {}, damaged or {})
-        writer.masks(masks, mask_channels, mask_gaps or {}, damaged_masks or {})
+            writer.images(cameras, jpeg_bytes, distinct, gaps or {}, damaged or {})
+        writer.masks(masks)
         if audio_seconds is not None:
             writer.audio(audio_seconds, audio)
         if calibration:
@@ -688,28 +574,25 @@ def write_subject(
     frames=None,
     cameras=None,
     everything=False,
-    copy_of=False,
     **options,
 ):
     """Write the files of one subject where the layout has them, and return their paths.
 
-    layout: "single" (500-ID; <root>/0018/...) | "pair" (21-ID; <root>/raw/0018/... and <root>/anno/0018/...)
-    performances: any of s1_all...s6_all, e0...e11 (always with all annotations), h0, h1_3bk ..., h2
+    layout: "single" (500-ID; <root>/0018/…) | "pair" (21-ID; <root>/raw/0018/… and <root>/anno/0018/…)
+    performances: any of s1_all…s6_all, e0…e11 (always with all annotations), h0, h1_3bk …, h2
     seconds: of speech, or frames: that many at 30 fps (and half as many where it is 15 fps)
     cameras: the views with pictures (None: as the layout has them; one that has only camera 25 keeps it)
     everything: masks and keypoints in the single layout's files too, which the real ones lack
-    copy_of: names as Drive gives them to copies, "Copy of 0018_s1_all_raw.smc"
     options: for every file, see `write_smc`
     """
     frames = max(2, round(seconds * 30)) if frames is None else frames
     paths = []
     for performance in performances:
-        kind = performance[0]
-        fps = 15 if layout == "single" and performance == "s3_all" else 30
+        kind, fps = performance[0], 30
         if layout == "pair":
             views, frame_ids = ALL_VIEWS, range(frames)
         elif performance == "s3_all":
-            views, frame_ids = S3_VIEWS, range(max(1, round(frames / 2)))
+            views, frame_ids, fps = S3_VIEWS, range(max(1, round(frames / 2))), 15
         elif kind == "s":
             views, frame_ids = (25,), range(frames)
         else:
@@ -722,30 +605,20 @@ def write_subject(
             annotations.update(masks=views, keypoints2d=[n for n in views if n in KEYPOINT_VIEWS], keypoints3d=True)
         if kind == "e":
             annotations.update(flame=True, uv_textures=True, scan=True, scan_masks=views)
-        common = {"cameras": views, "frame_ids": frame_ids}
-        files = {"raw": {**common, **raw, **annotations}}
+        files = {"raw": {**raw, **annotations}}
         if layout == "pair":
-            files = {"raw": {**common, **raw, "calibration": False}, "anno": {**common, **annotations, "images": False}}
+            files = {"raw": {**raw, "calibration": False}, "anno": {**annotations, "images": False}}
         for suffix, content in files.items():
             folder = Path(root) / (suffix if layout == "pair" else "") / subject
-            path = folder / f"{'Copy of ' if copy_of else ''}{subject}_{performance}_{suffix}.smc"
-            write_smc(path, subject, performance, **{**content, **options})
-            paths.append(path)
+            paths.append(folder / f"{subject}_{performance}_{suffix}.smc")
+            content = {"cameras": views, "frame_ids": frame_ids, **content, **options}
+            write_smc(paths[-1], subject, performance, **content)
     return paths
 
 
-def write_release(root, subjects=("0018", "0019"), *, performances=SPEECH, **options):
-    """Write several subjects and return the paths. performances: of all, or {subject: its performances}."""
-    return [
-        path
-        for subject in subjects
-        for path in write_subject(
-            root,
-            subject,
-            **options,
-            performances=(performances[subject] if isinstance(performances, dict) else performances),
-        )
-    ]
+def write_release(root, subjects=("0018", "0019"), **options):
+    """Write several subjects and return the paths."""
+    return [path for subject in subjects for path in write_subject(root, subject, **options)]
 
 
 CONFIG = """\
@@ -760,7 +633,7 @@ extraction:
   subjects: [{subjects}]
   performances: [{performances}]
   cameras: all
-  modalities: [{modalities}]
+  modalities: [images, masks, audio, calibration, keypoints2d, keypoints3d, transforms]
 storage:
   temp_dir: temp_smc                             # SMC files until they are extracted
   output_dir: subjects                           # the result
@@ -779,57 +652,19 @@ def write_demo(folder, subjects=("0018", "0019"), *, layout="single", performanc
     folder = Path(folder)
     paths = write_release(folder / "release", subjects, layout=layout, performances=performances, **options)
     (folder / "rclone.conf").write_text(f"[demo]\ntype = alias\nremote = {(folder / 'release').resolve()}\n")
-    modalities = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d", "transforms"]
-    (folder / "config.yaml").write_text(
-        CONFIG.format(
-            layout=layout,
-            subjects=", ".join(f'"{subject}"' for subject in subjects),
-            performances=", ".join(performances),
-            modalities=", ".join(modalities),
-        )
-    )
+    subjects, performances = ", ".join(f'"{subject}"' for subject in subjects), ", ".join(performances)
+    config = CONFIG.format(layout=layout, subjects=subjects, performances=performances)
+    (folder / "config.yaml").write_text(config)
     return paths
-
-
-def _size(text):
-    try:
-        height, width = map(int, text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not height x width, such as 512x612")
-    return height, width
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", default="demo", help="where to write (default demo)")
-    parser.add_argument("--subjects", nargs="+", default=["0018", "0019"], metavar="ID")
-    parser.add_argument(
-        "--parts", type=int, default=6, choices=range(1, 7), help="speech parts per subject (default 6)"
-    )
     parser.add_argument("--layout", choices=("single", "pair"), default="single", help="500-ID (default) or 21-ID")
-    parser.add_argument(
-        "--size", type=_size, default=(512, 612), metavar="HxW", help="of the pictures (default 512x612)"
-    )
-    parser.add_argument("--jpeg-kb", type=float, metavar="N", help="kB per picture, e.g. 330 as in the real data")
-    parser.add_argument("--seconds", type=float, default=1.6, help="of speech (default 1.6)")
-    parser.add_argument("--frames", type=int, help="instead of seconds: frames at 30 fps")
-    parser.add_argument("--distinct", type=int, metavar="N", help="render only N pictures per camera and repeat them")
     args = parser.parse_args()
-
-    paths = write_demo(
-        args.folder,
-        args.subjects,
-        layout=args.layout,
-        performances=SPEECH[: args.parts],
-        size=args.size,
-        jpeg_bytes=args.jpeg_kb and round(args.jpeg_kb * 1000),
-        seconds=args.seconds,
-        frames=args.frames,
-        distinct=args.distinct,
-    )
-    for subject in args.subjects:
-        sizes = [path.stat().st_size for path in paths if path.parent.name == subject]
-        print(f"{subject}: {len(sizes)} SMC files, {sum(sizes) / 1e6:.1f} MB, in {Path(args.folder, 'release')}")
+    sizes = [path.stat().st_size for path in write_demo(args.folder, layout=args.layout, size=(512, 612), seconds=1.6)]
+    print(f"{len(sizes)} SMC files, {sum(sizes) / 1e6:.1f} MB, in {Path(args.folder, 'release')}")
     print(f"Now run: python extract_streaming_gdrive.py --config {Path(args.folder, 'config.yaml')}")
 
 

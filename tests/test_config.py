@@ -1,8 +1,14 @@
 """The config file and the command line: what is right is taken as meant, what is wrong is refused with its place."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import synthetic_release
 from conftest import SCRIPT, Workspace
+
+from extract_streaming_gdrive import ConfigError, load_config
 
 TEMPLATE = """\
 google_drive:
@@ -66,19 +72,31 @@ WRONG = [
 
 
 @pytest.mark.parametrize("old, new, expected", WRONG)
-def test_a_wrong_config_is_refused_with_its_place_and_touches_nothing(workspace, old, new, expected):
+def test_what_is_wrong_in_a_config_is_named_with_its_place(tmp_path, old, new, expected):
     assert old in TEMPLATE
-    (workspace.folder / "config.yaml").write_text(TEMPLATE.replace(old, new))
-    run = workspace.run(expect=2)
-    assert "config.yaml" in run.err and run.out == "" and len(run.err.splitlines()) == 1
-    assert all(part in run.err for part in expected), run.err
-    assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
+    (tmp_path / "config.yaml").write_text(TEMPLATE.replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        load_config(str(tmp_path / "config.yaml"))
+    message = str(caught.value)
+    assert all(part in message for part in ("config.yaml", *expected)) and message.isprintable(), message
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00bad", b"a: &x [*x"])
-def test_an_unreadable_config_is_refused(workspace, content):
+def test_a_wrong_config_is_refused_and_touches_nothing(workspace, sample):
+    for old, new, expected in sample((wrong.values for wrong in WRONG), 4):
+        (workspace.folder / "config.yaml").write_text(TEMPLATE.replace(old, new))
+        run = workspace.run(expect=2)
+        assert run.out == "" and len(run.err.splitlines()) == 1
+        assert all(part in run.err for part in ("config.yaml", *expected)), run.err
+        assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
+
+
+def test_an_unreadable_config_is_refused(workspace):
     path = workspace.folder / "config.yaml"
-    path.unlink() if content is None else path.write_bytes(content)
+    for content in (b"\xff\xfe\x00bad", b"a: &x [*x"):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match="config.yaml"):
+            load_config(str(path))
+    path.unlink()
     assert "config.yaml" in workspace.run(expect=2).err
 
 
@@ -97,7 +115,7 @@ def test_a_wrong_command_line_is_refused_and_touches_nothing(workspace, argument
     assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
 
 
-def test_ids_without_quotes_keep_their_digits(tmp_path):
+def test_ids_without_quotes_keep_their_digits_and_paths_are_relative_to_the_config(tmp_path):
     synthetic_release.write_release(
         tmp_path / "release", ("0018", "0026"), performances=["s1_all"], frames=2, size=(64, 76)
     )
@@ -105,17 +123,13 @@ def test_ids_without_quotes_keep_their_digits(tmp_path):
     (workspace.folder / "config.yaml").write_text(TEMPLATE.replace('["0018"]', "[0018, 0026]"))
     workspace.run()
     assert workspace.states == {("0018", "s1_all"): "completed", ("0026", "s1_all"): "completed"}
-
-
-def test_what_has_a_default_may_be_left_out_and_paths_are_relative_to_the_config(workspace):
-    (workspace.folder / "config.yaml").write_text(
-        TEMPLATE.replace("  min_free_gb: 0\n", "").replace("  performances: [s1_all]\n", "")
-    )
-    run = workspace.run("--dry-run")
-    assert run.out.count("to be downloaded\n") >= 6
-    (workspace.folder / "config.yaml").write_text(TEMPLATE)
-    workspace.run()
     assert {"MANIFEST.csv", "logs", "subjects"} <= {p.name for p in workspace.folder.iterdir()}
+
+
+def test_what_has_a_default_may_be_left_out(workspace):
+    required = TEMPLATE.replace("  min_free_gb: 0\n", "").replace("  performances: [s1_all]\n", "")
+    (workspace.folder / "config.yaml").write_text(required)
+    assert workspace.run("--dry-run").out.count("to be downloaded\n") >= 6
 
 
 def test_the_projects_own_config_holds_every_setting_and_asks_for_the_folder_id(tmp_path):
@@ -125,24 +139,15 @@ def test_the_projects_own_config_holds_every_setting_and_asks_for_the_folder_id(
     assert "root_folder_id" in workspace.run(expect=2).err
 
 
-@pytest.mark.parametrize(
-    "name, expected",
-    [("nowhere", "no remote 'nowhere'"), ("demo", None)],
-)
-def test_a_remote_that_rclone_does_not_know_is_a_config_error(workspace, name, expected):
-    workspace.write_config(google_drive={"remote_name": name}, extraction={"performances": ["s1_all"]})
-    run = workspace.run(expect=2 if expected else 0)
-    if expected:
-        assert expected in run.err and "rclone listremotes" in run.err
-        assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
+def test_a_remote_that_rclone_does_not_know_is_a_config_error(workspace):
+    workspace.write_config(google_drive={"remote_name": "nowhere"}, extraction={"performances": ["s1_all"]})
+    run = workspace.run(expect=2)
+    assert "no remote 'nowhere'" in run.err and "rclone listremotes" in run.err
+    assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
 
 
 def test_without_rclone_the_message_says_how_to_get_it(workspace, tmp_path):
     """A Python whose folder has no rclone beside it, and a PATH without one."""
-    import os
-    import subprocess
-    import sys
-
     link = tmp_path / "bin" / "python"
     link.parent.mkdir()
     link.symlink_to(os.path.realpath(sys.executable))

@@ -24,7 +24,6 @@ EVERYTHING = {
     "frame_ids": FRAMES,
     "size": SIZE,
     "masks": (3, 25),
-    "mask_channels": 3,
     "audio_seconds": 4 / 30,
     "keypoints2d": (25, 30),
     "keypoints3d": True,

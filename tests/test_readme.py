@@ -72,9 +72,8 @@ def test_without_the_distortion_a_pinhole_camera_fits(demo, monkeypatch):
 
 
 def test_what_inspect_prints_stands_in_the_readme(tmp_path):
-    smc = synthetic_release.write_demo(
-        tmp_path / "demo", ["0018"], performances=["s3_all"], seconds=1.6, size=(512, 612)
-    )[0]
+    options = {"performances": ["s3_all"], "seconds": 1.6, "size": (512, 612), "distinct": 1}
+    smc = synthetic_release.write_demo(tmp_path / "demo", ["0018"], **options)[0]
     run = subprocess.run([sys.executable, SCRIPT, "--inspect", smc], check=False, capture_output=True, text=True)
     shown = re.search(r"^```\n(0018 s3_all\n.*?)^```", SECTION, re.MULTILINE | re.DOTALL)[1]
 
