@@ -793,36 +793,33 @@ class RangeServer:
     in between; `serve http` opens a file at its beginning first and reads ahead."""
 
     def __init__(self, remote: Remote):
-        password = secrets.token_urlsafe(24)
-        self.authorization = "Basic " + base64.b64encode(f"smc:{password}".encode()).decode()
+        password, said = secrets.token_urlsafe(24), ""
         options = ["--addr", "127.0.0.1:0", "--append-only", "--use-json-log", "--log-level", "INFO", "--stats", "1s"]
         options += ["--drive-pacer-min-sleep", "10ms"]  # rclone keeps to ten calls a second, Drive allows 200
         command = remote.command("serve restic", *options, places=[remote.root])
         # Other users can see a program's arguments, but not its environment.
         self.process = remote.start(command, {"RCLONE_USER": "smc", "RCLONE_PASS": password})
-        self.port, said = None, "it said nothing"
-        while self.port is None:
+        while not (found := re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", said)):
             line = self.process.stderr.readline()
             if not line:
-                raise RemoteError(f"rclone does not serve the remote {remote.root}: {said}")
+                raise RemoteError(f"rclone does not serve the remote {remote.root}: {said or 'it said nothing'}")
             said = printable(json_or_text(line)["msg"].replace(password, "…").strip(), 300)
-            found = re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", said)
-            self.port = int(found[1]) if found else None
+        self.address = int(found[1]), "Basic " + base64.b64encode(f"smc:{password}".encode()).decode()
         # Its log is read to the end, and not kept.
         threading.Thread(target=collections.deque, args=(self.process.stderr, 0), daemon=True).start()
 
 
 class SelectedFile(io.RawIOBase):
     """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size, for h5py to read.
-    To read a block that is not there raises FetchError, and its place is in `missed` then.
+    To read a block that is not there raises FetchError, and its place is added to `missed` then.
 
     there: a byte for each block of the file, 1 if the block is there; empty for a file of which nothing is there yet.
-    server: port and authorization of the RangeServer, for `fetch`."""
+    address: port and authorization of the RangeServer, for `fetch`."""
 
-    def __init__(self, config: Config, file: RemoteFile, there: bytes = b"", server: tuple[int, str] | None = None):
+    def __init__(self, config: Config, file: RemoteFile, there: bytes = b"", address=None, missed: list | None = None):
         super().__init__()
-        self.config, self.path, self.name, self.size, self.server = config, file.path, file.name, file.bytes, server
-        self.position, self.missed = 0, []
+        self.config, self.path, self.name, self.size, self.position = config, file.path, file.name, file.bytes, 0
+        self.address, self.missed = address, [] if missed is None else missed
         self.there = bytearray(there or -(-self.size // BLOCK))
         store = config.temp_dir / f"{file.path}.selected"
         store.parent.mkdir(parents=True, exist_ok=True)
@@ -879,8 +876,8 @@ class SelectedFile(io.RawIOBase):
 
     def answer(self, start: int, end: int) -> Iterator[bytes]:
         """Yield what one request brings of the bytes from start to before end, in pieces."""
-        headers = {"Range": f"bytes={start}-{end - 1}", "Authorization": self.server[1]}
-        connection = http.client.HTTPConnection("127.0.0.1", self.server[0], timeout=FETCH_TIMEOUT_S)
+        headers = {"Range": f"bytes={start}-{end - 1}", "Authorization": self.address[1]}
+        connection = http.client.HTTPConnection("127.0.0.1", self.address[0], timeout=FETCH_TIMEOUT_S)
         with contextlib.closing(connection):
             connection.request("GET", "/" + urllib.parse.quote(self.path), headers=headers)
             answer = connection.getresponse()
@@ -893,7 +890,7 @@ class SelectedFile(io.RawIOBase):
             yield from iter(lambda: answer.read(32 * BLOCK), b"")
 
 
-def fetch_selection(job: Job, config: Config, server: tuple[int, str], report: Callable) -> tuple[list[bytes], int]:
+def fetch_selection(job: Job, config: Config, address: tuple[int, str], report: Callable) -> tuple[list[bytes], int]:
     """Bring to temp_dir what extraction will read of a job's files. Return which blocks of each are there, and the
     number of bytes that came. Raise SMCError or OSError.
 
@@ -902,7 +899,9 @@ def fetch_selection(job: Job, config: Config, server: tuple[int, str], report: C
     once, and the question is asked again. To list the pictures of a camera takes the header of each, and these lie
     among the pictures. Files are usually written camera by camera: so what lies between a camera's first and last
     picture is fetched first, in large pieces."""
-    files, fetched = [SelectedFile(config, file, server=server) for file in job.files], 0
+    missed: list[tuple[SelectedFile, int, int]] = []
+    files = [SelectedFile(config, file, address=address, missed=missed) for file in job.files]
+    fetched = 0
 
     def fetch(places: Iterable[tuple[SelectedFile, int, int]]):
         nonlocal fetched
@@ -913,27 +912,29 @@ def fetch_selection(job: Job, config: Config, server: tuple[int, str], report: C
 
     def answers(question: Callable, cases: Iterable[tuple]) -> list:
         found = dict.fromkeys(cases)
-        waiting, missed = list(found), []
+        waiting = list(found)
         while waiting:
+            again, lacking = [], []
             for case in waiting:
                 try:
                     found[case] = question(*case)
                 except SMCError:
-                    if not any(file.missed for file in files):
+                    if not missed:
                         raise
-                missed.append([place for file in files for place in file.missed])
-                for file in files:
-                    file.missed.clear()
-            waiting = [case for case, places in zip(waiting, missed) if places]
-            fetch(itertools.chain(*missed))
-            missed.clear()
+                if missed:
+                    again.append(case)
+                    lacking += missed
+                    missed.clear()
+            fetch(lacking)
+            waiting = again
         return list(found.values())
 
     def cases() -> list[tuple]:
         return [(name, camera) for name in job.modalities for camera in selected(reader, name, job.cameras)]
 
     def all_else():
-        if not (reader.fps() or reader.cameras()):
+        reader.fps()
+        if not reader.cameras():
             any(map(reader.has, WRITERS))
 
     with ThreadPoolExecutor(FETCHERS) as threads, answers(SMCReader, [tuple(files)])[0] as reader:
@@ -969,14 +970,12 @@ def expected_selection(job: Job, config: Config) -> int:
 
 def fetch_apart(remote: Remote, job: Job, show: Callable):
     """Call fetch_selection in a process of its own, and find out what is behind a failure."""
-    begin, name, limits = time.monotonic(), job.files[0].name, (MEMORY_LIMIT, cpu_limit(job.bytes))
+    begin, name = time.monotonic(), job.files[0].name
     try:
         if remote.server is None or remote.server.process.poll() is not None:
             remote.server = RangeServer(remote)
-        address = remote.server.port, remote.server.authorization
-        job.blocks, job.fetched = apart(
-            fetch_selection, job, remote.config, address, name=name, limits=limits, show=show
-        )
+        arguments, limits = (job, remote.config, remote.server.address), (MEMORY_LIMIT, cpu_limit(job.bytes))
+        job.blocks, job.fetched = apart(fetch_selection, *arguments, name=name, limits=limits, show=show)
         job.here = True
         log.info("%s: fetched %s of %s", job, gb(job.fetched), gb(job.bytes))
     except FetchError as error:  # rclone answers with a mere 404, but says why when it is asked for a byte
