@@ -341,8 +341,8 @@ class Manifest:
 
     `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings."""
 
-    def __init__(self, path: Path):
-        self.path, self.content = path, b""
+    def __init__(self, config: Config):
+        self.config, self.path, self.content = config, config.manifest, b""
         self.rows: dict[tuple[str, str], dict] = {}
         self.completed: dict[tuple[str, str], dict] = {}
         self.refresh()
@@ -362,6 +362,34 @@ class Manifest:
             self.rows[key] = row
             if row["status"] == "completed":
                 self.completed[key] = row
+
+    def is_done(self, subject: str, performance: str) -> bool:
+        """Return whether the last row says that all that is asked for now was extracted."""
+        row, asked = self.rows.get((subject, performance)), self.config.asked_cameras(performance)
+        if row is None or row["status"] != "completed":
+            return False
+        if not row.get("modalities"):  # a row of the older eight columns
+            return True
+        available, modalities = number_set(row["cameras_available"]), set(self.config.modalities)
+        wanted = available if asked is None else available & asked
+        enough = wanted <= number_set(row["cameras"]) or not PER_CAMERA & modalities
+        return enough and modalities <= set(row["modalities"].split())
+
+    def state(self, subject: str, performance: str) -> str:
+        """Return "done", "open", or "half": done with one file of a pair, while the other was absent and may have come
+        since."""
+        if self.config.redo or not self.is_done(subject, performance):
+            return "open"
+        return "half" if HALF in self.rows[subject, performance]["error"] else "done"
+
+    def has_work(self, subject: str) -> bool:
+        """Return whether a subject has to be looked at on the remote."""
+        asked = self.config.performances
+        return asked is None or any(self.state(subject, performance) != "done" for performance in asked)
+
+    def asked(self, subject: str) -> list[str]:
+        """Return the performances that the config asks for; if it asks for all, those of the subject in the rows."""
+        return self.config.performances or sorted(name for known, name in self.rows if known == subject)
 
     def append(self, row: dict):
         """Write one row: whole, under a lock, and on disk when this returns. Raise OSError, and then nothing is
@@ -420,18 +448,6 @@ def csv_lines(rows) -> bytes:
 
 def number_set(text: str | None) -> set[int]:
     return {int(word) for word in (text or "").split() if word.isdigit()}
-
-
-def is_done(row: dict | None, asked: set[int] | None, modalities: Iterable[str]) -> bool:
-    """Return whether a manifest row says that all that is asked for now was extracted."""
-    if row is None or row["status"] != "completed":
-        return False
-    if not row.get("modalities"):  # a row of the older eight columns
-        return True
-    available = number_set(row["cameras_available"])
-    wanted = available if asked is None else available & asked
-    enough = wanted <= number_set(row["cameras"]) or not PER_CAMERA & set(modalities)
-    return enough and set(modalities) <= set(row["modalities"].split())
 
 
 # ---------------------------------------------------------------------------------------------- files and locks
@@ -1283,7 +1299,8 @@ def modalities_in(folder: Path) -> list[str]:
 
 def extract(job: Job, config: Config, send: Callable) -> dict:
     """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk.
-    Return what the manifest and the log say about it. Raise SMCError or OSError.
+    Return `info`, and the "cameras" extracted, the "bytes" written and "notes" for the manifest. Raise SMCError or
+    OSError.
 
     send: called with pictures=n for n pictures more, and once with total=n."""
     partial = config.partial(job.subject, job.performance)
@@ -1300,17 +1317,11 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
         written = modalities_in(partial)
         if not written and not any(map(reader.has, WRITERS)):
             raise SMCError(f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows")
-        task.save("metadata/info.json", json_bytes(info(task, written)))
+        content = info(task, written)
+        task.save("metadata/info.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
         sync_disk(partial)
-        return {
-            "cameras": task.selected("images") if PER_CAMERA & set(job.modalities) else [],
-            "cameras_available": reader.cameras(),
-            "frames": sum(task.frames.values()),
-            "bytes": task.bytes,
-            "modalities": written,
-            "notes": notes(task, written),
-            "oddities": reader.oddities,
-        }
+        cameras = task.selected("images") if PER_CAMERA & set(job.modalities) else []
+        return {**content, "cameras": cameras, "bytes": task.bytes, "notes": notes(task, written)}
 
 
 def info(task: Extraction, written: list[str]) -> dict:
@@ -1465,7 +1476,7 @@ def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
     download = done = 0
     for subject in config.subjects:
         jobs = {job.performance: job for job in plan(config, manifest, remote, subject)}
-        for performance in config.performances or sorted({*asked_performances(config, manifest, subject), *jobs}):
+        for performance in config.performances or sorted({*manifest.asked(subject), *jobs}):
             job, row = jobs.get(performance), manifest.rows.get((subject, performance), {})
             size = job.bytes if job else as_number(row.get("smc_bytes"))
             state = plan_text(config, job, row.get("status"))
@@ -1492,12 +1503,11 @@ def plan_text(config: Config, job: Job | None, earlier: str | None) -> str:
 def show_status(config: Config, manifest: Manifest) -> int:
     """--status: how far it is, from the manifest alone."""
     subjects = config.subjects or sorted({subject for subject, _ in manifest.rows})
-    rows = {(s, p): manifest.rows.get((s, p)) for s in subjects for p in asked_performances(config, manifest, s)}
+    rows = {(s, p): manifest.rows.get((s, p)) for s in subjects for p in manifest.asked(s)}
     counts: collections.Counter[str] = collections.Counter()
-    for (_, performance), row in rows.items():
-        again = not is_done(row, config.asked_cameras(performance), config.modalities)
+    for key, row in rows.items():
         status = row["status"] if row else "to do"
-        counts["to do again" if status == "completed" and again else status] += 1
+        counts["to do again" if status == "completed" and not manifest.is_done(*key) else status] += 1
     done = [row for row in rows.values() if row and row["status"] == "completed"]
 
     def total(column: str) -> float:
@@ -2209,7 +2219,7 @@ def clean_up(config: Config, manifest: Manifest, subject: str):
         for path in paths_like(folder, "*.smc*"):
             name = SMC_NAME.match(path.name)
             whole = path.suffix == ".smc" and path.is_file() and not path.is_symlink()
-            if name and not (whole and state_of(config, manifest, subject, name["performance"]) != "done"):
+            if name and not (whole and manifest.state(subject, name["performance"]) != "done"):
                 clear(path)
         for emptied in (folder, folder.parent):
             if emptied != config.temp_dir:
@@ -2217,41 +2227,21 @@ def clean_up(config: Config, manifest: Manifest, subject: str):
                     emptied.rmdir()
 
 
-def state_of(config: Config, manifest: Manifest, subject: str, performance: str) -> str:
-    """Return "done", "open", or "half": done with one file of a pair, while the other was absent and may be there
-    now."""
-    row = manifest.rows.get((subject, performance))
-    if config.redo or not is_done(row, config.asked_cameras(performance), config.modalities):
-        return "open"
-    return "half" if HALF in row["error"] else "done"
-
-
-def has_work(config: Config, manifest: Manifest, subject: str) -> bool:
-    """Return whether a subject has to be looked at on the remote."""
-    asked = config.performances
-    return asked is None or any(state_of(config, manifest, subject, performance) != "done" for performance in asked)
-
-
-def asked_performances(config: Config, manifest: Manifest, subject: str) -> list[str]:
-    """Return the performances that the config asks for; if it asks for all, those of the subject in the manifest."""
-    return config.performances or sorted(performance for known, performance in manifest.rows if known == subject)
-
-
 def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> list[Job]:
     """Return what is to be done of a subject, from one look at its folder on the remote. A job that cannot be done
     (absent, too large, …) has its `error` already."""
     files, error = {}, RemoteError("it is absent from the remote", "absent")
     try:
-        if has_work(config, manifest, subject):
+        if manifest.has_work(subject):
             files = remote.files(subject, config.performances)
     except RemoteError as failure:
         error = failure
     jobs = []
-    for performance in config.performances or sorted(files) or asked_performances(config, manifest, subject):
-        its_files, state = files.get(performance, []), state_of(config, manifest, subject, performance)
+    for performance in config.performances or sorted(files) or manifest.asked(subject):
+        its_files, state = files.get(performance, []), manifest.state(subject, performance)
         if state == "done" or (state == "half" and len(its_files) < 2):
             continue
-        job = Job(subject, performance, its_files, *with_earlier(config, manifest, subject, performance))
+        job = Job(subject, performance, its_files, *with_earlier(manifest, subject, performance))
         job.look(config)
         if config.download == "selective" and not job.here:
             job.selection = expected_selection(job, config)
@@ -2265,12 +2255,10 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
     return jobs
 
 
-def with_earlier(
-    config: Config, manifest: Manifest, subject: str, performance: str
-) -> tuple[set[int] | None, list[str]]:
+def with_earlier(manifest: Manifest, subject: str, performance: str) -> tuple[set[int] | None, list[str]]:
     """Return (cameras, modalities) to extract: those asked for, and those that are there, which no rerun takes away."""
-    asked, modalities = config.asked_cameras(performance), set(config.modalities)
-    row, folder = manifest.completed.get((subject, performance), {}), config.folder(subject, performance)
+    asked, modalities = manifest.config.asked_cameras(performance), set(manifest.config.modalities)
+    row, folder = manifest.completed.get((subject, performance), {}), manifest.config.folder(subject, performance)
     if asked is not None:
         there = {int(path.name[4:6]) for kind in PER_CAMERA for path in folder.glob(f"{kind}/cam_[0-9][0-9]*")}
         asked |= number_set(row.get("cameras")) | there
@@ -2278,11 +2266,11 @@ def with_earlier(
     return asked, [name for name in WRITERS if name in modalities]
 
 
-def downloads(
-    config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks
-) -> Iterator[tuple[str, list[Job], bool]]:
-    """Yield each turn when its files are in temp_dir: a subject, its jobs or as many of them as fit into temp_dir, and
-    whether these were its last. Raise StopEarly or RemoteError where going on makes no sense."""
+Turn = tuple[str, list[Job], bool]  # a subject, those of its jobs that fit into temp_dir, and whether they are its last
+
+
+def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks) -> Iterator[Turn]:
+    """Yield each turn when its files are in temp_dir. Raise StopEarly or RemoteError where going on makes no sense."""
     held, unreachable = 0, 0
     for subject in subjects_to_do(config, manifest, remote, locks):
         jobs = plan(config, manifest, remote, subject)
@@ -2308,9 +2296,7 @@ def downloads(
                     f"{(since + QUOTA_LASTS).isoformat(timespec='minutes')}"
                 )
         if unreachable == FAILURES_IN_A_ROW:
-            raise RemoteError(
-                f"Stopped: {unreachable} subjects in a row could not be reached. Run again when they can be"
-            )
+            raise RemoteError(f"Stopped: {unreachable} subjects in a row could not be reached. Run again when they can")
 
 
 def subjects_to_do(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
@@ -2327,7 +2313,7 @@ def subjects_to_do(config: Config, manifest: Manifest, remote: Remote, locks: Su
                 return
             time.sleep(0.5)
         else:
-            if has_work(config, manifest, subject):
+            if manifest.has_work(subject):
                 yield subject
             else:
                 locks.release(subject)
@@ -2397,7 +2383,7 @@ def extract_and_describe(job: Job, config: Config) -> tuple[dict, dict | None]:
         row.update(
             status="completed",
             error="; ".join(result["notes"]),
-            frames=result["frames"],
+            frames=sum(result["frames"].values()),
             size_gb=f"{result['bytes'] / GB:.6f}",
             cameras_extracted=len(result["cameras"]),
             cameras=numbers_text(result["cameras"]),
@@ -2445,12 +2431,6 @@ class Console(logging.Handler):
             stream.flush()
         except BrokenPipeError:  # a reader such as `head` has gone, which is no reason to stop
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def talk(verbose: bool):
-    """Send messages to the console."""
-    log.setLevel(logging.DEBUG)
-    log.addHandler(Console(logging.DEBUG if verbose else logging.INFO))
 
 
 def open_log(config: Config) -> Path:
@@ -2511,10 +2491,9 @@ class Summary:
         self.totals.update({row["status"]: 1, "fetched": job.fetched, "download_s": job.download_s})
         if result:
             seconds, number = float(row["extract_s"]), len(result["cameras"])
-            self.totals.update(frames=result["frames"], bytes=result["bytes"], extract_s=seconds)
+            self.totals.update(frames=row["frames"], bytes=result["bytes"], extract_s=seconds)
             cameras = f"{number} camera{'s' * (number != 1)}"
-            log.info(f"{job}: {result['frames']} frames of {cameras}, {gb(result['bytes'])} in {duration(seconds)}")
-            log.debug("%s: %s", job, result)
+            log.info(f"{job}: {row['frames']} frames of {cameras}, {gb(result['bytes'])} in {duration(seconds)}")
             absent = (job.cameras or set()) - set(result["cameras_available"])
             if absent and "images" in job.modalities:
                 log.debug("%s: the file has no pictures of the cameras %s", job, numbers_text(absent))
@@ -2531,16 +2510,14 @@ class Summary:
     def show(self, config: Config, manifest: Manifest):
         """Say at the end of a run: counts, sizes, times, and each warning once."""
         manifest.refresh()
-        totals, rows = self.totals, manifest.rows
-        asked = [(s, p) for s in config.subjects for p in asked_performances(config, manifest, s)]
-        done = [(s, p) for s, p in asked if is_done(rows.get((s, p)), config.asked_cameras(p), config.modalities)]
+        totals = self.totals
+        asked = [(s, p) for s in config.subjects for p in manifest.asked(s)]
+        done = [(s, p) for s, p in asked if manifest.is_done(s, p)]
         gone = sum(not config.folder(*key).exists() for key in done)
         away = f"; {gone} of them no longer in {config.output_dir}" if gone else ""
         times = [duration(seconds) for seconds in (totals["download_s"], totals["extract_s"])]
         what = f"{totals['frames']} frames, {gb(totals['bytes'])}; {gb(totals['fetched'])} downloaded in {times[0]}"
         lines = ["", f"Summary after {duration(time.monotonic() - self.begin)}"]
-        if not totals and len(done) == len(asked):
-            lines.append("  nothing was left to do")
         lines.append(f"  completed   {totals['completed']:5d}   {what}, extracted in {times[1]}")
         lines.append(f"  failed      {len(self.failures):5d}")
         lines.append(f"  absent      {totals['absent']:5d}")
@@ -2616,18 +2593,19 @@ def configure(arguments: argparse.Namespace) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    talk(arguments.verbose)
+    log.setLevel(logging.DEBUG)
+    log.addHandler(Console(logging.DEBUG if arguments.verbose else logging.INFO))
     if arguments.inspect:
         return inspect(arguments.inspect)
     config = configure(arguments)
-    manifest = Manifest(config.manifest)
+    manifest = Manifest(config)
     if arguments.status:
         return show_status(config, manifest)
     if arguments.camera_grid or arguments.suggest_cameras is not None:
         return show_cameras(config, manifest, arguments)
     remote = Remote(config)
     # The first look at the remote shows whether it can be used, before anything is touched.
-    if config.subjects is None or any(has_work(config, manifest, subject) for subject in config.subjects):
+    if config.subjects is None or any(manifest.has_work(subject) for subject in config.subjects):
         there = remote.subjects()
         config = config if config.subjects is not None else replace(config, subjects=there)
     return show_plan(config, manifest, remote) if arguments.dry_run else run(config, manifest, remote)
