@@ -8,13 +8,10 @@
     python extract_streaming_gdrive.py --camera-grid 0018/s3_all          every view, to choose cameras by eye
     python extract_streaming_gdrive.py --suggest-cameras 12               the 12 that cover 360 degrees best
 
-For each subject: list its folder on the remote, download what is missing with one call of rclone (or, with `download:
-selective`, fetch just the needed parts of each file), extract each SMC file into <output_dir>/<subject>/<performance>/,
-check it, write a row to MANIFEST.csv, delete the SMC. While one subject is extracted, the next one downloads. The
-stored JPEGs are copied as they are, never decoded and encoded again.
-
-A performance's folder appears with one rename when all of it is on disk, and its row follows; so whatever ends a run,
-running it again goes on. Several processes with one config share the subjects among them.
+For each subject: list its folder on the remote, download what is missing, extract each SMC file into
+<output_dir>/<subject>/<performance>/, check it, write a row to MANIFEST.csv, delete the SMC. While one subject is
+extracted, the next one downloads. The stored JPEGs are copied as they are, never decoded and encoded again. A folder
+appears with one rename when all of it is on disk, and its row follows: whatever ends a run, running it again goes on.
 
 Exit codes: 0 all is extracted (or is absent from the remote) · 1 something failed, see the summary · 2 the config or
 the command line is wrong · 3 stopped for a cause that passes (Drive's quota, too little disk) · 130, 143 interrupted.
@@ -542,8 +539,10 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 59.95 else tqdm.format_interval(seconds)
 
 
-def free_bytes(folder: Path) -> int:
-    return shutil.disk_usage(folder).free
+def keep_free(folder: Path, config: Config):
+    """Raise OSError where the disk of a folder has less free than storage.min_free_gb."""
+    if shutil.disk_usage(folder).free < config.min_free_gb * GB:
+        raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {config.min_free_gb:g} GB free")
 
 
 # ---------------------------------------------------------------------------------------------- remote
@@ -586,10 +585,6 @@ class Job:
     def temp_bytes(self) -> int:
         """Return what it takes in temp_dir at most."""
         return 0 if self.error else self.fetched or self.selection or self.bytes
-
-    @property
-    def hit_the_quota(self) -> bool:
-        return getattr(self.error, "status", "") == "quota_exceeded"
 
     def paths(self, config: Config) -> list[Path]:
         """Return where its files are in temp_dir."""
@@ -637,7 +632,7 @@ class Remote:
         process = subprocess.Popen(command, cwd=self.config.path.parent, env=environment, **pipes)
         self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
         if self.stopped:  # the run ended between two calls
-            process.terminate()
+            process.kill()
         with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it has ended, and says why
             pipe.write(stdin)
         process.stdin = None
@@ -649,20 +644,15 @@ class Remote:
     def __exit__(self, *error):
         self.stopped = True
         for process in self.processes:
-            process.terminate()
-        for process in self.processes:
-            try:
-                process.wait(2)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            process.kill()
+            process.wait()
 
     def subjects(self) -> list[str]:
         """Return every four-digit folder: the first look at the remote, so it fails at once where the set-up is
         wrong."""
         parents = [""] if self.config.layout == "single" else ["", "raw", "anno"]
-        entries = [self.entries(parent, "--dirs-only", *RCLONE_AT_ONCE) for parent in parents]
-        folders = entries[0] if self.config.layout == "single" else entries[1] + entries[2]
-        return sorted({entry["Name"] for entry in folders if SUBJECT.fullmatch(entry["Name"])})
+        found = [entry["Name"] for parent in parents for entry in self.entries(parent, "--dirs-only", *RCLONE_AT_ONCE)]
+        return sorted(filter(SUBJECT.fullmatch, set(found)))
 
     def files(self, subject: str, performances: list[str] | None) -> dict[str, list[RemoteFile]]:
         """Return {performance: its file, or its raw and its anno file} of a subject, without those that are absent.
@@ -728,17 +718,15 @@ class Remote:
         missing = [job for job in jobs if not job.here]
         for job in missing:
             job.error = remote_error(*(said[file.path] for file in job.files if file.path in said), said.get(""))
-        refused = [job for job in missing if job.hit_the_quota]
+        refused = [job for job in missing if getattr(job.error, "status", None) == "quota_exceeded"]
         for job in missing if refused else []:
             job.error = job.error if job in refused else None
         self.note_refusals(len(refused), came=len(missing) < len(jobs))
 
     def copy(self, files: list[RemoteFile], show: Callable[[int], None]) -> tuple[bool, dict[str, str]]:
         """Call rclone once. Return whether it is content, and {path: last error, "": last error without a path}."""
-        command = self.command(
-            "copy", "--files-from-raw", "-", *RCLONE_LOG, places=[self.root, str(self.config.temp_dir)]
-        )
-        said: dict[str, str] = {}
+        places, said = [self.root, str(self.config.temp_dir)], {}
+        command = self.command("copy", "--files-from-raw", "-", *RCLONE_LOG, places=places)
         with self.start(command, stdin="".join(f"{file.path}\n" for file in files).encode()) as process:
             for line in process.stderr:
                 entry = json_or_text(line)
@@ -872,8 +860,7 @@ class SelectedFile(io.RawIOBase):
     def fetch(self, start: int, end: int) -> int:
         """Bring the bytes from start to before end, and return how many these are. Go on where an answer was cut;
         rclone itself retries errors of the server."""
-        if free_bytes(self.config.temp_dir) < self.config.min_free_gb * GB:
-            raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {self.config.min_free_gb:g} GB free")
+        keep_free(self.config.temp_dir, self.config)
         at, tries, reason = start, 0, ""
         while at < end:
             if tries == FETCH_TRIES:
@@ -1003,7 +990,7 @@ def fetch_apart(remote: Remote, job: Job, show: Callable):
             job.error = RemoteError(f"{name}: it changed on the remote while it was read; run again")
     except RemoteError as error:
         job.error = job.error or error
-    remote.note_refusals(int(job.hit_the_quota), came=not job.error)
+    remote.note_refusals(int(getattr(job.error, "status", None) == "quota_exceeded"), came=not job.error)
     job.download_s = time.monotonic() - begin
 
 
@@ -1037,8 +1024,7 @@ class Extraction:
 
     def report(self, **news):
         """Tell the parent process how far it is. Raise OSError where the disk has no more room."""
-        if free_bytes(self.config.output_dir) < self.config.min_free_gb * GB:
-            raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {self.config.min_free_gb:g} GB free")
+        keep_free(self.config.output_dir, self.config)
         self.send(**news)
 
     def selected(self, modality: str) -> list[int]:
@@ -1149,9 +1135,7 @@ def check_folder(folder: Path, sizes: dict[str, int]):
     with os.scandir(folder) as entries:
         found = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
     if found != sizes:
-        wrong = min(set(found.items()) ^ set(sizes.items()))[0]
-        said = f"{len(found)} of {len(sizes)} files are there, and {wrong} is missing or not as long as written"
-        raise OSError(errno.EIO, said, str(folder))
+        raise OSError(errno.EIO, "the files that are there are not those that were written", str(folder))
 
 
 def write_audio(task: Extraction, modality: str):
@@ -1318,7 +1302,7 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
         if not written and not any(map(reader.has, WRITERS)):
             raise SMCError(f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows")
         content = info(task, written)
-        task.save("metadata/info.json", (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+        task.save("metadata/info.json", json_bytes(content))
         sync_disk(partial)
         cameras = task.selected("images") if PER_CAMERA & set(job.modalities) else []
         return {**content, "cameras": cameras, "bytes": task.bytes, "notes": notes(task, written)}
@@ -1354,13 +1338,12 @@ def notes(task: Extraction, written: list[str]) -> list[str]:
     found, available = [], task.reader.cameras()
     if not written:
         found.append(f"the file has none of what is asked for ({', '.join(task.job.modalities)})")
-    elif "images" in task.job.modalities and not available:
-        found.append("the file has no pictures")
-    elif "images" in task.job.modalities and task.job.cameras and not task.selected("images"):
-        found.append(f"none of the cameras asked for is in the file, which has {numbers_text(available)}")
+    elif "images" in task.job.modalities and not task.selected("images"):
+        has = f"the file, which has {numbers_text(available)}" if available else "the file: it has no pictures"
+        found.append(f"none of the cameras asked for is in {has}")
     for kind, frames in (("damaged", task.damaged), ("missing", task.missing)):
         lists = [cameras.values() if isinstance(cameras, dict) else [cameras] for cameras in frames.values()]
-        count = sum(len(numbers) for numbers in itertools.chain(*lists))
+        count = sum(map(len, itertools.chain(*lists)))
         if count:
             found.append(f"{count} {kind} picture{'s' * (count > 1)}, listed in info.json")
     if "transforms" in task.job.modalities and "transforms" not in written:
@@ -2137,10 +2120,8 @@ def read_poses(folder: Path) -> dict[int, np.ndarray]:
     try:
         cameras = json.loads(path.read_text())["cameras"]
         return {int(camera): np.array(entry["RT"], float).reshape(4, 4) for camera, entry in cameras.items()}
-    except FileNotFoundError:
-        raise ValueError(f"there is no {path}: extract the performance with calibration among the modalities") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} cannot be read as a calibration: extract the performance again with --redo") from None
+        raise ValueError(f"{path} cannot be read: extract the performance with calibration, or again") from None
 
 
 def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[int], n: int, source: str) -> list[int]:
@@ -2333,7 +2314,7 @@ def lack_of_room(config: Config, jobs: list[Job], held: int) -> str | None:
     if config.temp_dir.stat().st_dev == config.output_dir.stat().st_dev:
         needs = {config.output_dir: coming + held + total}
     for folder, need in needs.items():
-        free = free_bytes(folder)
+        free = shutil.disk_usage(folder).free
         if need and free - need < config.min_free_gb * GB:
             return (
                 f"the disk of {folder} has {gb(free)} free: {jobs[-1]} would need {gb(need)} of them, and "
@@ -2402,7 +2383,7 @@ def outcome(job: Job, config: Config, error: Exception) -> tuple[str, str]:
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         folder = config.output_dir if job.error is None else config.temp_dir
         raise StopEarly(
-            f"{job} does not fit on the disk of {folder} ({gb(free_bytes(folder))} free): "
+            f"{job} does not fit on the disk of {folder} ({gb(shutil.disk_usage(folder).free)} free): "
             f"{error_text(error)}. Move finished subjects away, then run the same command again"
         ) from None
     return getattr(error, "status", "failed"), error_text(error)

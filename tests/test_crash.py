@@ -16,7 +16,7 @@ PERFORMANCES = ["s1_all", "s3_all"]
 # Python runs this before the script. Each step that changes something on disk is counted, in the script and in the process
 # that it starts; before the one whose number is KILL_AT, the whole process group dies, rclone with it.
 COUNT_STEPS = """
-import functools, os, shutil, signal
+import builtins, functools, os, shutil, signal
 counter, last = os.open(os.environ["STEPS"], os.O_RDWR | os.O_CREAT | os.O_APPEND), int(os.environ.get("KILL_AT", 0))
 def counted(function):
     @functools.wraps(function)
@@ -29,6 +29,7 @@ def counted(function):
 write = os.write
 for name in "write pwrite ftruncate fsync rename replace unlink rmdir mkdir".split():
     setattr(os, name, counted(getattr(os, name)))
+builtins.open = counted(open)
 """
 
 
