@@ -29,7 +29,6 @@ import ctypes
 import difflib
 import errno
 import fcntl
-import functools
 import glob
 import http.client
 import io
@@ -57,6 +56,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -205,59 +205,52 @@ def path_name(value) -> Path:
     return Path(value).expanduser()
 
 
-def matching(pattern: str, what: str, kind: type = str) -> Callable:
-    """Return what parses a single value that has to match a pattern; `what` says what another value is not."""
-
-    def parse(value):
-        if not re.fullmatch(pattern, text(value)):
-            raise ValueError(f"{value!r} is no {what}")
-        return kind(value)
-
-    return parse
+def matching(pattern: str, what: str, value) -> str:
+    """Return a single value that has to match a pattern; `what` says what another value is not."""
+    if not re.fullmatch(pattern, text(value)):
+        raise ValueError(f"{value!r} is no {what}")
+    return value
 
 
-subject_id = matching(SUBJECT.pattern, "subject: subjects are four digits such as '0018'")
-remote_name = matching(r"[\w.+@][\w.+@ -]*", "name of an rclone remote (write it without the colon)")
-folder_id = matching(
+subject_id = partial(matching, SUBJECT.pattern, "subject: subjects are four digits such as '0018'")
+remote_name = partial(matching, r"[\w.+@][\w.+@ -]*", "name of an rclone remote (write it without the colon)")
+folder_id = partial(
+    matching,
     r"(?!YOUR_SHARED_FOLDER_ID)([A-Za-z0-9_][A-Za-z0-9_-]*)?",
     "folder id: put the part of the shared folder's address after /folders/ here",
 )
-performance_name = matching(PLAIN_NAME.pattern, "performance: they have names such as s1_all, e0 or h1_3bk")
-camera_number = matching("0?[0-9]|[1-5][0-9]", "camera: cameras are whole numbers from 0 to 59", int)
+performance_name = partial(matching, PLAIN_NAME.pattern, "performance: they have names such as s1_all, e0 or h1_3bk")
 
 
-def choice(*known: str) -> Callable:
-    def parse(value) -> str:
-        if text(value) not in known:
-            raise ValueError(f"{value!r} is not known; {hint(value, known)}")
-        return value
-
-    return parse
+def camera_number(value) -> int:
+    return int(matching("0?[0-9]|[1-5][0-9]", "camera: cameras are whole numbers from 0 to 59", value))
 
 
-def number(kind: type, least: float) -> Callable:
-    def parse(value) -> float:
-        with contextlib.suppress(ValueError):
-            if least <= kind(text(value)) < 1e9:
-                return kind(value)
-        raise ValueError(f"{value!r} has to be {'a whole' if kind is int else 'a'} number of at least {least:g}")
-
-    return parse
+def choice(known: Iterable[str], value) -> str:
+    if text(value) not in known:
+        raise ValueError(f"{value!r} is not known; {hint(value, known)}")
+    return value
 
 
-def list_of(parse_item: Callable, example: str, word_all: bool = False, may_be_empty: bool = False) -> Callable:
-    """Return what parses a list without repetitions, or the word "all" where that is allowed (to None)."""
+def number(kind: type, least: float, value) -> float:
+    with contextlib.suppress(ValueError):
+        if least <= kind(text(value)) < 1e9:
+            return kind(value)
+    raise ValueError(f"{value!r} has to be {'a whole' if kind is int else 'a'} number of at least {least:g}")
 
-    def parse(value) -> list | None:
-        if word_all and value == "all":
-            return None
-        if not isinstance(value, list):
-            raise TypeError(f"has to be a list such as {example}" + (", or all" if word_all else ""))
-        if not value and not may_be_empty:
-            raise ValueError(f"the list is empty; write one such as {example}")
-        return list(dict.fromkeys(map(parse_item, value)))
 
-    return parse
+def list_of(parse: Callable, example: str, value, may_be_empty: bool = False) -> list:
+    """Return a list without repetitions."""
+    if not isinstance(value, list):
+        raise TypeError(f"has to be a list such as {example}")
+    if not value and not may_be_empty:
+        raise ValueError(f"the list is empty; write one such as {example}")
+    return list(dict.fromkeys(map(parse, value)))
+
+
+def all_or_list(parse: Callable, example: str, value, may_be_empty: bool = False) -> list | None:
+    """Return a list without repetitions, None for the word "all"."""
+    return None if value == "all" else list_of(parse, f"{example}, or all", value, may_be_empty)
 
 
 def rclone_options(value) -> list[str]:
@@ -268,7 +261,7 @@ def rclone_options(value) -> list[str]:
 
 def camera_choice(value) -> dict[str, list[int] | None]:
     """Return {performance or "default": list of cameras, or None for all}."""
-    parse = list_of(camera_number, "[0, 25]", word_all=True, may_be_empty=True)
+    parse = partial(all_or_list, camera_number, "[0, 25]", may_be_empty=True)
     if not isinstance(value, dict):
         return {"default": parse(value)}
     return {performance_name(key): parse(cameras) for key, cameras in value.items()}
@@ -280,9 +273,9 @@ def setting(section: str, parse: Callable, default=...) -> dict:
     return {"default_factory": lambda: default, "metadata": metadata}
 
 
-subject_list = list_of(subject_id, '["0018", "0026"]', word_all=True)
-performance_list = list_of(performance_name, "[s1_all, s3_all]", word_all=True)
-modality_list = list_of(choice(*MODALITIES), "[images, audio]")
+subject_list = partial(all_or_list, subject_id, '["0018", "0026"]')
+performance_list = partial(all_or_list, performance_name, "[s1_all, s3_all]")
+modality_list = partial(list_of, partial(choice, MODALITIES), "[images, audio]")
 
 
 @dataclass(frozen=True)
@@ -293,8 +286,8 @@ class Config:
     path: Path
     root_folder_id: str = field(**setting("google_drive", folder_id, ""))
     remote_name: str = field(**setting("google_drive", remote_name))
-    layout: str = field(**setting("google_drive", choice("single", "pair"), "single"))
-    download: str = field(**setting("google_drive", choice("full", "selective"), "full"))
+    layout: str = field(**setting("google_drive", partial(choice, ["single", "pair"]), "single"))
+    download: str = field(**setting("google_drive", partial(choice, ["full", "selective"]), "full"))
     rclone_flags: list[str] = field(**setting("google_drive", rclone_options, []))
     subjects: list[str] | None = field(**setting("extraction", subject_list))
     performances: list[str] | None = field(**setting("extraction", performance_list, SPEECH))
@@ -304,10 +297,10 @@ class Config:
     output_dir: Path = field(**setting("storage", path_name))
     manifest: Path = field(**setting("storage", path_name, Path("MANIFEST.csv")))
     log_dir: Path = field(**setting("storage", path_name, Path("logs")))
-    max_temp_size_gb: float = field(**setting("storage", number(float, 1e-6), 50.0))
-    min_free_gb: float = field(**setting("storage", number(float, 0), 100.0))
-    workers: int = field(**setting("processing", number(int, 1), 4))
-    verify: str = field(**setting("processing", choice("fast", "full"), "fast"))
+    max_temp_size_gb: float = field(**setting("storage", partial(number, float, 1e-6), 50.0))
+    min_free_gb: float = field(**setting("storage", partial(number, float, 0), 100.0))
+    workers: int = field(**setting("processing", partial(number, int, 1), 4))
+    verify: str = field(**setting("processing", partial(choice, ["fast", "full"]), "fast"))
     redo: bool = False
 
     def asked_cameras(self, performance: str) -> set[int] | None:
@@ -1027,10 +1020,6 @@ class Extraction:
         keep_free(self.config.output_dir, self.config)
         self.send(**news)
 
-    def selected(self, modality: str) -> list[int]:
-        """Return the cameras to extract among those that have the modality."""
-        return selected(self.reader, modality, self.job.cameras)
-
     def save(self, name: str, content: bytes | memoryview):
         """Write one file of the performance's folder."""
         path = self.folder / name
@@ -1043,7 +1032,7 @@ class Extraction:
 def write_pictures(task: Extraction, modality: str):
     """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes."""
     stored = {}
-    for camera in task.selected(modality):
+    for camera in selected(task.reader, modality, task.job.cameras):
         pictures, name = task.reader.iter_encoded(modality, camera), f"{camera:02d}"
         good, damaged = store_pictures(task, modality, f"{modality}/cam_{name}", pictures)
         task.pictures[modality][name], stored[name] = good, {*good, *damaged}
@@ -1061,7 +1050,7 @@ def write_numbered_pictures(task: Extraction, modality: str):
     """uv_textures/frame_000000.png and scan_masks/cam_00.png: the stored bytes."""
     pictures, name = task.reader.iter_encoded(modality), "frame_{:06d}"
     if modality == "scan_masks":
-        cameras, name = task.selected(modality), "cam_{:02d}"
+        cameras, name = selected(task.reader, modality, task.job.cameras), "cam_{:02d}"
         pictures = ((camera, data) for camera, data in pictures if camera in cameras)
     _, damaged = store_pictures(task, modality, modality, pictures, name)
     if damaged:
@@ -1096,7 +1085,9 @@ def store_pictures(
             unreported = 0
     task.report(pictures=unreported)
     if stored:
-        check_folder(task.folder / folder, sizes)
+        with os.scandir(task.folder / folder) as entries:
+            if {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries} != sizes:
+                raise OSError(errno.EIO, "the files that are there are not those that were written", folder)
         task.bytes += sum(sizes.values())
         if task.config.verify == "full":
             whole = {number: f"{task.folder}/{stored[number][0]}" for number in stored if number not in damaged}
@@ -1128,14 +1119,6 @@ def undecodable(files: dict[int, str], workers: int) -> set[int]:
             before = said()
             good[number] = decodes(file) and said() == before
     return {number for number in files if not good[number]}
-
-
-def check_folder(folder: Path, sizes: dict[str, int]):
-    """Compare what is on disk with what was written: the same files with the same sizes, and no others."""
-    with os.scandir(folder) as entries:
-        found = {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
-    if found != sizes:
-        raise OSError(errno.EIO, "the files that are there are not those that were written", str(folder))
 
 
 def write_audio(task: Extraction, modality: str):
@@ -1172,7 +1155,7 @@ def write_calibration(task: Extraction, modality: str):
 
 def write_keypoints2d(task: Extraction, modality: str):
     """keypoints2d/cam_25.npz: frame_ids (F,) int, points (F, 106, 2) float64 pixels."""
-    for camera in task.selected(modality):
+    for camera in selected(task.reader, modality, task.job.cameras):
         frames = np.array(task.reader.frame_numbers(modality, camera), np.int64)
         points = task.reader.get_Keypoints2d(camera)
         task.save(f"keypoints2d/cam_{camera:02d}.npz", npz_bytes(frame_ids=frames, points=points))
@@ -1293,7 +1276,11 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
     with opened(job, config) as reader:
         task = Extraction(job, config, reader, send)
         pictures = [modality for modality in ("images", "masks") if modality in job.modalities]
-        count = sum(len(reader.frame_numbers(name, camera)) for name in pictures for camera in task.selected(name))
+        count = sum(
+            len(reader.frame_numbers(name, camera))
+            for name in pictures
+            for camera in selected(task.reader, name, task.job.cameras)
+        )
         task.report(total=count)
         for modality in job.modalities:
             if reader.has(modality):
@@ -1304,7 +1291,7 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
         content = info(task, written)
         task.save("metadata/info.json", json_bytes(content))
         sync_disk(partial)
-        cameras = task.selected("images") if PER_CAMERA & set(job.modalities) else []
+        cameras = selected(task.reader, "images", task.job.cameras) if PER_CAMERA & set(job.modalities) else []
         return {**content, "cameras": cameras, "bytes": task.bytes, "notes": notes(task, written)}
 
 
@@ -1338,7 +1325,7 @@ def notes(task: Extraction, written: list[str]) -> list[str]:
     found, available = [], task.reader.cameras()
     if not written:
         found.append(f"the file has none of what is asked for ({', '.join(task.job.modalities)})")
-    elif "images" in task.job.modalities and not task.selected("images"):
+    elif "images" in task.job.modalities and not selected(task.reader, "images", task.job.cameras):
         has = f"the file, which has {numbers_text(available)}" if available else "the file: it has no pictures"
         found.append(f"none of the cameras asked for is in {has}")
     for kind, frames in (("damaged", task.damaged), ("missing", task.missing)):
@@ -1384,7 +1371,13 @@ def apart(work: Callable, *arguments, name: str, limits: tuple[int, int], show: 
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=in_child, args=(theirs, os.getpid(), name, limits, work, arguments), daemon=True)
-    start_without_signals(process)
+    # SIGINT and SIGTERM can reach the whole group; blocked in the child, they are left to its parent.
+    multiprocessing.resource_tracker.ensure_running()  # started with the child, it would unblock them
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     theirs.close()
     try:
         with contextlib.suppress(EOFError):
@@ -1406,16 +1399,6 @@ def apart(work: Callable, *arguments, name: str, limits: tuple[int, int], show: 
         process.kill()
         process.join()
         ours.close()
-
-
-def start_without_signals(process):
-    """Start a process in which SIGINT and SIGTERM, which can reach the whole group, are blocked: its parent decides."""
-    multiprocessing.resource_tracker.ensure_running()  # started with the process, it would unblock them
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def in_child(pipe, parent: int, name: str, limits: tuple[int, int], work: Callable, arguments: tuple):
@@ -1455,230 +1438,165 @@ def limit_resources(memory: int, seconds: int):
 
 
 def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
-    """--dry-run: a line per performance, and the totals."""
+    """--dry-run: show a line for each performance, and the totals. Return the exit code."""
     download = done = 0
     for subject in config.subjects:
         jobs = {job.performance: job for job in plan(config, manifest, remote, subject)}
         for performance in config.performances or sorted({*manifest.asked(subject), *jobs}):
-            job, row = jobs.get(performance), manifest.rows.get((subject, performance), {})
-            size = job.bytes if job else as_number(row.get("smc_bytes"))
-            state = plan_text(config, job, row.get("status"))
-            download += size * state.startswith("to be downloaded")
-            done += job is None
+            job, row = jobs.get(performance), manifest.rows.get((subject, performance))
+            size = job.bytes if job else total([row], "smc_bytes")
+            if job is None:
+                state = "done" if row["status"] == "completed" else "absent from the remote"
+                done += row["status"] == "completed"
+            elif job.error:
+                state = str(job.error).removeprefix("it is ")
+            elif job.here:
+                state = "downloaded already, to be extracted"
+            else:
+                state = "to be downloaded" + (f" (last time: {row['status'].replace('_', ' ')})" if row else "")
+                download += size
             log.info("%s  %-10s %10s   %s", subject, performance, gb(size) if size else "-", state)
-    at_most = "at most " * (config.download == "selective")
+    at_most = "at most " if config.download == "selective" else ""
     log.info("%s%s to be downloaded; %d performances are done", at_most, gb(download), done)
     return 0
 
 
-def plan_text(config: Config, job: Job | None, earlier: str | None) -> str:
-    """Return what --dry-run says of a performance; earlier: the status of its last row."""
-    if job is None:
-        return "done"
-    if job.error:
-        return "absent from the remote" if job.error.status == "absent" else str(job.error)
-    if job.here:
-        return "downloaded already, to be extracted"
-    why = {None: "", "completed": " again, for what is asked for now"}
-    return "to be downloaded" + why.get(earlier, f" (last time: {str(earlier).replace('_', ' ')})")
-
-
 def show_status(config: Config, manifest: Manifest) -> int:
-    """--status: how far it is, from the manifest alone."""
+    """--status: show how far it is, from the manifest alone. Return the exit code."""
     subjects = config.subjects or sorted({subject for subject, _ in manifest.rows})
-    rows = {(s, p): manifest.rows.get((s, p)) for s in subjects for p in manifest.asked(s)}
-    counts: collections.Counter[str] = collections.Counter()
-    for key, row in rows.items():
-        status = row["status"] if row else "to do"
-        counts["to do again" if status == "completed" and not manifest.is_done(*key) else status] += 1
-    done = [row for row in rows.values() if row and row["status"] == "completed"]
-
-    def total(column: str) -> float:
-        return sum(as_number(row.get(column)) for row in done)
-
-    seconds = max(total("download_s"), total("extract_s"))  # one goes on while the other does
-    left = len(rows) - counts["completed"] - counts["absent"]
+    asked = [(s, p) for s in subjects for p in manifest.asked(s)]
+    rows = [manifest.rows[key] for key in asked if key in manifest.rows]
+    done = sum(manifest.is_done(*key) for key in asked)
+    counts = collections.Counter(row["status"] for row in rows)
     failed = counts["failed"] + counts["download_failed"] + counts["quota_exceeded"]
-    of = f"{counts['completed']} of {len(rows)} performances of {len(subjects)} subjects are done"
-    log.info(f"{of}, {failed} failed, {counts['absent']} absent from the remote")
-    for status, number in sorted(counts.items()):
-        if status not in ("completed", "absent"):
-            log.info("  %-18s %5d", status.replace("_", " "), number)
-    log.info("%s extracted from %s of SMC files", gb(total("size_gb") * GB), gb(total("smc_bytes")))
+    known = " that the manifest names" if None in (config.subjects, config.performances) else ""
+    of = f"{len(asked)} performances of {len(subjects)} subject{'s' * (len(subjects) != 1)}{known}"
+    log.info(f"{done} of {of} are done, {failed} failed, {counts['absent']} absent from the remote")
+    size, seconds = total(rows, "smc_bytes"), max(total(rows, "download_s"), total(rows, "extract_s"))
+    log.info("%s extracted from %s of SMC files", gb(total(rows, "size_gb") * GB), gb(size))
+    left = (len(asked) - done - counts["absent"]) * seconds / max(counts["completed"], 1)
     if seconds:
-        time_left = f"; about {duration(left * seconds / len(done))} left for one process" if left else ""
-        log.info("%s/s%s", gb(total("smc_bytes") / seconds), time_left)
-    if config.subjects is None or config.performances is None:
-        log.info("(the config says all; counted are those that the manifest names)")
+        log.info("%s/s%s", gb(size / seconds), f"; about {duration(left)} left for one process" if left else "")
     return 0
 
 
-def as_number(text: str | None) -> float:
-    try:
-        return float(text or 0)
-    except ValueError:
-        return 0.0
+def total(rows: list[dict], column: str) -> float:
+    """Return the sum of a column over completed performances, without what other tools have left there instead."""
+    values = [row.get(column) or "" for row in rows if row["status"] == "completed"]
+    return sum(float(value) for value in values if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", value))
 
 
 def inspect(paths: list[str]) -> int:
-    """--inspect: what each performance has, in its SMC file or in its two."""
-
-    def show(line: str):
-        log.info("%s", line)
-
-    failed = False
-    for files in performances_given([Path(os.path.abspath(path)) for path in paths]):
+    """--inspect: show what each performance has, in its SMC file or in its two. Return the exit code."""
+    performances, latest, whole = [], {}, True
+    for path in dict.fromkeys(map(Path, paths)):
+        name = SMC_NAME.fullmatch(path.name)
+        key, half = (name.group("subject", "performance"), name["half"]) if name else (path, "raw")
+        if half in latest.get(key, [half]):
+            latest[key] = {}
+            performances.append(latest[key])
+        latest[key][half] = path
+    for halves in performances:
+        files = [halves[half] for half in ("raw", "anno") if half in halves]
         try:
-            size = sum(file.stat().st_size for file in files if file.is_file())
-            limits = MEMORY_LIMIT, cpu_limit(size)
-            whole = apart(show_content, files, name=files[0].name, limits=limits, show=show)
-            failed |= not whole
+            limits = MEMORY_LIMIT, cpu_limit(sum(file.stat().st_size for file in files))
+            whole &= apart(show_content, files, name=files[0].name, limits=limits, show=log.info)
         except (SMCError, OSError) as error:
             log.error("%s", error_text(error))
-            failed = True
-    return int(failed)
-
-
-def performances_given(paths: list[Path]) -> list[list[Path]]:
-    """Return the files of each performance: one, or [raw, anno] where both are given."""
-    found: list[list[Path]] = []
-    for path in dict.fromkeys(paths):
-        half = next((files for files in reversed(found) if len(files) == 1 and is_other(files[0], path)), None)
-        if half:
-            half.append(path)
-        else:
-            found.append([path])
-    return [sorted(files, key=lambda file: file.name.endswith("_anno.smc")) for files in found]
-
-
-def is_other(path: Path, other: Path) -> bool:
-    """Return whether two names are those of a pair."""
-    one, two = SMC_NAME.fullmatch(path.name), SMC_NAME.fullmatch(other.name)
-    same = one and two and one.group("subject", "performance") == two.group("subject", "performance")
-    return bool(same and one["half"] != two["half"])
+            whole = False
+    return int(not whole)
 
 
 def show_content(files: list[Path], report: Callable) -> bool:
-    """Report, line by line, what a performance has, as far as it can be read. Return whether all of it can. Sizes come
-    from the headers in the file; of the pictures only the first of each camera is read."""
+    """Report, line by line in 100 columns, what a performance has. Return whether all of it can be read."""
+    damage: list[str] = []
     with SMCReader(*map(str, files)) as reader:
-        damage: list[str] = []
-
-        def attempt(read: Callable, *arguments):
-            """read(*arguments), or None where that part of the file is damaged."""
-            try:
-                return read(*arguments)
-            except SMCError as error:
-                damage.append(str(error))
-
         name, stated = SMC_NAME.fullmatch(files[0].name), (reader.actor_id, reader.performance_part)
         subject, performance = name.group("subject", "performance") if name else stated
-        audio, fps = attempt(reader.audio_info), attempt(reader.fps)
-        found = {modality: attempt(content_of, reader, modality, attempt) for modality in WRITERS}
-        contents = {modality: content for modality, content in found.items() if content}
-        whose = printable(subject or "unknown subject", 20), printable(performance or "unknown performance", 70)
-        report(line=" ".join(whose))
-        for file in files:
-            report(line=row("file", f"{printable(file.name, 66)}, {gb(file.stat().st_size)}"))
-        for line in describe(reader, audio, fps, attempt(lambda: reader.num_frame)):
-            report(line=line)
-        report(line=f"  {'modality':<12}  cameras  entries        size  encoding (of each camera's first picture)")
-        for modality, content in contents.items():
-            numbers = f"{len(content.cameras) or '':>7}  {content.entries or '':>7}  {gb(content.bytes):>10}"
-            report(line=f"  {modality:<12}  {numbers}  {content.encoding}".rstrip())
-        for modality in [name for name in ("images", "masks") if name in contents]:
-            for line in attempt(camera_lines, reader, contents[modality].cameras) or ():
-                report(line=row(modality, line))
-        for title, lines in (
-            ("unknown", map(printable, attempt(reader.unknown_groups) or ())),
-            ("warning", reader.oddities),
-            ("damaged", dict.fromkeys(damage)),
-        ):
-            for line in lines:
-                report(line=row(title, line))
-        report(line="")
-        return not damage
+        report(msg=f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance')}")
+        for title, texts in content_rows(reader, files, damage):
+            for text in texts:
+                report(msg=textwrap.fill(f"  {title:<12}  {text}", 100, subsequent_indent=" " * 16))
+        report(msg="")
+    return not damage
 
 
-def row(title: str, text: str) -> str:
-    """A title and a text, wrapped to 100 columns."""
-    return textwrap.fill(f"{title:<12}  {text}", 100, initial_indent="  ", subsequent_indent=" " * 16)
+@contextlib.contextmanager
+def noting(damage: list[str]) -> Iterator[None]:
+    """Go on after a part of a file that cannot be read, with a note of what is wrong with it."""
+    try:
+        yield
+    except SMCError as error:
+        damage.append(str(error))
 
 
-def describe(reader: SMCReader, audio: dict | None, fps: float | None, num_frame: int | None) -> Iterator[str]:
-    actor = reader.actor_info
-    words = [
-        actor["age"] and f"age {actor['age']}",
-        actor["gender"],
-        actor["color"],
-        actor["height"] and f"{actor['height']:g} cm",
-        actor["weight"] and f"{actor['weight']:g} kg",
-    ]
-    yield row("recorded", ", ".join(printable(word) for word in (reader.capture_date or "unknown", *words) if word))
+def content_rows(reader: SMCReader, files: list[Path], damage: list[str]) -> Iterator[tuple]:
+    """Yield (title, texts) of what a performance has, as far as it can be read, and add to `damage` what cannot."""
+    yield "file", [f"{printable(file.name)}, {gb(file.stat().st_size)}" for file in files]
+    forms = {"age": "age {}", "gender": "{}", "color": "{}", "height": "{:g} cm", "weight": "{:g} kg"}
+    actor = [form.format(reader.actor_info[name]) for name, form in forms.items() if reader.actor_info[name]]
+    yield "recorded", [", ".join(map(printable, [reader.capture_date or "unknown", *actor]))]
+    num_frame = fps = None
+    with noting(damage):
+        num_frame = reader.num_frame
+        fps = reader.fps()
     resolution = reader.Camera_info["resolution"]
     pixels = "" if resolution is None else f", {resolution[1]} x {resolution[0]} pixels"
-    yield row("frames", f"{num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}")
-    if audio:
-        yield row("audio", f"{audio['duration_s']:.2f} s, {audio['channels']} channels, {audio['sample_rate']} Hz")
+    yield "frames", [f"{num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}"]
+    with noting(damage):
+        if audio := reader.audio_info():
+            yield "audio", ["{duration_s:.2f} s, {channels} channels, {sample_rate} Hz".format(**audio)]
+    yield "modality", ["cameras  entries        size  encoding (of each camera's first picture)"]
+    lines = {}
+    for modality in WRITERS:
+        with noting(damage):
+            if modality != "transforms" and reader.has(modality):
+                frames, cells = content_of(reader, modality, damage)
+                yield modality, [cells]
+                lines[modality] = list(camera_lines(reader, frames)) if modality in ("images", "masks") else []
+    yield from lines.items()
+    with noting(damage):
+        yield "unknown", map(printable, reader.unknown_groups())
+    yield "warning", reader.oddities
+    yield "damaged", dict.fromkeys(damage)
 
 
-class Content(NamedTuple):
-    """What there is of a modality: the frames of each camera (none where it has no frames), and over all cameras the
-    number of entries (0 where it is one thing), bytes in the file, and encodings."""
-
-    cameras: dict[int, list[int]]
-    entries: int
-    bytes: int
-    encoding: str
-
-
-def content_of(reader: SMCReader, modality: str, attempt: Callable) -> Content | None:
-    if modality == "transforms" or not reader.has(modality):
-        return None
-    if modality in ("images", "masks", "keypoints2d"):
-        cameras = {camera: attempt(reader.frame_numbers, modality, camera) or [] for camera in reader.cameras(modality)}
-        size = sum(attempt(reader.stored_bytes, modality, camera) or 0 for camera in cameras)
-        first = [(camera, frames[0]) for camera, frames in cameras.items() if frames and modality != "keypoints2d"]
-        entries = sum(map(len, cameras.values()))
-    else:
-        cameras = (
-            {camera: [] for camera in reader.cameras(modality)} if modality in ("calibration", "scan_masks") else {}
-        )
-        frames = reader.frame_numbers(modality) if modality in ("keypoints3d", "flame", "uv_textures") else []
-        size, entries = attempt(reader.stored_bytes, modality) or 0, len(frames)
-        first = [(None, frame) for frame in frames[:1] if modality == "uv_textures"]
-        first += [(camera, None) for camera in cameras if modality == "scan_masks"]
-    kinds = set()
-    for which in first:
-        picture = probe_picture(attempt(reader.encoded, modality, *which) or b"")
-        kinds.add(f"{picture.format} {picture.width}x{picture.height}" if picture.whole else "damaged or unknown")
-    return Content(cameras, entries, size, ", ".join(sorted(kinds)[:2]) + ", …" * (len(kinds) > 2))
+def content_of(reader: SMCReader, modality: str, damage: list[str]) -> tuple[dict[int | None, list], str]:
+    """Return {camera: frames} of a modality, None where it has no cameras or no frames, and its cells in the table."""
+    cameras = reader.cameras(modality) if modality in BY_CAMERA | {"calibration", "scan_masks"} else [None]
+    frames, size, encodings = {}, 0, set()
+    for camera in cameras:
+        with noting(damage):
+            frames[camera] = reader.frame_numbers(modality, camera)
+            first = frames[camera][:1] if modality in ("images", "masks", "uv_textures") else []
+            for frame in [None] if modality == "scan_masks" else first:
+                kind, height, width, whole = probe_picture(reader.encoded(modality, camera, frame))
+                encodings.add(f"{kind} {width}x{height}" if whole else "damaged or unknown")
+            if modality in BY_CAMERA or not size:  # else the size is that of all cameras
+                size += reader.stored_bytes(modality, camera)
+    count = "" if None in cameras else len(cameras)
+    entries = sum(map(len, frames.values())) or ""
+    return frames, f"{count:>7}  {entries:>7}  {gb(size):>10}  {', '.join(sorted(encodings))}"
 
 
-def camera_lines(reader: SMCReader, cameras: dict[int, list[int]]) -> list[str]:
-    """Which cameras have how many frames, and which frames they lack; those that are alike in one line."""
-    expected, alike = reader.expected_frames(cameras.values()), {}
-    for camera, frames in cameras.items():
-        alike.setdefault((len(frames), runs_text(expected - set(frames))), []).append(camera)
-    lines = []
-    for (frames, gaps), which in alike.items():
-        who = f"camera {which[0]}" if len(which) == 1 else f"{len(which)} cameras"
-        names = f": {numbers_text(which)}" if 1 < len(which) < NUM_CAMERAS else ""
-        lines.append(f"{who} with {frames} frames{f', without {gaps}' if gaps else ''}{names}")
-    return lines
+def camera_lines(reader: SMCReader, frames: dict[int, list[int]]) -> Iterator[str]:
+    """Yield which cameras have how many frames, and which frames they lack; those that are alike in one line."""
+    expected, alike = reader.expected_frames(frames.values()), {}
+    for camera, numbers in frames.items():
+        alike.setdefault(tuple(numbers), []).append(camera)
+    for numbers, cameras in alike.items():
+        gaps = runs_text(expected - set(numbers))
+        who = f"camera {cameras[0]}" if len(cameras) == 1 else f"{len(cameras)} cameras"
+        names = f": {numbers_text(cameras)}" if 1 < len(cameras) < NUM_CAMERAS else ""
+        yield f"{who} with {len(numbers)} frames{f', without {gaps}' if gaps else ''}{names}"
 
 
-def runs_text(numbers: Iterable[int], most: int = 12) -> str:
-    """Return numbers as "3 7-11 13"; after so many of these, only how many more there are."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    more = sum(last - first + 1 for first, last in runs[most:])
-    shown = " ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs[:most])
-    return f"{shown} and {more} more" if more else shown
+def runs_text(numbers: Iterable[int]) -> str:
+    """Return numbers as "3 7-11 13", cut where that is long."""
+    by_run = itertools.groupby(enumerate(sorted(numbers)), lambda item: item[1] - item[0])
+    runs = [[number for _, number in run] for _, run in by_run]
+    shown = " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return textwrap.shorten(shown, 60, placeholder=" …")
 
 
 # ---------------------------------------------------------------------------------------------- cameras
@@ -2344,7 +2262,7 @@ def brought(remote: Remote, turn: list[Job]) -> list[Job]:
                 remote.download(whole, show)
             for job in coming:
                 if job.selection and not (remote.stopped or remote.quota_is_used_up()):
-                    fetch_apart(remote, job, functools.partial(show, before=sum(job.fetched for job in coming)))
+                    fetch_apart(remote, job, partial(show, before=sum(job.fetched for job in coming)))
     return list(itertools.takewhile(lambda job: job.error or job.here, turn))
 
 

@@ -208,9 +208,10 @@ class SMCReader:
         return []
 
     def frame_numbers(self, modality: str = "images", camera: int | str | None = None) -> list[int]:
-        """Return the frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps."""
+        """Return the frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps. [] for
+        a modality that has no frames."""
         file, group = self._open(modality, camera)
-        return file.numbers(group, FRAME_NAME)
+        return file.numbers(group, FRAME_NAME) if modality in FRAMED else []
 
     def has(self, modality: str, camera: int | str | None = None) -> bool:
         """Return whether there is anything of a modality (one of the keys of GROUPS), or of one camera of it."""
