@@ -616,9 +616,8 @@ class Remote:
         return [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *options, *self.config.rclone_flags, "--", *places]
 
     def start(self, command: list[str], environment: dict | None = None, stdin: bytes = b"") -> subprocess.Popen:
-        """Run rclone in the config's folder, so that paths in rclone_flags are relative to it too. Times come in UTC.
-
-        An rclone whose reader has gone ends when it next writes to its log."""
+        """Run rclone in the config's folder: paths in rclone_flags are relative to it too. Times come in UTC. An rclone
+        whose reader has gone ends when it next writes to its log."""
         log.debug("running %s", " ".join(command))
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         environment = {**os.environ, "TZ": "UTC", **(environment or {})}
@@ -653,8 +652,7 @@ class Remote:
         performances: None for all. With equal names otherwise, a plain one comes before a "Copy of …"."""
         found: dict[tuple[str, str], RemoteFile] = {}
         wildcard = f"{subject}_{{{','.join(performances)}}}_" if performances else f"{subject}_"
-        for folder in self.config.remote_folders(subject):
-            half = "anno" if folder.startswith("anno/") else "raw"
+        for half, folder in zip(("raw", "anno"), self.config.remote_folders(subject)):
             options = ("--files-only", "--hash", "--hash-type", "md5", "--include", f"*{wildcard}*{half}.smc")
             entries = self.entries(folder, *RCLONE_PATIENT, *options)
             for entry in sorted(entries, key=lambda entry: -len(entry["Name"])):
@@ -1065,7 +1063,7 @@ def store_pictures(
     whole, not of the performance's size or, with `verify: full`, impossible to decode. Empty ones are not written."""
     usual, resolution = "jpg" if modality == "images" else "png", task.resolution if modality in BY_CAMERA else None
     stored: dict[int, tuple[str, int, int]] = {}
-    sizes, damaged, unreported = {}, set(), 0
+    sizes, damaged = {}, set()
     # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
     for number, data in pictures:
         if not data:
@@ -1079,11 +1077,9 @@ def store_pictures(
         stored[number], sizes[file] = (f"{folder}/{file}", picture.height, picture.width), len(data)
         if not picture.whole or resolution not in (None, [picture.height, picture.width]):
             damaged.add(number)
-        unreported += 1
-        if unreported == REPORTED_PICTURES:
-            task.report(pictures=unreported)
-            unreported = 0
-    task.report(pictures=unreported)
+        if len(sizes) % REPORTED_PICTURES == 0:
+            task.report(pictures=REPORTED_PICTURES)
+    task.report(pictures=len(sizes) % REPORTED_PICTURES)
     if stored:
         with os.scandir(task.folder / folder) as entries:
             if {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries} != sizes:
@@ -1187,11 +1183,9 @@ def write_scan(task: Extraction, modality: str):
 
 
 def write_transforms(task: Extraction, modality: str):
-    """transforms.json: pose, intrinsics and mask of every picture written, for NeRF and Gaussian-splatting tools.
-    Damaged pictures are left out: a loader would stop at them, or a trainer learn them.
+    """transforms.json: pose, intrinsics and mask of every undamaged picture, for NeRF and Gaussian-splatting tools.
 
-    Each picture has its own intrinsics, and none stand at the top, where loaders would take them for those of all
-    cameras."""
+    Each picture has its own intrinsics: loaders would take some at the top for those of all cameras."""
     images, masks, calibration = task.pictures["images"], task.pictures["masks"], task.reader.get_Calibration_all()
     for camera in images.keys() - calibration:
         task.reader.oddities.append(f"{task.job}: camera {camera} has no calibration and is not in transforms.json")
@@ -1275,13 +1269,8 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
     partial.mkdir(parents=True)
     with opened(job, config) as reader:
         task = Extraction(job, config, reader, send)
-        pictures = [modality for modality in ("images", "masks") if modality in job.modalities]
-        count = sum(
-            len(reader.frame_numbers(name, camera))
-            for name in pictures
-            for camera in selected(task.reader, name, task.job.cameras)
-        )
-        task.report(total=count)
+        pictures = [name for name in ("images", "masks") if name in job.modalities]
+        task.report(total=reader.num_frame * sum(len(selected(reader, name, job.cameras)) for name in pictures))
         for modality in job.modalities:
             if reader.has(modality):
                 WRITERS[modality](task, modality)
@@ -1291,7 +1280,7 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
         content = info(task, written)
         task.save("metadata/info.json", json_bytes(content))
         sync_disk(partial)
-        cameras = selected(task.reader, "images", task.job.cameras) if PER_CAMERA & set(job.modalities) else []
+        cameras = selected(reader, "images", job.cameras) if PER_CAMERA & set(job.modalities) else []
         return {**content, "cameras": cameras, "bytes": task.bytes, "notes": notes(task, written)}
 
 
@@ -1389,10 +1378,7 @@ def apart(work: Callable, *arguments, name: str, limits: tuple[int, int], show: 
                     raise value
                 show(**value)
         process.join()
-        causes = {
-            -signal.SIGXCPU: "reading it does not come to an end",
-            -signal.SIGKILL: "it was killed from outside, perhaps for want of memory",
-        }
+        causes = {-signal.SIGXCPU: "reading it does not come to an end", -signal.SIGKILL: "it was killed from outside"}
         cause = causes.get(process.exitcode, "reading it crashed the HDF5 library")
         raise SMCError(f"{name}: {cause}; the file is probably damaged")
     finally:
@@ -2067,8 +2053,8 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], selected: lis
     folder = config.path.parent / "previews"
     folder.mkdir(exist_ok=True)
     jpg, page = (folder / f"{title.replace(' ', '_')}.{ending}" for ending in ("jpg", "html"))
-    replace_file(jpg, cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes())
-    replace_file(page, camera_page(rig, tiles, chosen, title, frame).encode())
+    jpg.write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1])
+    page.write_text(camera_page(rig, tiles, chosen, title, frame), encoding="utf-8")
     count = "1 view" if len(tiles) == 1 else f"{len(tiles)} views"
     log.info("%s of %s, frame %d, as the cameras stand; selected, and framed: %d", count, title, frame, len(chosen))
     log.info("  picture  %s", jpg)
@@ -2083,23 +2069,23 @@ class SubjectLocks:
 
     def __init__(self, config: Config, manifest: Manifest):
         self.config, self.manifest = config, manifest
-        self.held: dict[str, int] = {}
-
-    def path(self, subject: str) -> Path:
-        return self.manifest.path.with_name(f".{self.manifest.path.name}.{subject}.lock")
+        self.held: dict[str, tuple[Path, int]] = {}
 
     def take(self, subject: str) -> bool:
         """Return whether the subject is ours now, without what a run that ended early has left of it."""
-        descriptor = lock_file(self.path(subject), wait=False)
-        if descriptor is not None:
-            self.held[subject] = descriptor
-            clean_up(self.config, self.manifest, subject)
-        return descriptor is not None
+        path = self.manifest.path.with_name(f".{self.manifest.path.name}.{subject}.lock")
+        descriptor = lock_file(path, wait=False)
+        if descriptor is None:
+            return False
+        self.held[subject] = path, descriptor
+        clean_up(self.config, self.manifest, subject)
+        return True
 
     def release(self, subject: str):
         clean_up(self.config, self.manifest, subject)
-        self.path(subject).unlink()
-        os.close(self.held.pop(subject))
+        path, descriptor = self.held.pop(subject)
+        path.unlink()
+        os.close(descriptor)
 
 
 def clean_up(config: Config, manifest: Manifest, subject: str):
