@@ -17,7 +17,7 @@ import synthetic_release as synthetic
 from conftest import SCRIPT, stored_pictures, written_pictures
 from hostile import mutations, snapshot
 
-OURS = ("subjects", "temp_smc", "MANIFEST.csv", "logs")  # all that a run may write to, but for the folder of its locks
+OURS = ("subjects", "temp_smc", "MANIFEST.csv", "logs")  # all that a run may write to, but for its locks
 SECRET = b"the secret of this host"
 MODALITIES = "images, masks, audio, calibration, keypoints2d, keypoints3d, flame, uv_textures, scan, scan_masks"
 CONFIG = """\
