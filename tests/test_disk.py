@@ -131,7 +131,7 @@ def test_a_disk_that_is_full_when_the_sound_is_written_stops_the_run(tmp_path, r
     shutil.copy(release / "0018/0018_s1_all_raw.smc", smc)
     with h5py.File(smc, "r+") as file:
         del file["Camera/00/audio/audio"]
-        file.create_dataset("Camera/00/audio/audio", data=np.zeros((48000 * 60, 2), np.float32), compression="gzip")
+        file.create_dataset("Camera/00/audio/audio", data=np.zeros((48000 * 30, 2), np.float32), compression="gzip")
     output_disk = small_disk("output", 4)
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     workspace.write_config(storage={"output_dir": str(output_disk)}, extraction={"performances": ["s1_all"]})
@@ -142,9 +142,7 @@ def test_a_disk_that_is_full_when_the_sound_is_written_stops_the_run(tmp_path, r
 def test_a_disk_that_is_full_when_the_row_is_written_leaves_no_half_row(tmp_path, release, small_disk):
     record = small_disk("record", 1)
     workspace = Workspace(tmp_path / "work", release)
-    workspace.write_config(
-        storage={"manifest": str(record / "MANIFEST.csv")}, extraction={"performances": ["s1_all", "s2_all"]}
-    )
+    workspace.write_config(storage={"manifest": str(record / "MANIFEST.csv")}, extraction={"performances": ["s1_all"]})
     header = (SCRIPT.parent / "MANIFEST.csv").read_text()
     rows = [f"0077,s{n}_all,absent,,,,,,,,,,,\n" for n in range(1000)]
     while len(header) < 4096 - 40:  # the file's last block is full, so that a row needs another one
@@ -156,8 +154,7 @@ def test_a_disk_that_is_full_when_the_row_is_written_leaves_no_half_row(tmp_path
     assert "Stopped" in run.err and (record / "MANIFEST.csv").read_bytes() == before
     (record / "filler").unlink()
     workspace.run()
-    rows = (record / "MANIFEST.csv").read_text()
-    assert rows.count("0018,s1_all,completed") == 1 and rows.count("0018,s2_all,completed") == 1
+    assert (record / "MANIFEST.csv").read_text().count("0018,s1_all,completed") == 1
 
 
 def sizes_in_temp(workspace):
