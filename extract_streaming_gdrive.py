@@ -71,11 +71,11 @@ SPEECH = ["s1_all", "s2_all", "s3_all", "s4_all", "s5_all", "s6_all"]
 S3_VIEWS = {0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27, 28, 29}  # of every subject seen
 S3_VIEWS |= {31, 32, 33, 35, 37, 39, 40, 41, 43, 45, 47, 48, 49, 53, 55, 57, 59}
 FRONT_CAMERA = 25  # faces the person: azimuth 0, and always among the suggestions
-SUGGESTED_COUNTS = (4, 8, 12, 16, 20)  # the buttons of the page that --camera-grid writes
 DEFAULT_MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
 BY_CAMERA = {"images", "masks", "keypoints2d"}  # have frames for each camera
 PER_CAMERA = BY_CAMERA | {"scan_masks", "transforms"}  # depend on the cameras that are asked for
 GB = 1e9
+NO_VALUE = "tag:yaml.org,2002:null"  # what YAML calls a key without a value
 HALF = "absent from the remote, and looked for again: the file"  # of a pair, in the manifest's error column
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 RCLONE_DISK_FULL = ("no space left on device", "disk quota exceeded", "file too big for remaining disk space")
@@ -160,8 +160,7 @@ def composed(path: str) -> yaml.Node | None:
 
 def mapping(path: str, node: yaml.Node | None, section: str, known: Iterable[str]) -> dict[str, yaml.Node]:
     """Return {key: value} of a YAML mapping whose keys are all known, without the keys that have no value."""
-    empty = "tag:yaml.org,2002:null"
-    if node is None or node.tag == empty:
+    if node is None or node.tag == NO_VALUE:
         return {}
     if not isinstance(node, yaml.MappingNode):
         line = node.start_mark.line + 1
@@ -174,7 +173,7 @@ def mapping(path: str, node: yaml.Node | None, section: str, known: Iterable[str
         if key.value in found:
             raise ConfigError(f"{place}: is there twice")
         found[key.value] = value
-    return {key: value for key, value in found.items() if value.tag != empty}
+    return {key: value for key, value in found.items() if value.tag != NO_VALUE}
 
 
 def parsed(path: str, node: yaml.Node, name: str, parse: Callable):
@@ -280,8 +279,7 @@ modality_list = partial(list_of, partial(choice, MODALITIES), "[images, audio]")
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of config.yaml, under the names that they have there; paths are absolute. A list is None for
-    "all"."""
+    """The settings of config.yaml, under their names there. Paths are absolute; a list is None for "all"."""
 
     path: Path
     root_folder_id: str = field(**setting("google_drive", folder_id, ""))
@@ -366,8 +364,7 @@ class Manifest:
         return enough and modalities <= set(row["modalities"].split())
 
     def state(self, subject: str, performance: str) -> str:
-        """Return "done", "open", or "half": done with one file of a pair, while the other was absent and may have come
-        since."""
+        """Return "done", "open", or "half": done with one file of a pair, while the other may have come since."""
         if self.config.redo or not self.is_done(subject, performance):
             return "open"
         return "half" if HALF in self.rows[subject, performance]["error"] else "done"
@@ -640,8 +637,7 @@ class Remote:
             process.wait()
 
     def subjects(self) -> list[str]:
-        """Return every four-digit folder: the first look at the remote, so it fails at once where the set-up is
-        wrong."""
+        """Return every four-digit folder. This first look at the remote fails at once where the set-up is wrong."""
         parents = [""] if self.config.layout == "single" else ["", "raw", "anno"]
         found = [entry["Name"] for parent in parents for entry in self.entries(parent, "--dirs-only", *RCLONE_AT_ONCE)]
         return sorted(filter(SUBJECT.fullmatch, set(found)))
@@ -665,8 +661,7 @@ class Remote:
         return {name: [found[name, half] for half in ("raw", "anno") if (name, half) in found] for name, _ in found}
 
     def entries(self, folder: str, *options: str) -> list[dict]:
-        """Return the entries of a folder, [] where there is none. Raise RemoteError, or ConfigError for a wrong
-        root."""
+        """Return the entries of a folder, [] where there is none. Raise RemoteError, or ConfigError for the set-up."""
         options = ("--use-json-log", "--no-mimetype", *options)
         process = self.start(self.command("lsjson", *options, places=[self.root + folder]))
         out, err = process.communicate()
@@ -781,8 +776,7 @@ class FetchError(OSError):
 
 
 class RangeServer:
-    """rclone serving the remote's files on loopback, any range of them, to whoever has the password that this run made
-    up.
+    """rclone serving any range of the remote's files on loopback, to whoever has the password that this run made up.
 
     Of rclone's servers, `serve restic` asks Drive for just the range that it is asked for, without any call of the API
     in between; `serve http` opens a file at its beginning first and reads ahead."""
@@ -1212,8 +1206,7 @@ def write_transforms(task: Extraction, modality: str):
 
 
 def view(camera: dict, height: int, width: int) -> dict:
-    """Intrinsics and pose of a camera as NeRF loaders name them. Their cameras have OpenGL's axes: x right, y up, z
-    back."""
+    """Return intrinsics and pose of a camera as NeRF loaders name them, with OpenGL's axes: x right, y up, z back."""
     K, pose = camera["K"], camera["RT"].copy()
     pose[:3, 1:3] *= -1
     fields = {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2], "w": width, "h": height}
@@ -1261,9 +1254,7 @@ def modalities_in(folder: Path) -> list[str]:
 def extract(job: Job, config: Config, send: Callable) -> dict:
     """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk.
     Return `info`, and the "cameras" extracted, the "bytes" written and "notes" for the manifest. Raise SMCError or
-    OSError.
-
-    send: called with pictures=n for n pictures more, and once with total=n."""
+    OSError. send: called with pictures=n for n pictures more, and once with total=n."""
     partial = config.partial(job.subject, job.performance)
     clear(partial)
     partial.mkdir(parents=True)
@@ -1323,9 +1314,8 @@ def notes(task: Extraction, written: list[str]) -> list[str]:
         if count:
             found.append(f"{count} {kind} picture{'s' * (count > 1)}, listed in info.json")
     if "transforms" in task.job.modalities and "transforms" not in written:
-        calibrated = task.reader.has("calibration")
-        cause = "no undamaged pictures were extracted" if calibrated else "the file has no calibration"
-        found.append(f"no transforms.json: {cause}")
+        calibrated = "no undamaged pictures were extracted" if task.reader.has("calibration") else ""
+        found.append(f"no transforms.json: {calibrated or 'the file has no calibration'}")
     return found
 
 
@@ -1603,8 +1593,7 @@ def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
 
     poses: (4, 4) per camera, camera to world, OpenCV axes, metres. Up is the normal of the cameras' x axes on the side
     where their pictures have the top, because the cameras are mounted level. Raise ValueError where the optical axes
-    are parallel, and where the front camera is missing.
-    """
+    are parallel, and where the front camera is missing."""
     ids = sorted(poses)
     matrices = np.array([poses[camera] for camera in ids]).reshape(-1, 4, 4)
     right, down, forward, centers = matrices[:, :3].transpose(2, 0, 1)
@@ -1643,8 +1632,7 @@ def pairwise_angles(directions: np.ndarray) -> np.ndarray:
 def coverage(directions: np.ndarray, chosen: list[int]) -> tuple[float, float]:
     """Return the largest and the mean angle in degrees between a direction of the rig and its nearest chosen one.
 
-    directions (n, 3): unit vectors to all cameras of the rig; chosen: rows of it. Without any, both angles are 180.
-    """
+    directions (n, 3): unit vectors to all cameras of the rig; chosen: rows of it. Without any, both angles are 180."""
     nearest = pairwise_angles(directions)[:, list(chosen)].min(1, initial=180)
     return float(nearest.max()), float(nearest.mean())
 
@@ -1654,8 +1642,7 @@ def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, al
 
     directions (m, 3): unit vectors to all cameras of the rig; available: rows of it that have pictures; always: the row
     that is kept if it is available. Raise ValueError for n < 1 or n > len(available). The result is exact: a bisection
-    over all angles between cameras finds the smallest within which n cameras cover the rig.
-    """
+    over all angles between cameras finds the smallest within which n cameras cover the rig."""
     available = sorted(set(available))
     if not 1 <= n <= len(available):
         raise ValueError(f"cannot choose {n} cameras: at least 1 is needed, and {len(available)} have pictures")
@@ -1683,8 +1670,7 @@ def cover(near: np.ndarray, uncovered: np.ndarray, candidates: np.ndarray, n: in
     """Return at most n of the candidates that together are near every uncovered direction; None where there are none.
 
     near (m, m) bool: near[direction, camera]; uncovered and candidates: rows and columns of it. This is a branch and
-    bound: a branch for each camera that is near the direction to which the fewest are.
-    """
+    bound: a branch for each camera that is near the direction to which the fewest are."""
     if not len(uncovered):
         return []
     gains = near[np.ix_(uncovered, candidates)]
@@ -1709,15 +1695,13 @@ def cover(near: np.ndarray, uncovered: np.ndarray, candidates: np.ndarray, n: in
 def rig_layout(rig: Rig) -> dict[str, list]:
     """Return the rig unrolled, as seen from outside: where the view of each camera stands in the picture and the page.
 
-    Columns go by azimuth, growing to the right, and rows by elevation, from the top down. So noses point towards the
-    front camera. Cameras that stand closer to the person than those around them have a row of their own and may stand
-    between two columns. On the page's map, seen from above, each row is a circle: the closer cameras' is the innermost,
-    then the rows from the top down.
+    Columns go by azimuth, growing to the right, and rows by elevation, from the top down. Cameras that stand closer to
+    the person than those around them have a row of their own and may stand between two columns. On the page's map, seen
+    from above, each row is a circle: the closer cameras' is the innermost, then the rows from the top down.
 
     "rows" and "columns" are their labels. "cameras" has for each camera its number ("id"), azimuth and elevation in
-    words ("label"), "row" in the grid, left edge in half columns ("slot"), and where it is on the map, whose radius is
-    100: "x" to the right and "y" down from the middle. The front camera is at the bottom.
-    """
+    words ("label"), "row" and "slot" (left edge in half columns) in the grid, and its place on the map of radius 100
+    ("x" to the right and "y" down from the middle; the front camera is at the bottom)."""
     around = pairwise_angles(rig.directions) < 45
     closer = rig.distances < [0.93 * np.median(rig.distances[near]) for near in around]
     columns = groups(rig.azimuth, ~closer)
@@ -1774,8 +1758,7 @@ def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
     """Return a contact sheet of the views as the cameras stand, (h, w, 3) uint8 BGR.
 
     tiles: pictures as of read_tile, by index in the rig; a camera without a picture is a grey field. chosen: indices of
-    those to be framed. Below stand a line with the title and the coverage, and the line for the config.
-    """
+    those to be framed. Below stand a line with the title and the coverage, and the line for the config."""
     layout = rig_layout(rig)
     width, height, gap, margin = 200, 168, 14, 40
     bottom = margin + len(layout["rows"]) * (height + gap)
@@ -1805,13 +1788,12 @@ def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
     """Return an HTML page with the same layout as camera_grid to choose views in, without network or libraries.
 
     rig, tiles, chosen: as for camera_grid; title: subject and performance, which are plain names. The page computes
-    coverages from the angles in it, which have four decimals; the suggestions are those of suggest_cameras.
-    """
+    coverages from the angles in it, which have four decimals; the suggestions are those of suggest_cameras."""
     layout, views, front = rig_layout(rig), sorted(tiles), rig.ids.index(FRONT_CAMERA)
     for i in views:
         jpeg = cv2.imencode(".jpg", tiles[i], [cv2.IMWRITE_JPEG_QUALITY, 75])[1]
         layout["cameras"][i]["image"] = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-    suggested = [suggest_cameras(rig.directions, views, n, front) for n in SUGGESTED_COUNTS if n < len(views)]
+    suggested = [suggest_cameras(rig.directions, views, n, front) for n in (4, 8, 12, 16, 20) if n < len(views)]
     presets = [(f"{len(best)} ({coverage(rig.directions, best)[0]:.1f}°)", best) for best in suggested]
     data = {
         **layout,
@@ -1895,9 +1877,7 @@ PAGE = r"""<!doctype html>
   <div class="help quiet">
     <p>Click a view, here or on the map, to choose it or not. Keys: <kbd>Tab</kbd> and <kbd>Space</kbd>.</p>
     <p>Coverage is the largest angle between any camera of the rig and the nearest chosen view: smaller is better.
-       Orange on the map: the camera that is worst off, those nearer to it than any chosen view, and the way to the
-       nearest chosen one.</p>
-    <p>The map's circles, from the middle: closer cameras, if any, then the rings from the top down.</p>
+       Orange on the map: the camera that is worst off, those nearer to it than any chosen view, and the way there.</p>
   </div>
 </main>
 <script>
@@ -2056,7 +2036,7 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], selected: lis
     jpg.write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1])
     page.write_text(camera_page(rig, tiles, chosen, title, frame), encoding="utf-8")
     count = "1 view" if len(tiles) == 1 else f"{len(tiles)} views"
-    log.info("%s of %s, frame %d, as the cameras stand; selected, and framed: %d", count, title, frame, len(chosen))
+    log.info("%s of %s, frame %d, as the cameras stand; %d framed", count, title, frame, len(chosen))
     log.info("  picture  %s", jpg)
     log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", page)
 
@@ -2133,9 +2113,8 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
         if not job.files:
             job.error = error
         elif job.temp_bytes > config.max_temp_size_gb * GB:
-            least = math.ceil(job.temp_bytes / 1e6) / 1000
-            reason = f"{gb(job.temp_bytes)} do not fit into temp_dir"
-            job.error = RemoteError(f"{reason}: set storage.max_temp_size_gb to at least {least:g}")
+            least = f"set storage.max_temp_size_gb to at least {math.ceil(job.temp_bytes / 1e6) / 1000:g}"
+            job.error = RemoteError(f"{gb(job.temp_bytes)} do not fit into temp_dir: {least}")
         jobs.append(job)
     return jobs
 
@@ -2358,8 +2337,8 @@ def download_progress(jobs: list[Job]):
 
     with bar(desc=f"{subject} download", total=total, unit="B", unit_scale=True) as progress:
         yield show
-    seconds, came = time.monotonic() - begin, sum(job.fetched for job in jobs)
-    log.info("%s: downloaded %s in %s (%s/s)", subject, gb(came), duration(seconds), gb(came / max(seconds, 0.001)))
+    seconds, came = max(time.monotonic() - begin, 0.001), sum(job.fetched for job in jobs)
+    log.info("%s: downloaded %s in %s (%s/s)", subject, gb(came), duration(seconds), gb(came / seconds))
 
 
 class Summary:
@@ -2397,13 +2376,13 @@ class Summary:
         manifest.refresh()
         totals = self.totals
         asked = [(s, p) for s in config.subjects for p in manifest.asked(s)]
-        done = [(s, p) for s, p in asked if manifest.is_done(s, p)]
+        done = [key for key in asked if manifest.is_done(*key)]
         gone = sum(not config.folder(*key).exists() for key in done)
         away = f"; {gone} of them no longer in {config.output_dir}" if gone else ""
-        times = [duration(seconds) for seconds in (totals["download_s"], totals["extract_s"])]
-        what = f"{totals['frames']} frames, {gb(totals['bytes'])}; {gb(totals['fetched'])} downloaded in {times[0]}"
+        downloaded = f"{gb(totals['fetched'])} downloaded in {duration(totals['download_s'])}"
+        extracted = f"{totals['frames']} frames, {gb(totals['bytes'])}, extracted in {duration(totals['extract_s'])}"
         lines = ["", f"Summary after {duration(time.monotonic() - self.begin)}"]
-        lines.append(f"  completed   {totals['completed']:5d}   {what}, extracted in {times[1]}")
+        lines.append(f"  completed   {totals['completed']:5d}   {extracted}; {downloaded}")
         lines.append(f"  failed      {len(self.failures):5d}")
         lines.append(f"  absent      {totals['absent']:5d}")
         lines.append(f"  done in all {len(done):5d} of {len(asked)} asked for{away}")
@@ -2441,8 +2420,8 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
 
 def interrupt(number: int, frame):
     """Raise Interrupted, once: how SIGINT and SIGTERM end a run."""
-    for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Interrupted(number)
 
 
@@ -2499,8 +2478,8 @@ def main(argv: list[str] | None = None) -> int:
 def exit_code(argv: list[str] | None = None) -> int:
     """main(), with each kind of error as a message and an exit code."""
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, interrupt)
+        signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, interrupt)
         return main(argv)
     except ConfigError as error:
         log.error("%s", error)
