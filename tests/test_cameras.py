@@ -285,7 +285,7 @@ def test_the_buttons_choose_all_none_and_the_scripts_suggestions(page):
     directions = rig().directions
     readable = [n for n in VIEWS_38 if n not in UNREADABLE]
     buttons = page.find_elements("css selector", "#presets button")
-    choices = [c.suggest_cameras(directions, readable, n, 25) for n in c.SUGGESTED_COUNTS] + [readable, []]
+    choices = [c.suggest_cameras(directions, readable, n, 25) for n in (4, 8, 12, 16, 20)] + [readable, []]
     labels = [f"{len(best)} ({c.coverage(directions, best)[0]:.1f}°)" for best in choices[:-2]]
     assert [button.text for button in buttons] == labels + ["all", "none"]
     for button, choice in zip(buttons, choices):
