@@ -576,15 +576,14 @@ class Job:
         """Return what it takes in temp_dir at most."""
         return 0 if self.error else self.fetched or self.selection or self.bytes
 
-    def paths(self, config: Config) -> list[Path]:
-        """Return where its files are in temp_dir."""
+    def temp_paths(self, config: Config) -> list[Path]:
         return [config.temp_dir / file.path for file in self.files]
 
     def look(self, config: Config, certain: bool = False):
         """See whether its files are whole in temp_dir. Unless rclone is certain, their times too have to be those of
         the remote: rclone sets them last."""
         with contextlib.suppress(OSError):
-            found = [(path.lstat(), file) for path, file in zip(self.paths(config), self.files)]
+            found = [(path.lstat(), file) for path, file in zip(self.temp_paths(config), self.files)]
             self.here = all(
                 status.st_size == file.bytes and (certain or abs(status.st_mtime - file.modified) < 2)
                 for status, file in found
@@ -982,7 +981,7 @@ def fetch_apart(remote: Remote, job: Job, show: Callable):
 def opened(job: Job, config: Config) -> SMCReader:
     """Return the reader of a job's files in temp_dir."""
     if job.blocks is None:
-        return SMCReader(*job.paths(config))
+        return SMCReader(*job.temp_paths(config))
     return SMCReader(*(SelectedFile(config, file, there) for file, there in zip(job.files, job.blocks)))
 
 
@@ -2069,7 +2068,7 @@ class SubjectLocks:
 
 
 def clean_up(config: Config, manifest: Manifest, subject: str):
-    """Remove what is unfinished of a subject, but for whole SMC files of performances that are not done."""
+    """Remove what is unfinished of a subject, but for whole SMC files of performances that are to be done."""
     manifest.refresh()
     finished = config.output_dir / subject
     if not finished.is_symlink():  # nothing is deleted through a link
@@ -2084,7 +2083,8 @@ def clean_up(config: Config, manifest: Manifest, subject: str):
         for path in paths_like(folder, "*.smc*"):
             name = SMC_NAME.match(path.name)
             whole = path.suffix == ".smc" and path.is_file() and not path.is_symlink()
-            if name and not (whole and manifest.state(subject, name["performance"]) != "done"):
+            asked = name and (config.performances is None or name["performance"] in config.performances)
+            if name and not (whole and asked and manifest.state(subject, name["performance"]) != "done"):
                 clear(path)
         for emptied in (folder, folder.parent):
             if emptied != config.temp_dir:
@@ -2273,7 +2273,7 @@ def outcome(job: Job, config: Config, error: Exception) -> tuple[str, str]:
 
 
 def delete_smc(job: Job, config: Config):
-    for path in job.paths(config):  # and what else begins with its name: see SelectedFile
+    for path in job.temp_paths(config):  # and what else begins with its name: see SelectedFile
         for each in paths_like(path.parent, f"{path.name}*"):
             clear(each)
 
