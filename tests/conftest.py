@@ -59,9 +59,11 @@ def sample(request):
 
 @pytest.fixture(scope="session")
 def release(tmp_path_factory):
-    """Two subjects with six speech performances each, small; not to be changed."""
+    """0018 with its six speech performances and 0019 with three, small; not to be changed."""
     folder = tmp_path_factory.mktemp("release")
-    synthetic_release.write_release(folder, frames=6, size=(128, 153))
+    options = {"frames": 6, "size": (128, 153)}
+    synthetic_release.write_subject(folder, "0018", **options)
+    synthetic_release.write_subject(folder, "0019", performances=synthetic_release.SPEECH[:3], **options)
     return folder
 
 
