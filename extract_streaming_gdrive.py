@@ -886,9 +886,8 @@ def fetch_selection(job: Job, config: Config, address: tuple[int, str], report: 
     once, and the question is asked again. To list the pictures of a camera takes the header of each, and these lie
     among the pictures. Files are usually written camera by camera: so what lies between a camera's first and last
     picture is fetched first, in large pieces."""
-    missed: list[tuple[SelectedFile, int, int]] = []
+    missed, fetched = [], 0
     files = [SelectedFile(config, file, address=address, missed=missed) for file in job.files]
-    fetched = 0
 
     def fetch(places: Iterable[tuple[SelectedFile, int, int]]):
         nonlocal fetched
@@ -912,7 +911,8 @@ def fetch_selection(job: Job, config: Config, address: tuple[int, str], report: 
                     again.append(case)
                     lacking += missed
                     missed.clear()
-            fetch(lacking)
+            ahead = FETCHERS // (1 + len(lacking)) * BLOCK  # what only a few lack comes with what follows it
+            fetch((file, start, end + ahead) for file, start, end in lacking)
             waiting = again
         return list(found.values())
 
