@@ -12,8 +12,10 @@ import sys
 import time
 from pathlib import Path
 
-# Before numpy: the threads that it keeps ready take a third of the CPU of each start of the script.
+# Before numpy: the threads that it keeps ready take a third of the CPU of each start of the script. And the reader is
+# compiled once, whatever the surroundings say.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import h5py
 import pytest
@@ -30,6 +32,11 @@ RCLONE = shutil.which("rclone") or str(Path(sys.executable).parent / "rclone")
 
 def pytest_addoption(parser):
     parser.addoption("--sweep", action="store_true", help="try every moment and every mutation instead of a few")
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores: many tests wait for a process that waits."""
+    return os.cpu_count() + 1
 
 
 def pytest_configure(config):
