@@ -60,7 +60,6 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-import cv2
 import numpy as np
 import yaml
 from tqdm import tqdm
@@ -85,9 +84,7 @@ RCLONE_FLAGS += ["--retries", "10", "--low-level-retries", "20"]
 RCLONE_AT_ONCE = ["--retries", "1", "--low-level-retries", "1", "--contimeout", "15s", "--timeout", "60s"]  # first look
 RCLONE_PATIENT = ["--low-level-retries", "8"]  # for a listing: five minutes, where 20 make fifteen without a word
 RCLONE_LOG = ["--use-json-log", "--log-level", "INFO", "--stats", "500ms", "--stats-log-level", "NOTICE"]
-RCLONE_LOG += ["--stats-one-line=false"]
 FAILURES_IN_A_ROW = 3  # quota or network failures after which the rest would fail too
-QUOTA_LASTS = timedelta(hours=24)
 PLAIN_PROGRESS_S = 60  # between two lines about a download where there is no terminal
 BLOCK = 8 << 10  # bytes of a file on the remote that are fetched at least; headers in an SMC lie in pieces of 2 kB
 REQUEST_BLOCKS = 1024  # blocks that one request fetches at most
@@ -777,8 +774,7 @@ class FetchError(OSError):
 class RangeServer:
     """rclone serving any range of the remote's files on loopback, to whoever has the password that this run made up.
 
-    Of rclone's servers, `serve restic` asks Drive for just the range that it is asked for, without any call of the API
-    in between; `serve http` opens a file at its beginning first and reads ahead."""
+    `rclone serve restic` asks Drive for just the range that it is asked for; `serve http` reads ahead from the start."""
 
     def __init__(self, remote: Remote):
         password, said = secrets.token_urlsafe(24), ""
@@ -925,8 +921,7 @@ def fetch_selection(job: Job, config: Config, address: tuple[int, str], report: 
             any(map(reader.has, WRITERS))
 
     with ThreadPoolExecutor(FETCHERS) as threads, answers(SMCReader, [tuple(files)])[0] as reader:
-        looked_at = ["images", *BY_CAMERA.intersection(job.modalities)]
-        answers(reader.has, itertools.product(looked_at, range(NUM_CAMERAS)))
+        answers(reader.has, itertools.product(["images", *BY_CAMERA.intersection(job.modalities)], range(NUM_CAMERAS)))
         wanted = answers(cases, [()])[0]
         for where in (reader.span, reader.places):
             fetch(itertools.chain(*answers(where, wanted)))
@@ -1089,6 +1084,7 @@ def undecodable(files: dict[int, str], workers: int) -> set[int]:
 
     libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see in_child): where anything
     was said, the files are decoded again one by one, to see of which."""
+    import cv2  # takes 17 MB and 40 ms, which an extraction that only copies need not spend
 
     def decodes(file: str) -> bool:
         """Decode every byte of the stream, at an eighth of the size."""
@@ -1385,8 +1381,7 @@ def in_child(pipe, parent: int, name: str, limits: tuple[int, int], work: Callab
     memory, seconds = limits
     try:
         limit_resources(memory, seconds)
-        # What libraries print goes to a file: see undecodable.
-        said, file = tempfile.mkstemp()
+        said, file = tempfile.mkstemp()  # for what libraries print: see undecodable
         os.unlink(file)
         os.dup2(said, 2)
         pipe.send(("done", work(*arguments, lambda **news: pipe.send(("report", news)))))
@@ -1746,6 +1741,8 @@ BLUE, DARK_GREY, LIGHT_GREY, WHITE = (178, 114, 0), (36, 31, 27), (226, 222, 219
 
 def read_tile(path: Path) -> np.ndarray | None:
     """Return a picture made small, (335, 400, 3) uint8 BGR; None, with a warning, where it cannot be read."""
+    import cv2
+
     try:
         return cv2.resize(cv2.imread(str(path)), TILE_SIZE, interpolation=cv2.INTER_AREA)
     except cv2.error:
@@ -1758,6 +1755,8 @@ def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
 
     tiles: pictures as of read_tile, by index in the rig; a camera without a picture is a grey field. chosen: indices of
     those to be framed. Below stand a line with the title and the coverage, and the line for the config."""
+    import cv2
+
     layout = rig_layout(rig)
     width, height, gap, margin = 200, 168, 14, 40
     bottom = margin + len(layout["rows"]) * (height + gap)
@@ -1788,6 +1787,8 @@ def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
 
     rig, tiles, chosen: as for camera_grid; title: subject and performance, which are plain names. The page computes
     coverages from the angles in it, which have four decimals; the suggestions are those of suggest_cameras."""
+    import cv2
+
     layout, views, front = rig_layout(rig), sorted(tiles), rig.ids.index(FRONT_CAMERA)
     for i in views:
         jpeg = cv2.imencode(".jpg", tiles[i], [cv2.IMWRITE_JPEG_QUALITY, 75])[1]
@@ -2024,6 +2025,8 @@ def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[in
 
 def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], selected: list[int], title: str, frame: int):
     """Write the picture and the page of a performance into previews/ beside the config, and say so."""
+    import cv2
+
     with ThreadPoolExecutor() as pool:
         tiles = dict(zip(pictures, pool.map(read_tile, pictures.values())))
     tiles = {i: tile for i, tile in tiles.items() if tile is not None}
@@ -2130,11 +2133,9 @@ def with_earlier(manifest: Manifest, subject: str, performance: str) -> tuple[se
     return asked, [name for name in WRITERS if name in modalities]
 
 
-Turn = tuple[str, list[Job], bool]  # a subject, those of its jobs that fit into temp_dir, and whether they are its last
-
-
-def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks) -> Iterator[Turn]:
-    """Yield each turn when its files are in temp_dir. Raise StopEarly or RemoteError where going on makes no sense."""
+def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks) -> Iterator[tuple]:
+    """Yield (subject, those of its jobs that fit into temp_dir, whether they are its last) when their files are there.
+    Raise StopEarly or RemoteError where going on makes no sense."""
     held, unreachable = 0, 0
     for subject in subjects_to_do(config, manifest, remote, locks):
         jobs = plan(config, manifest, remote, subject)
@@ -2157,7 +2158,7 @@ def downloads(config: Config, manifest: Manifest, remote: Remote, locks: Subject
                 raise StopEarly(
                     f"Drive's download quota has been used up since {since.isoformat()}, for {len(remote.refusals)} "
                     "files in a row. It is renewed after about a day: run the same command again after "
-                    f"{(since + QUOTA_LASTS).isoformat(timespec='minutes')}"
+                    f"{(since + timedelta(hours=24)).isoformat(timespec='minutes')}"
                 )
         if unreachable == FAILURES_IN_A_ROW:
             raise RemoteError(f"Stopped: {unreachable} subjects in a row could not be reached. Run again when they can")
@@ -2468,7 +2469,6 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.camera_grid or arguments.suggest_cameras is not None:
         return show_cameras(config, manifest, arguments)
     remote = Remote(config)
-    # The first look at the remote shows whether it can be used, before anything is touched.
     if config.subjects is None or any(manifest.has_work(subject) for subject in config.subjects):
         there = remote.subjects()
         config = config if config.subjects is not None else replace(config, subjects=there)
