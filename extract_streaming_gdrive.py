@@ -442,7 +442,7 @@ def lock_file(path: Path, wait: bool = True) -> int | None:
     None where another process has the lock and we don't wait. Raise ConfigError where there are no locks."""
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW * (not wait), 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -774,7 +774,7 @@ class FetchError(OSError):
 class RangeServer:
     """rclone serving any range of the remote's files on loopback, to whoever has the password that this run made up.
 
-    `rclone serve restic` asks Drive for just the range that it is asked for; `serve http` reads ahead from the start."""
+    `rclone serve restic` asks Drive for just the range that is wanted; `serve http` reads ahead from the start."""
 
     def __init__(self, remote: Remote):
         password, said = secrets.token_urlsafe(24), ""

@@ -18,9 +18,9 @@ everything fitted in `…_anno.smc`. `SMCReader(raw, anno)` presents the two as 
 
 Files come from a network, so nothing in them is trusted: only what lies in the file itself is read (soft and external
 links, external storage and virtual data sets are refused), sizes are checked before memory is asked for, and a group
-whose name is no camera or frame number is left alone and named in `oddities`. HDF5's own library can still spin or crash
-over a damaged file (a string attribute in a zeroed heap is enough): who must not be stopped by that calls this module in
-a process of its own, with a limit on its time.
+whose name is no camera or frame number is left alone and named in `oddities`. HDF5's own library can still spin or
+crash over a damaged file (a string attribute in a zeroed heap is enough): who must not be stopped by that calls this
+module in a process of its own, with a limit on its time.
 
 Conventions: cameras are numbered 0…59 and written with two digits; `RT` maps camera to world coordinates, in metres,
 with OpenCV axes (x right, y down, z forward); key points of a picture are (x, y) in pixels.
@@ -208,8 +208,8 @@ class SMCReader:
         return []
 
     def frame_numbers(self, modality: str = "images", camera: int | str | None = None) -> list[int]:
-        """Return the frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps. [] for
-        a modality that has no frames."""
+        """Return the frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps.
+        Return [] for a modality that has no frames."""
         file, group = self._open(modality, camera)
         return file.numbers(group, FRAME_NAME) if modality in FRAMED else []
 
