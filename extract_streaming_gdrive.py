@@ -866,8 +866,6 @@ class SelectedFile(io.RawIOBase):
             answer = connection.getresponse()
             if answer.status not in (200, 206):
                 raise FetchError(f"{self.path}: rclone answers {answer.status} {answer.reason}")
-            if answer.status == 206 and not answer.headers.get("Content-Range", "").endswith(f"/{self.size}"):
-                raise FetchError(f"{self.path}: it changed on the remote")
             if answer.length != end - start:
                 raise http.client.HTTPException(f"an answer of {answer.length} bytes for {end - start}")
             yield from iter(lambda: answer.read(32 * BLOCK), b"")
@@ -893,47 +891,39 @@ def fetch_selection(job: Job, config: Config, address: tuple[int, str], report: 
             report(done=fetched)
 
     def answers(question: Callable, cases: Iterable[tuple]) -> list:
-        found = dict.fromkeys(cases)
-        waiting = list(found)
+        found, waiting = {}, list(cases)
         while waiting:
-            again, lacking = [], []
+            lacking = {}
             for case in waiting:
+                missed.clear()
                 try:
                     found[case] = question(*case)
                 except SMCError:
                     if not missed:
                         raise
-                if missed:
-                    again.append(case)
-                    lacking += missed
-                    missed.clear()
-            ahead = FETCHERS // (1 + len(lacking)) * BLOCK  # what only a few lack comes with what follows it
-            fetch((file, start, end + ahead) for file, start, end in lacking)
-            waiting = again
+                lacking[case] = list(missed)
+            waiting = [case for case in waiting if lacking[case]]
+            ahead = FETCHERS // (1 + len(waiting)) * BLOCK  # what only a few lack comes with what follows it
+            fetch((file, start, end + ahead) for file, start, end in itertools.chain(*lacking.values()))
         return list(found.values())
 
     def cases() -> list[tuple]:
         return [(name, camera) for name in job.modalities for camera in selected(reader, name, job.cameras)]
 
-    def all_else():
-        reader.fps()
-        if not reader.cameras():
-            any(map(reader.has, WRITERS))
+    def span(modality: str, camera: int | None) -> list[tuple]:
+        """Return the range from the first to the last frame, [] where it is much longer than the frames can be."""
+        ends = reader.places(modality, camera, [0, reader.num_frame - 1])
+        first, last = min((start for _, start, _ in ends), default=0), max((end for *_, end in ends), default=0)
+        likely = reader.num_frame / 2 * sum(end - start for _, start, end in ends)
+        return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
 
     with ThreadPoolExecutor(FETCHERS) as threads, answers(SMCReader, [tuple(files)])[0] as reader:
         answers(reader.has, itertools.product(["images", *BY_CAMERA.intersection(job.modalities)], range(NUM_CAMERAS)))
         wanted = answers(cases, [()])[0]
-        for where in (reader.span, reader.places):
+        for where in (span, reader.places):
             fetch(itertools.chain(*answers(where, wanted)))
-        answers(all_else, [()])
+        answers(lambda: (reader.fps(), any(map(reader.has, WRITERS))), [()])
     return [bytes(file.there) for file in files], fetched
-
-
-def selected(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
-    """Return the cameras that are asked for among those that have a modality; [None] where it is not by camera."""
-    if modality not in PER_CAMERA:
-        return [None] * reader.has(modality)
-    return [camera for camera in reader.cameras(modality) if asked is None or camera in asked]
 
 
 def expected_selection(job: Job, config: Config) -> int:
@@ -1013,6 +1003,13 @@ class Extraction:
         with open(path, "xb") as file:  # a new file, never through a link
             file.write(content)
         self.bytes += len(content)
+
+
+def selected(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
+    """Return the cameras that are asked for among those that have a modality; [None] where it is not by camera."""
+    if modality not in PER_CAMERA:
+        return [None] * reader.has(modality)
+    return [camera for camera in reader.cameras(modality) if asked is None or camera in asked]
 
 
 def write_pictures(task: Extraction, modality: str):
@@ -1112,7 +1109,7 @@ def write_audio(task: Extraction, modality: str):
 
     audio = task.reader.get_audio()
     samples, rate = audio["audio"], audio["sample_rate"]
-    blocks = [samples[at : at + (1 << 20)] for at in range(0, len(samples), 1 << 20)]
+    blocks = [samples[at : at + (1 << 16)] for at in range(0, len(samples), 1 << 16)]
     exact = all(
         np.array_equal(np.rint(block * 32768), block * 32768) and np.all((block >= -1) & (block < 1))
         for block in blocks

@@ -47,6 +47,7 @@ MAX_ATTRIBUTE_BYTES = 64 << 10
 MAX_EXPANSION = 10  # of the encoded pictures in a chunked, compressed file: there is hardly anything left to compress
 MAX_FRAMES = 100_000  # the longest performance seen has 2529
 MAX_ODDITIES = 50
+HEADER_CACHE_BYTES = 256 << 10  # that HDF5 keeps of the headers that it has read, each of which takes 5 kB of memory
 
 SMC_NAME = re.compile(
     r"(?:Copy of )*(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)\.smc"
@@ -223,29 +224,14 @@ class SMCReader:
         """Return the bytes that a modality (of a camera) takes in the file, from its headers alone."""
         return sum(end - start for _, start, end in self.places(modality, camera))
 
-    def places(self, modality: str, camera: int | str | None = None) -> list[tuple[object, int, int]]:
-        """Return where the data of a modality (of a camera) lies: (file as it was given to this reader, first byte,
-        byte after the last) of each data set or chunk."""
+    def places(
+        self, modality: str, camera: int | str | None = None, frames: Iterable[int] | None = None
+    ) -> list[tuple[object, int, int]]:
+        """Return where the data of a modality (of a camera, of some frames) lies: (file as it was given to this reader,
+        first byte, byte after the last) of each data set or chunk."""
         file, group = self._open(modality, camera)
-        return [(file.source, *place) for place in file.places(group)]
-
-    def span(self, modality: str, camera: int | str | None = None) -> list[tuple[object, int, int]]:
-        """Return, as `places` does, one range from the first to the last frame of a modality (of a camera), found
-        without a look at the frames in between; nothing where that is longer than the frames can be."""
-        file, group = self._open(modality, camera)
-        if group is None or modality not in FRAMED:
-            return []
-        count = self.Camera_info["num_frame"] or 0
-        ends = [0, count - 1]
-        if any(file.entry(group, str(number)) is None for number in ends):
-            numbers = self.frame_numbers(modality, camera)
-            count, ends = len(numbers), numbers[:1] + numbers[-1:]
-        pieces = list(file.places(group, [str(number) for number in ends]))
-        size, start = sum(end - start for start, end in pieces), min(pieces, default=(0,))[0]
-        stop = max((end for _, end in pieces), default=0)
-        if stop - start <= 0.75 * size * count + (1 << 20):  # 1.5 times as much as frames of the mean size take
-            return [(file.source, start, stop)]
-        return []
+        names = None if frames is None else [str(frame) for frame in frames]
+        return [(file.source, *place) for place in file.places(group, names)]
 
     def unknown_groups(self) -> list[str]:
         """Return the groups at the top of the file(s) of which this reader knows nothing: formats change."""
@@ -511,6 +497,10 @@ class _File:
             raise self.error("there is no such file")
         with self.reading("the file", what="is no SMC file, or is cut short or damaged"):
             self.h5 = _opened(source)
+            cache = self.h5.id.get_mdc_config()
+            cache.set_initial_size, cache.initial_size = True, HEADER_CACHE_BYTES
+            cache.min_size = cache.max_size = HEADER_CACHE_BYTES
+            self.h5.id.set_mdc_config(cache)
             self.descriptor = None if hasattr(source, "read") else self.h5.id.get_vfd_handle()
             self.bytes = self.h5.id.get_filesize()
 

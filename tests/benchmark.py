@@ -28,14 +28,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import cv2
-import h5py
-import numpy as np
-
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
-
-import synthetic_release
 
 import extract_streaming_gdrive as tool
 
@@ -73,6 +67,9 @@ def cp(folder):
 
 def reencode(folder):
     """What the usual scripts do, with the first frames."""
+    import cv2  # here, because a process that extracts would import it too, and count it as its memory
+    import h5py
+
     (folder / "reencoded").mkdir()
     with h5py.File(folder / SMC) as smc:
         names = [(c, f) for c, camera in smc["Camera"].items() if "color" in camera for f in camera["color"]]
@@ -130,6 +127,8 @@ def put_away(folder, name):
 
 def make(folder, views, frames):
     """The SMC of a synthetic s3_all, and a tar of the same files as the extraction writes."""
+    import synthetic_release
+
     smc = folder / SMC
     smc.parent.mkdir(parents=True)
     synthetic_release.write_smc(
@@ -177,6 +176,10 @@ def table(folder, views, frames, runs):
 
 def growth(folder):
     """Time per frame with the number of frames in one file, and with cameras that are not selected."""
+    import cv2
+    import h5py
+    import numpy as np
+
     for frames, cameras in ((500, 1), (5000, 1), (20000, 1), (5000, 8)):
         smc = folder / SMC
         smc.parent.mkdir(parents=True, exist_ok=True)
@@ -202,6 +205,8 @@ def growth(folder):
 def overlap(folder):
     """Print how long a run takes beside its downloads alone: rclone with the same limit, one subject after the
     other."""
+    import synthetic_release
+
     subjects = ("0018", "0019", "0026", "0030")
     paths = synthetic_release.write_demo(
         folder, subjects, frames=200, size=(1024, 1224), jpeg_bytes=200_000, distinct=1, cameras=(0, 25)
