@@ -7,6 +7,7 @@ not shrink with it: the limits here are tighter, relative to the file, than they
     python tests/test_selective.py [MB/s [latency in s]]       prints a table of times, full and selective, for a file of 1.3 GB
 """
 
+import fcntl
 import os
 import shutil
 import signal
@@ -151,6 +152,27 @@ def test_every_view_but_one_costs_no_more_than_the_file(large, whole):
     large.run()
     assert large.drive.bytes_sent() <= 1.05 * large.smc("0018", "s3_all").stat().st_size
     assert views_of(large.tree(), VIEWS) == views_of(whole, VIEWS[1:])
+
+
+def test_while_a_subject_is_extracted_the_parts_of_the_next_one_come(tmp_path):
+    for subject in ("0018", "0019"):
+        path = tmp_path / f"release/{subject}/{subject}_s3_all_raw.smc"
+        synthetic_release.write_smc(
+            path, subject, "s3_all", cameras=VIEWS, frame_ids=range(8), size=(128, 153), audio_seconds=0.53
+        )
+    with FakeDrive(tmp_path / "release") as drive:
+        workspace = DriveWorkspace(tmp_path / "work", drive, tmp_path / "release")
+        workspace.write_config(extraction=only(subjects=["0018", "0019"], cameras=TWELVE))
+        with open(workspace.manifest, "a") as manifest:
+            fcntl.flock(manifest, fcntl.LOCK_EX)  # no row can be written: 0018 does not get finished
+            process = workspace.start(environment=drive.environment())
+            logs = workspace.folder / "logs"
+            wait_for(lambda: any("0019 s3_all: fetched" in log.read_text() for log in logs.glob("*.log")))
+            assert workspace.states == {}
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 0, output
+        assert set(workspace.states.values()) == {"completed"} and len(workspace.rows) == 2
+        assert workspace.tree() == full_tree(workspace, tmp_path)
 
 
 @pytest.mark.parametrize("cameras", ["all", VIEWS + [2]], ids=["all", "by number"])
