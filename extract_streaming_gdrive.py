@@ -60,6 +60,8 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+os.environ["OPENBLAS_NUM_THREADS"] = "1"  # else numpy starts a thread per core, a third of the CPU of each start
+
 import numpy as np
 import yaml
 from tqdm import tqdm

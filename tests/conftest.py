@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-# Before numpy: the threads that it keeps ready take a third of the CPU of each start of the script. And the reader is
+# Before numpy: the threads that it keeps ready take a third of the CPU of each start of Python. And the reader is
 # compiled once, whatever the surroundings say.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
