@@ -660,8 +660,7 @@ class Remote:
 
     def entries(self, folder: str, *options: str) -> list[dict]:
         """Return the entries of a folder, [] where there is none. Raise RemoteError, or ConfigError for the set-up."""
-        options = ("--use-json-log", "--no-mimetype", *options)
-        process = self.start(self.command("lsjson", *options, places=[self.root + folder]))
+        process = self.start(self.command("lsjson", "--use-json-log", *options, places=[self.root + folder]))
         out, err = process.communicate()
         if process.returncode == 0:
             return json.loads(out)
@@ -834,8 +833,7 @@ class SelectedFile(io.RawIOBase):
         last = -(-min(end, self.size) // BLOCK)
         while (first := self.there.find(0, start // BLOCK, last)) >= 0:
             most = min(last, first + REQUEST_BLOCKS)
-            stop = self.there.find(1, first, most)
-            stop = most if stop < 0 else stop
+            stop = first + (self.there[first:most] + b"\1").index(1)
             self.there[first:stop] = bytes([1]) * (stop - first)
             yield first * BLOCK, min(stop * BLOCK, self.size)
 
@@ -877,11 +875,10 @@ def fetch_selection(job: Job, config: Config, address: tuple[int, str], report: 
     """Bring to temp_dir what extraction will read of a job's files. Return which blocks of each are there, and the
     number of bytes that came. Raise SMCError or OSError.
 
-    To find out what a file has takes hundreds of small reads, each of which says where the next one is. So one question
-    is asked for all cameras: each answer fails at the first byte that is not there, what all of them lack is fetched at
-    once, and the question is asked again. To list the pictures of a camera takes the header of each, and these lie
-    among the pictures. Files are usually written camera by camera: so what lies between a camera's first and last
-    picture is fetched first, in large pieces."""
+    To find out what a file has takes hundreds of small reads, each of which says where the next one is. So a question
+    is asked for all cameras at once: what the answers lack is fetched together, and then these are asked for again.
+    Files are usually written camera by camera, with the header of each picture among the pictures: so the range from a
+    camera's first to its last picture is fetched before the headers are read."""
     missed, fetched = [], 0
     files = [SelectedFile(config, file, address=address, missed=missed) for file in job.files]
 
@@ -920,7 +917,7 @@ def fetch_selection(job: Job, config: Config, address: tuple[int, str], report: 
         return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
 
     with ThreadPoolExecutor(FETCHERS) as threads, answers(SMCReader, [tuple(files)])[0] as reader:
-        answers(reader.has, itertools.product(["images", *BY_CAMERA.intersection(job.modalities)], range(NUM_CAMERAS)))
+        answers(lambda *which: reader.places(*which, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS)))
         wanted = answers(cases, [()])[0]
         for where in (span, reader.places):
             fetch(itertools.chain(*answers(where, wanted)))
@@ -940,6 +937,16 @@ def expected_selection(job: Job, config: Config) -> int:
     pictures = {"images", "masks"} & set(job.modalities)
     taken = len(views if job.cameras is None else views & job.cameras) if pictures else 0
     return min(job.bytes, job.bytes * (taken + 2) // len(views))
+
+
+def bring(remote: Remote, jobs: list[Job], show: Callable):
+    """Bring the files of some jobs to temp_dir, whole or what is selected of them."""
+    whole = [job for job in jobs if not job.selection]
+    if whole:
+        remote.download(whole, show)
+    for job in jobs:
+        if job.selection and not (remote.stopped or remote.quota_is_used_up()):
+            fetch_apart(remote, job, show)
 
 
 def fetch_apart(remote: Remote, job: Job, show: Callable):
@@ -2217,17 +2224,12 @@ def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
 
 
 def brought(remote: Remote, turn: list[Job]) -> list[Job]:
-    """Bring the files of some jobs to temp_dir, whole or what is selected of them. Return the first of the jobs, up to
-    one that was not tried because of a used-up quota. A job whose files did not come has its `error` then."""
+    """Bring the files of some jobs to temp_dir. Return the first of the jobs, up to one that was not tried because of a
+    used-up quota. A job whose files did not come has its `error` then."""
     coming = [job for job in turn if not (job.error or job.here)]
-    whole = [job for job in coming if not job.selection]
     if coming:
         with download_progress(coming) as show:
-            if whole:
-                remote.download(whole, show)
-            for job in coming:
-                if job.selection and not (remote.stopped or remote.quota_is_used_up()):
-                    fetch_apart(remote, job, partial(show, before=sum(job.fetched for job in coming)))
+            bring(remote, coming, show)
     return list(itertools.takewhile(lambda job: job.error or job.here, turn))
 
 
@@ -2311,10 +2313,9 @@ def open_log(config: Config) -> Path:
 @contextlib.contextmanager
 def bar(**options) -> Iterator[tqdm]:
     """A progress bar on a terminal, nothing elsewhere."""
-    terminal = sys.stderr.isatty()
-    with tqdm(disable=not terminal, leave=False, dynamic_ncols=True, mininterval=0.2, **options) as progress:
+    with tqdm(disable=None, leave=False, dynamic_ncols=True, mininterval=0.2, **options) as progress:
         yield progress
-    if terminal:  # a bar that was below another leaves the cursor at the end of a line
+    if not progress.disable:  # a bar that was below another leaves the cursor at the end of a line
         print(end="\r", file=sys.stderr, flush=True)
 
 
@@ -2325,9 +2326,9 @@ def download_progress(jobs: list[Job]):
     subject = jobs[0].subject
     log.info("%s: downloading %s, %s", subject, " ".join(job.performance for job in jobs), gb(total))
 
-    def show(done: int, before: int = 0):
+    def show(done: int):
         nonlocal shown
-        done += before
+        done += sum(job.fetched for job in jobs)  # what is over
         progress.update(min(done, total) - progress.n)
         seconds = time.monotonic() - begin
         if progress.disable and time.monotonic() - shown > PLAIN_PROGRESS_S and done:

@@ -214,11 +214,9 @@ class SMCReader:
         file, group = self._open(modality, camera)
         return file.numbers(group, FRAME_NAME) if modality in FRAMED else []
 
-    def has(self, modality: str, camera: int | str | None = None) -> bool:
-        """Return whether there is anything of a modality (one of the keys of GROUPS), or of one camera of it."""
-        if "{}" in GROUPS[modality] and camera is None:
-            return bool(self.cameras(modality))
-        return self._open(modality, camera)[1] is not None
+    def has(self, modality: str) -> bool:
+        """Return whether there is anything of a modality (one of the keys of GROUPS)."""
+        return bool(self.cameras(modality)) if "{}" in GROUPS[modality] else self._open(modality)[1] is not None
 
     def stored_bytes(self, modality: str, camera: int | str | None = None) -> int:
         """Return the bytes that a modality (of a camera) takes in the file, from its headers alone."""
