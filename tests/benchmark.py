@@ -203,39 +203,44 @@ def growth(folder):
 
 
 def overlap(folder):
-    """Print how long a run takes beside its downloads alone: rclone with the same limit, one subject after the
+    """Print how long a run takes beside its downloads alone: rclone from the same loopback Drive, one subject after the
     other."""
     import synthetic_release
+    from fake_drive import FakeDrive
 
     subjects = ("0018", "0019", "0026", "0030")
     paths = synthetic_release.write_demo(
         folder, subjects, frames=200, size=(1024, 1224), jpeg_bytes=200_000, distinct=1, cameras=(0, 25)
     )
-    config = (folder / "config.yaml").read_text()
     size = sum(path.stat().st_size for path in paths)
+    places = {'""': FakeDrive.root_id, "demo": FakeDrive.remote_name, '["--config", "rclone.conf"]': "[]"}
+    config = (folder / "config.yaml").read_text()
+    for old, new in places.items():
+        config = config.replace(old, new)
+    (folder / "config.yaml").write_text(config)
+    with FakeDrive(folder / "release") as drive:
+        options = {"capture_output": True, "env": {**os.environ, **drive.environment()}}
 
-    def run(limit):
-        for name in ("subjects", "MANIFEST.csv"):
-            shutil.rmtree(folder / name) if (folder / name).is_dir() else (folder / name).unlink(missing_ok=True)
-        flags = f'["--config", "rclone.conf", "--bwlimit", "{limit}", "--bwlimit-file", "off"]'
-        (folder / "config.yaml").write_text(config.replace('["--config", "rclone.conf"]', flags))
+        def run():
+            begin, script = time.monotonic(), TESTS.parent / "extract_streaming_gdrive.py"
+            subprocess.run([sys.executable, script, "--config", folder / "config.yaml"], check=True, **options)
+            seconds = time.monotonic() - begin
+            with open(folder / "MANIFEST.csv", newline="") as file:
+                extraction = sum(float(row["extract_s"]) for row in csv.DictReader(file))
+            shutil.rmtree(folder / "subjects")
+            (folder / "MANIFEST.csv").unlink()
+            return seconds, extraction
+
+        _, extraction = run()
+        drive.bandwidth = size / (4 * extraction)
+        rclone = shutil.which("rclone") or Path(sys.executable).parent / "rclone"
         begin = time.monotonic()
-        script = TESTS.parent / "extract_streaming_gdrive.py"
-        subprocess.run([sys.executable, script, "--config", folder / "config.yaml"], check=True, capture_output=True)
-        seconds = time.monotonic() - begin
-        with open(folder / "MANIFEST.csv", newline="") as file:
-            return seconds, sum(float(row["extract_s"]) for row in csv.DictReader(file))
-
-    _, extraction = run("off")
-    limit = f"{size / (4 * extraction) / 1024:.0f}k"
-    rclone = shutil.which("rclone") or Path(sys.executable).parent / "rclone"
-    begin = time.monotonic()
-    for subject in subjects:
-        places = [folder / "release" / subject, folder / "copy" / subject]
-        options = ["--transfers", "4", "--bwlimit", limit, "--config", folder / "rclone.conf"]
-        subprocess.run([rclone, "copy", *options, *places], check=True)
-    download = time.monotonic() - begin
-    seconds, in_run = run(limit)
+        for subject in subjects:
+            source = ["--drive-root-folder-id", drive.root_id, f"{drive.remote_name}:{subject}"]
+            command = [rclone, "copy", "--transfers", "4", *source, folder / "copy" / subject]
+            subprocess.run(command, check=True, **options)
+        download = time.monotonic() - begin
+        seconds, in_run = run()
     print(
         f"{size / 1e6:.0f} MB: downloads alone {download:.1f} s, extractions {extraction:.1f} s ({in_run:.1f} s in the run)"
     )
