@@ -211,7 +211,7 @@ def matching(pattern: str, what: str, value) -> str:
 
 
 subject_id = partial(matching, SUBJECT.pattern, "subject: subjects are four digits such as '0018'")
-remote_name = partial(matching, r"[\w.+@][\w.+@ -]*", "name of an rclone remote (write it without the colon)")
+rclone_remote = partial(matching, r"[\w.+@][\w.+@ -]*", "name of an rclone remote (write it without the colon)")
 folder_id = partial(
     matching,
     r"(?!YOUR_SHARED_FOLDER_ID)([A-Za-z0-9_][A-Za-z0-9_-]*)?",
@@ -230,7 +230,7 @@ def choice(known: Iterable[str], value) -> str:
     return value
 
 
-def number(kind: type, least: float, value) -> float:
+def checked_number(kind: type, least: float, value) -> float:
     with contextlib.suppress(ValueError):
         if least <= kind(text(value)) < 1e9:
             return kind(value)
@@ -282,7 +282,7 @@ class Config:
 
     path: Path
     root_folder_id: str = field(**setting("google_drive", folder_id, ""))
-    remote_name: str = field(**setting("google_drive", remote_name))
+    remote_name: str = field(**setting("google_drive", rclone_remote))
     layout: str = field(**setting("google_drive", partial(choice, ["single", "pair"]), "single"))
     download: str = field(**setting("google_drive", partial(choice, ["full", "selective"]), "full"))
     rclone_flags: list[str] = field(**setting("google_drive", rclone_options, []))
@@ -294,9 +294,9 @@ class Config:
     output_dir: Path = field(**setting("storage", path_name))
     manifest: Path = field(**setting("storage", path_name, Path("MANIFEST.csv")))
     log_dir: Path = field(**setting("storage", path_name, Path("logs")))
-    max_temp_size_gb: float = field(**setting("storage", partial(number, float, 1e-6), 50.0))
-    min_free_gb: float = field(**setting("storage", partial(number, float, 0), 100.0))
-    workers: int = field(**setting("processing", partial(number, int, 1), 4))
+    max_temp_size_gb: float = field(**setting("storage", partial(checked_number, float, 1e-6), 50.0))
+    min_free_gb: float = field(**setting("storage", partial(checked_number, float, 0), 100.0))
+    workers: int = field(**setting("processing", partial(checked_number, int, 1), 4))
     verify: str = field(**setting("processing", partial(choice, ["fast", "full"]), "fast"))
     redo: bool = False
 
@@ -309,10 +309,10 @@ class Config:
         """Return where the remote has the files of a subject, and temp_dir then too."""
         return [subject] if self.layout == "single" else [f"raw/{subject}", f"anno/{subject}"]
 
-    def folder(self, subject: str, performance: str) -> Path:
+    def folder_of(self, subject: str, performance: str) -> Path:
         return self.output_dir / subject / performance
 
-    def partial(self, subject: str, performance: str) -> Path:
+    def partial_of(self, subject: str, performance: str) -> Path:
         return self.output_dir / subject / f"{performance}.partial"
 
 
@@ -362,7 +362,7 @@ class Manifest:
         enough = wanted <= number_set(row["cameras"]) or not PER_CAMERA & modalities
         return enough and modalities <= set(row["modalities"].split())
 
-    def state(self, subject: str, performance: str) -> str:
+    def state_of(self, subject: str, performance: str) -> str:
         """Return "done", "open", or "half": done with one file of a pair, while the other may have come since."""
         if self.config.redo or not self.is_done(subject, performance):
             return "open"
@@ -371,9 +371,9 @@ class Manifest:
     def has_work(self, subject: str) -> bool:
         """Return whether a subject has to be looked at on the remote."""
         asked = self.config.performances
-        return asked is None or any(self.state(subject, performance) != "done" for performance in asked)
+        return asked is None or any(self.state_of(subject, performance) != "done" for performance in asked)
 
-    def asked(self, subject: str) -> list[str]:
+    def asked_performances(self, subject: str) -> list[str]:
         """Return the performances that the config asks for; if it asks for all, those of the subject in the rows."""
         return self.config.performances or sorted(name for known, name in self.rows if known == subject)
 
@@ -432,8 +432,8 @@ def csv_lines(rows) -> bytes:
     return lines.getvalue().encode()
 
 
-def number_set(text: str | None) -> set[int]:
-    return {int(word) for word in (text or "").split() if word.isdigit()}
+def number_set(words: str | None) -> set[int]:
+    return {int(word) for word in (words or "").split() if word.isdigit()}
 
 
 # ---------------------------------------------------------------------------------------------- files and locks
@@ -490,13 +490,13 @@ def sync_disk(folder: Path):
         os.close(descriptor)
 
 
-def put_in_place(partial: Path, folder: Path):
+def put_in_place(finished: Path, folder: Path):
     """Rename a finished folder to its name. One that is there already is first moved to `.old`; see `clean_up`."""
     old = folder.with_name(folder.name + ".old")
     if os.path.lexists(folder):
         clear(old)
         os.rename(folder, old)
-    os.rename(partial, folder)
+    os.rename(finished, folder)
     sync_disk(folder.parent)
     clear(old)
 
@@ -606,17 +606,15 @@ class Remote:
         self.root = f"{config.remote_name}:"
         self.server: RangeServer | None = None
 
-    def command(self, verb: str, *options: str, places: list[str]) -> list[str]:
+    def start_rclone(self, verb: str, *options: str, places: list, environment: dict | None = None, stdin: bytes = b""):
+        """Return the process of an rclone in the config's folder: paths in rclone_flags are relative to it too. Times
+        come in UTC. An rclone whose reader has gone ends when it next writes to its log."""
         root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
-        return [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *options, *self.config.rclone_flags, "--", *places]
-
-    def start(self, command: list[str], environment: dict | None = None, stdin: bytes = b"") -> subprocess.Popen:
-        """Run rclone in the config's folder: paths in rclone_flags are relative to it too. Times come in UTC. An rclone
-        whose reader has gone ends when it next writes to its log."""
-        log.debug("running %s", " ".join(command))
+        call = [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *options, *self.config.rclone_flags, "--", *places]
+        log.debug("running %s", " ".join(call))
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         environment = {**os.environ, "TZ": "UTC", **(environment or {})}
-        process = subprocess.Popen(command, cwd=self.config.path.parent, env=environment, **pipes)
+        process = subprocess.Popen(call, cwd=self.config.path.parent, env=environment, **pipes)
         self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
         if self.stopped:  # the run ended between two calls
             process.kill()
@@ -634,13 +632,15 @@ class Remote:
             process.kill()
             process.wait()
 
-    def subjects(self) -> list[str]:
+    def list_subjects(self) -> list[str]:
         """Return every four-digit folder. This first look at the remote fails at once where the set-up is wrong."""
         parents = [""] if self.config.layout == "single" else ["", "raw", "anno"]
-        found = [entry["Name"] for parent in parents for entry in self.entries(parent, "--dirs-only", *RCLONE_AT_ONCE)]
+        found = [
+            entry["Name"] for parent in parents for entry in self.list_folder(parent, "--dirs-only", *RCLONE_AT_ONCE)
+        ]
         return sorted(filter(SUBJECT.fullmatch, set(found)))
 
-    def files(self, subject: str, performances: list[str] | None) -> dict[str, list[RemoteFile]]:
+    def list_files(self, subject: str, performances: list[str] | None) -> dict[str, list[RemoteFile]]:
         """Return {performance: its file, or its raw and its anno file} of a subject, without those that are absent.
 
         performances: None for all. With equal names otherwise, a plain one comes before a "Copy of …"."""
@@ -648,7 +648,7 @@ class Remote:
         wildcard = f"{subject}_{{{','.join(performances)}}}_" if performances else f"{subject}_"
         for half, folder in zip(("raw", "anno"), self.config.remote_folders(subject)):
             options = ("--files-only", "--hash", "--hash-type", "md5", "--include", f"*{wildcard}*{half}.smc")
-            entries = self.entries(folder, *RCLONE_PATIENT, *options)
+            entries = self.list_folder(folder, *RCLONE_PATIENT, *options)
             for entry in sorted(entries, key=lambda entry: -len(entry["Name"])):
                 match = SMC_NAME.fullmatch(entry["Name"])
                 if not match or (match["subject"], match["half"]) != (subject, half):
@@ -658,9 +658,9 @@ class Remote:
                 found[match["performance"], half] = RemoteFile(path, int(entry["Size"]), md5, modified)
         return {name: [found[name, half] for half in ("raw", "anno") if (name, half) in found] for name, _ in found}
 
-    def entries(self, folder: str, *options: str) -> list[dict]:
+    def list_folder(self, folder: str, *options: str) -> list[dict]:
         """Return the entries of a folder, [] where there is none. Raise RemoteError, or ConfigError for the set-up."""
-        process = self.start(self.command("lsjson", "--use-json-log", *options, places=[self.root + folder]))
+        process = self.start_rclone("lsjson", "--use-json-log", *options, places=[self.root + folder])
         out, err = process.communicate()
         if process.returncode == 0:
             return json.loads(out)
@@ -684,16 +684,16 @@ class Remote:
     def refusal(self, file: RemoteFile) -> str:
         """Return what rclone says when it is asked for the first byte of a file; "" if that comes."""
         options = ("--use-json-log", "--count", "1", *RCLONE_AT_ONCE)
-        return last_words(self.start(self.command("cat", *options, places=[self.root + file.path])).communicate()[1])
+        return last_words(self.start_rclone("cat", *options, places=[self.root + file.path]).communicate()[1])
 
-    def download(self, jobs: list[Job], show: Callable[[int], None]):
+    def download_whole(self, jobs: list[Job], show: Callable[[int], None]):
         """Bring the files of some jobs to temp_dir with one call of rclone, which retries and checks the md5. A job
         whose files did not come has its `error` then. But a used-up quota ends rclone for all files at once: then the
         others have none, and can come with another call.
 
         show: called with the number of bytes that have come so far."""
         begin = time.monotonic()
-        content, said = self.copy([file for job in jobs for file in job.files], show)
+        content, said = self.copy_files([file for job in jobs for file in job.files], show)
         for job in jobs:
             job.look(self.config, certain=content)
             job.fetched = job.bytes * job.here
@@ -706,11 +706,11 @@ class Remote:
             job.error = job.error if job in refused else None
         self.note_refusals(len(refused), came=len(missing) < len(jobs))
 
-    def copy(self, files: list[RemoteFile], show: Callable[[int], None]) -> tuple[bool, dict[str, str]]:
+    def copy_files(self, files: list[RemoteFile], show: Callable[[int], None]) -> tuple[bool, dict[str, str]]:
         """Call rclone once. Return whether it is content, and {path: last error, "": last error without a path}."""
         places, said = [self.root, str(self.config.temp_dir)], {}
-        command = self.command("copy", "--files-from-raw", "-", *RCLONE_LOG, places=places)
-        with self.start(command, stdin="".join(f"{file.path}\n" for file in files).encode()) as process:
+        options, names = ("--files-from-raw", "-", *RCLONE_LOG), "".join(f"{file.path}\n" for file in files)
+        with self.start_rclone("copy", *options, places=places, stdin=names.encode()) as process:
             for line in process.stderr:
                 entry = json_or_text(line)
                 if "stats" in entry:
@@ -781,9 +781,9 @@ class RangeServer:
         password, said = secrets.token_urlsafe(24), ""
         options = ["--addr", "127.0.0.1:0", "--append-only", "--use-json-log", "--log-level", "INFO", "--stats", "1s"]
         options += ["--drive-pacer-min-sleep", "10ms"]  # rclone keeps to ten calls a second, Drive allows 200
-        command = remote.command("serve restic", *options, places=[remote.root])
         # Other users can see a program's arguments, but not its environment.
-        self.process = remote.start(command, {"RCLONE_USER": "smc", "RCLONE_PASS": password})
+        secret = {"RCLONE_USER": "smc", "RCLONE_PASS": password}
+        self.process = remote.start_rclone("serve restic", *options, places=[remote.root], environment=secret)
         while not (found := re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", said)):
             line = self.process.stderr.readline()
             if not line:
@@ -848,7 +848,7 @@ class SelectedFile(io.RawIOBase):
             time.sleep(0.1 * tries**2)
             tries, reason = tries + 1, "cut short"
             try:
-                for piece in self.answer(at, end):
+                for piece in self.request(at, end):
                     os.pwrite(self.store, piece, at)
                     at, tries = at + len(piece), 0
             except ConnectionRefusedError:
@@ -857,7 +857,7 @@ class SelectedFile(io.RawIOBase):
                 reason = cut
         return end - start
 
-    def answer(self, start: int, end: int) -> Iterator[bytes]:
+    def request(self, start: int, end: int) -> Iterator[bytes]:
         """Yield what one request brings of the bytes from start to before end, in pieces."""
         headers = {"Range": f"bytes={start}-{end - 1}", "Authorization": self.address[1]}
         connection = http.client.HTTPConnection("127.0.0.1", self.address[0], timeout=FETCH_TIMEOUT_S)
@@ -906,7 +906,7 @@ def fetch_selection(job: Job, config: Config, address: tuple[int, str], report: 
             fetch((file, start, end + ahead) for file, start, end in itertools.chain(*lacking.values()))
         return list(found.values())
 
-    def cases() -> list[tuple]:
+    def asked_for() -> list[tuple]:
         return [(name, camera) for name in job.modalities for camera in selected(reader, name, job.cameras)]
 
     def span(modality: str, camera: int | None) -> list[tuple]:
@@ -918,7 +918,7 @@ def fetch_selection(job: Job, config: Config, address: tuple[int, str], report: 
 
     with ThreadPoolExecutor(FETCHERS) as threads, answers(SMCReader, [tuple(files)])[0] as reader:
         answers(lambda *which: reader.places(*which, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS)))
-        wanted = answers(cases, [()])[0]
+        wanted = answers(asked_for, [()])[0]
         for where in (span, reader.places):
             fetch(itertools.chain(*answers(where, wanted)))
         answers(lambda: (reader.fps(), any(map(reader.has, WRITERS))), [()])
@@ -943,7 +943,7 @@ def bring(remote: Remote, jobs: list[Job], show: Callable):
     """Bring the files of some jobs to temp_dir, whole or what is selected of them."""
     whole = [job for job in jobs if not job.selection]
     if whole:
-        remote.download(whole, show)
+        remote.download_whole(whole, show)
     for job in jobs:
         if job.selection and not (remote.stopped or remote.quota_is_used_up()):
             fetch_apart(remote, job, show)
@@ -964,7 +964,7 @@ def fetch_apart(remote: Remote, job: Job, show: Callable):
     except (SMCError, OSError, RemoteError) as error:
         job.error = error
     try:
-        if remote.files(job.subject, [job.performance]).get(job.performance) != job.files:
+        if remote.list_files(job.subject, [job.performance]).get(job.performance) != job.files:
             job.error = RemoteError(f"{name}: it changed on the remote while it was read; run again")
     except RemoteError as error:
         job.error = job.error or error
@@ -987,11 +987,11 @@ class Extraction:
 
     pictures: {"images" or "masks": {"25": {frame: (name below the folder, height, width)}}} of those that are not
     damaged. missing, damaged: {modality: {"25": [frames]}}, or {modality: [numbers]} where one folder holds all. send:
-    what `report` passes its news to: pictures=n for n pictures more, total=n for all that will come."""
+    what `tell` passes its news to: pictures=n for n pictures more, total=n for all that will come."""
 
     def __init__(self, job: Job, config: Config, reader: SMCReader, send: Callable):
         self.job, self.config, self.reader, self.send = job, config, reader, send
-        self.folder = config.partial(job.subject, job.performance)
+        self.folder = config.partial_of(job.subject, job.performance)
         self.bytes = 0
         self.pictures: dict[str, dict] = {"images": {}, "masks": {}}
         self.frames: dict[str, int] = {}
@@ -1000,7 +1000,7 @@ class Extraction:
         resolution = reader.Camera_info["resolution"]
         self.resolution = None if resolution is None else resolution.tolist()
 
-    def report(self, **news):
+    def tell(self, **news):
         """Tell the parent process how far it is. Raise OSError where the disk has no more room."""
         keep_free(self.config.output_dir, self.config)
         self.send(**news)
@@ -1072,8 +1072,8 @@ def store_pictures(
         if not picture.whole or resolution not in (None, [picture.height, picture.width]):
             damaged.add(number)
         if len(sizes) % REPORTED_PICTURES == 0:
-            task.report(pictures=REPORTED_PICTURES)
-    task.report(pictures=len(sizes) % REPORTED_PICTURES)
+            task.tell(pictures=REPORTED_PICTURES)
+    task.tell(pictures=len(sizes) % REPORTED_PICTURES)
     if stored:
         with os.scandir(task.folder / folder) as entries:
             if {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries} != sizes:
@@ -1099,16 +1099,16 @@ def undecodable(files: dict[int, str], workers: int) -> set[int]:
         except cv2.error:  # it claims more pixels than OpenCV has room for
             return False
 
-    def said() -> int:
+    def complaints() -> int:
         return os.lseek(2, 0, os.SEEK_END)
 
-    before = said()
+    before = complaints()
     with ThreadPoolExecutor(workers) as threads:
         good = dict(zip(files, threads.map(decodes, files.values())))
-    if said() > before:
+    if complaints() > before:
         for number, file in files.items():
-            before = said()
-            good[number] = decodes(file) and said() == before
+            before = complaints()
+            good[number] = decodes(file) and complaints() == before
     return {number for number in files if not good[number]}
 
 
@@ -1256,22 +1256,22 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
     """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk.
     Return `info`, and the "cameras" extracted, the "bytes" written and "notes" for the manifest. Raise SMCError or
     OSError. send: called with pictures=n for n pictures more, and once with total=n."""
-    partial = config.partial(job.subject, job.performance)
-    clear(partial)
-    partial.mkdir(parents=True)
+    folder = config.partial_of(job.subject, job.performance)
+    clear(folder)
+    folder.mkdir(parents=True)
     with opened(job, config) as reader:
         task = Extraction(job, config, reader, send)
         pictures = [name for name in ("images", "masks") if name in job.modalities]
-        task.report(total=reader.num_frame * sum(len(selected(reader, name, job.cameras)) for name in pictures))
+        task.tell(total=reader.num_frame * sum(len(selected(reader, name, job.cameras)) for name in pictures))
         for modality in job.modalities:
             if reader.has(modality):
                 WRITERS[modality](task, modality)
-        written = modalities_in(partial)
+        written = modalities_in(folder)
         if not written and not any(map(reader.has, WRITERS)):
             raise SMCError(f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows")
         content = info(task, written)
         task.save("metadata/info.json", json_bytes(content))
-        sync_disk(partial)
+        sync_disk(folder)
         cameras = selected(reader, "images", job.cameras) if PER_CAMERA & set(job.modalities) else []
         return {**content, "cameras": cameras, "bytes": task.bytes, "notes": notes(task, written)}
 
@@ -1418,9 +1418,9 @@ def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
     download = done = 0
     for subject in config.subjects:
         jobs = {job.performance: job for job in plan(config, manifest, remote, subject)}
-        for performance in config.performances or sorted({*manifest.asked(subject), *jobs}):
+        for performance in config.performances or sorted({*manifest.asked_performances(subject), *jobs}):
             job, row = jobs.get(performance), manifest.rows.get((subject, performance))
-            size = job.bytes if job else total([row], "smc_bytes")
+            size = job.bytes if job else sum_of([row], "smc_bytes")
             if job is None:
                 state = "done" if row["status"] == "completed" else "absent from the remote"
                 done += row["status"] == "completed"
@@ -1440,7 +1440,7 @@ def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
 def show_status(config: Config, manifest: Manifest) -> int:
     """--status: show how far it is, from the manifest alone. Return the exit code."""
     subjects = config.subjects or sorted({subject for subject, _ in manifest.rows})
-    asked = [(s, p) for s in subjects for p in manifest.asked(s)]
+    asked = [(s, p) for s in subjects for p in manifest.asked_performances(s)]
     rows = [manifest.rows[key] for key in asked if key in manifest.rows]
     done = sum(manifest.is_done(*key) for key in asked)
     counts = collections.Counter(row["status"] for row in rows)
@@ -1448,21 +1448,21 @@ def show_status(config: Config, manifest: Manifest) -> int:
     known = " that the manifest names" if None in (config.subjects, config.performances) else ""
     of = f"{len(asked)} performances of {len(subjects)} subject{'s' * (len(subjects) != 1)}{known}"
     log.info(f"{done} of {of} are done, {failed} failed, {counts['absent']} absent from the remote")
-    size, seconds = total(rows, "smc_bytes"), max(total(rows, "download_s"), total(rows, "extract_s"))
-    log.info("%s extracted from %s of SMC files", gb(total(rows, "size_gb") * GB), gb(size))
+    size, seconds = sum_of(rows, "smc_bytes"), max(sum_of(rows, "download_s"), sum_of(rows, "extract_s"))
+    log.info("%s extracted from %s of SMC files", gb(sum_of(rows, "size_gb") * GB), gb(size))
     left = (len(asked) - done - counts["absent"]) * seconds / max(counts["completed"], 1)
     if seconds:
         log.info("%s/s%s", gb(size / seconds), f"; about {duration(left)} left for one process" if left else "")
     return 0
 
 
-def total(rows: list[dict], column: str) -> float:
+def sum_of(rows: list[dict], column: str) -> float:
     """Return the sum of a column over completed performances, without what other tools have left there instead."""
     values = [row.get(column) or "" for row in rows if row["status"] == "completed"]
     return sum(float(value) for value in values if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", value))
 
 
-def inspect(paths: list[str]) -> int:
+def inspect_files(paths: list[str]) -> int:
     """--inspect: show what each performance has, in its SMC file or in its two. Return the exit code."""
     performances, latest, whole = [], {}, True
     for path in dict.fromkeys(map(Path, paths)):
@@ -1490,9 +1490,9 @@ def show_content(files: list[Path], report: Callable) -> bool:
         name, stated = SMC_NAME.fullmatch(files[0].name), (reader.actor_id, reader.performance_part)
         subject, performance = name.group("subject", "performance") if name else stated
         report(msg=f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance')}")
-        for title, texts in content_rows(reader, files, damage):
-            for text in texts:
-                report(msg=textwrap.fill(f"  {title:<12}  {text}", 100, subsequent_indent=" " * 16))
+        for title, lines in content_rows(reader, files, damage):
+            for line in lines:
+                report(msg=textwrap.fill(f"  {title:<12}  {line}", 100, subsequent_indent=" " * 16))
         report(msg="")
     return not damage
 
@@ -1507,7 +1507,7 @@ def noting(damage: list[str]) -> Iterator[None]:
 
 
 def content_rows(reader: SMCReader, files: list[Path], damage: list[str]) -> Iterator[tuple]:
-    """Yield (title, texts) of what a performance has, as far as it can be read, and add to `damage` what cannot."""
+    """Yield (title, lines) of what a performance has, as far as it can be read, and add to `damage` what cannot."""
     yield "file", [f"{printable(file.name)}, {gb(file.stat().st_size)}" for file in files]
     forms = {"age": "age {}", "gender": "{}", "color": "{}", "height": "{:g} cm", "weight": "{:g} kg"}
     actor = [form.format(reader.actor_info[name]) for name, form in forms.items() if reader.actor_info[name]]
@@ -1570,8 +1570,8 @@ def camera_lines(reader: SMCReader, frames: dict[int, list[int]]) -> Iterator[st
 def runs_text(numbers: Iterable[int]) -> str:
     """Return numbers as "3 7-11 13", cut where that is long."""
     by_run = itertools.groupby(enumerate(sorted(numbers)), lambda item: item[1] - item[0])
-    runs = [[number for _, number in run] for _, run in by_run]
-    shown = " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    runs = [[number for _, number in row] for _, row in by_run]
+    shown = " ".join(f"{row[0]}-{row[-1]}" if len(row) > 1 else f"{row[0]}" for row in runs)
     return textwrap.shorten(shown, 60, placeholder=" …")
 
 
@@ -1961,13 +1961,13 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
             if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
                 name = printable(arguments.camera_grid)
                 raise ValueError(f"--camera-grid: {name!r} is no performance: write it as 0018/s3_all")
-            folder, source = config.folder(subject, performance), f"{subject}/{performance}"
+            folder, source = config.folder_of(subject, performance), f"{subject}/{performance}"
             pictures, frame = pictures_of_frame(folder, arguments.frame)
             cameras = set(pictures)
         else:
             performance, source, rows = "s3_all", "what was extracted", manifest.completed.values()
             # The rig is the same for all.
-            folders = (config.folder(*key) for key in sorted(manifest.completed, key=lambda key: key[1] != "s3_all"))
+            folders = (config.folder_of(*key) for key in sorted(manifest.completed, key=lambda key: key[1] != "s3_all"))
             folder = next((folder for folder in folders if (folder / "calibration").is_dir()), None)
             if folder is None:
                 missing = f"there is nothing extracted with its calibration in {config.output_dir}"
@@ -1978,12 +1978,12 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
             raise ValueError(f"no calibration for camera {', '.join(map(str, sorted(cameras - set(rig.ids))))}")
         available = [i for i, camera in enumerate(rig.ids) if camera in cameras]
         asked = config.asked_cameras(performance)
-        selected = [i for i in available if asked is None or rig.ids[i] in asked]
+        chosen = [i for i in available if asked is None or rig.ids[i] in asked]
         if arguments.suggest_cameras is not None:
-            selected = show_suggestion(config, rig, available, selected, arguments.suggest_cameras, source)
+            chosen = show_suggestion(config, rig, available, chosen, arguments.suggest_cameras, source)
         if arguments.camera_grid:
             pictures = {i: pictures[rig.ids[i]] for i in available}
-            show_grid(config, rig, pictures, selected, f"{subject} {performance}", frame)
+            show_grid(config, rig, pictures, chosen, f"{subject} {performance}", frame)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return 0
@@ -2029,14 +2029,14 @@ def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[in
     return chosen
 
 
-def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], selected: list[int], title: str, frame: int):
+def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[int], title: str, frame: int):
     """Write the picture and the page of a performance into previews/ beside the config, and say so."""
     import cv2
 
     with ThreadPoolExecutor() as pool:
         tiles = dict(zip(pictures, pool.map(read_tile, pictures.values())))
     tiles = {i: tile for i, tile in tiles.items() if tile is not None}
-    chosen = [i for i in selected if i in tiles]
+    chosen = [i for i in wanted if i in tiles]
     picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
     folder = config.path.parent / "previews"
     folder.mkdir(exist_ok=True)
@@ -2093,7 +2093,7 @@ def clean_up(config: Config, manifest: Manifest, subject: str):
             name = SMC_NAME.match(path.name)
             whole = path.suffix == ".smc" and path.is_file() and not path.is_symlink()
             asked = name and (config.performances is None or name["performance"] in config.performances)
-            if name and not (whole and asked and manifest.state(subject, name["performance"]) != "done"):
+            if name and not (whole and asked and manifest.state_of(subject, name["performance"]) != "done"):
                 clear(path)
         for emptied in (folder, folder.parent):
             if emptied != config.temp_dir:
@@ -2107,12 +2107,12 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
     files, error = {}, RemoteError("it is absent from the remote", "absent")
     try:
         if manifest.has_work(subject):
-            files = remote.files(subject, config.performances)
+            files = remote.list_files(subject, config.performances)
     except RemoteError as failure:
         error = failure
     jobs = []
-    for performance in config.performances or sorted(files) or manifest.asked(subject):
-        its_files, state = files.get(performance, []), manifest.state(subject, performance)
+    for performance in config.performances or sorted(files) or manifest.asked_performances(subject):
+        its_files, state = files.get(performance, []), manifest.state_of(subject, performance)
         if state == "done" or (state == "half" and len(its_files) < 2):
             continue
         job = Job(subject, performance, its_files, *with_earlier(manifest, subject, performance))
@@ -2131,7 +2131,7 @@ def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> li
 def with_earlier(manifest: Manifest, subject: str, performance: str) -> tuple[set[int] | None, list[str]]:
     """Return (cameras, modalities) to extract: those asked for, and those that are there, which no rerun takes away."""
     asked, modalities = manifest.config.asked_cameras(performance), set(manifest.config.modalities)
-    row, folder = manifest.completed.get((subject, performance), {}), manifest.config.folder(subject, performance)
+    row, folder = manifest.completed.get((subject, performance), {}), manifest.config.folder_of(subject, performance)
     if asked is not None:
         there = {int(path.name[4:6]) for kind in PER_CAMERA for path in folder.glob(f"{kind}/cam_[0-9][0-9]*")}
         asked |= number_set(row.get("cameras")) | there
@@ -2245,7 +2245,7 @@ def extract_and_describe(job: Job, config: Config) -> tuple[dict, dict | None]:
         if config.layout == "pair":
             missing = {"raw", "anno"} - {SMC_NAME.fullmatch(file.name)["half"] for file in job.files}
             result["notes"] += [f"{HALF} {half}" for half in missing]
-        put_in_place(config.partial(job.subject, job.performance), config.folder(job.subject, job.performance))
+        put_in_place(config.partial_of(job.subject, job.performance), config.folder_of(job.subject, job.performance))
         row.update(
             status="completed",
             error="; ".join(result["notes"]),
@@ -2256,7 +2256,7 @@ def extract_and_describe(job: Job, config: Config) -> tuple[dict, dict | None]:
             cameras_available=numbers_text(result["cameras_available"]),
         )
     except (SMCError, OSError, RemoteError) as error:
-        clear(config.partial(job.subject, job.performance))
+        clear(config.partial_of(job.subject, job.performance))
         (row["status"], row["error"]), result = outcome(job, config, error), None
     extract_s = time.monotonic() - begin
     row.update(smc_bytes=job.bytes, download_s=f"{job.download_s:.2f}", extract_s=f"{extract_s:.2f}")
@@ -2351,7 +2351,7 @@ class Summary:
         self.failures: list[str] = []
         self.warnings: dict[str, None] = {}
 
-    def add(self, job: Job, row: dict, result: dict | None):
+    def include(self, job: Job, row: dict, result: dict | None):
         """Count a performance and say how it went."""
         self.totals.update({row["status"]: 1, "fetched": job.fetched, "download_s": job.download_s})
         if result:
@@ -2372,13 +2372,13 @@ class Summary:
             self.failures.append(f"{job}: {row['status'].replace('_', ' ')}: {row['error']}")
             log.error("%s", self.failures[-1])
 
-    def show(self, config: Config, manifest: Manifest):
+    def write(self, config: Config, manifest: Manifest):
         """Say at the end of a run: counts, sizes, times, and each warning once."""
         manifest.refresh()
         totals = self.totals
-        asked = [(s, p) for s in config.subjects for p in manifest.asked(s)]
+        asked = [(s, p) for s in config.subjects for p in manifest.asked_performances(s)]
         done = [key for key in asked if manifest.is_done(*key)]
-        gone = sum(not config.folder(*key).exists() for key in done)
+        gone = sum(not config.folder_of(*key).exists() for key in done)
         away = f"; {gone} of them no longer in {config.output_dir}" if gone else ""
         downloaded = f"{gb(totals['fetched'])} downloaded in {duration(totals['download_s'])}"
         extracted = f"{totals['frames']} frames, {gb(totals['bytes'])}, extracted in {duration(totals['extract_s'])}"
@@ -2405,13 +2405,13 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
                     row, result = extract_and_describe(job, config)
                     manifest.append(row)
                     delete_smc(job, config)
-                    summary.add(job, row, result)
+                    summary.include(job, row, result)
                 if last:
                     locks.release(subject)
     finally:
         for subject in list(locks.held):
             locks.release(subject)
-        summary.show(config, manifest)
+        summary.write(config, manifest)
         log.info("The log is %s", log_file)
     return 1 if summary.failures else 0
 
@@ -2461,7 +2461,7 @@ def main(argv: list[str] | None = None) -> int:
     log.setLevel(logging.DEBUG)
     log.addHandler(Console(logging.DEBUG if arguments.verbose else logging.INFO))
     if arguments.inspect:
-        return inspect(arguments.inspect)
+        return inspect_files(arguments.inspect)
     config = configure(arguments)
     manifest = Manifest(config)
     if arguments.status:
@@ -2470,7 +2470,7 @@ def main(argv: list[str] | None = None) -> int:
         return show_cameras(config, manifest, arguments)
     remote = Remote(config)
     if config.subjects is None or any(manifest.has_work(subject) for subject in config.subjects):
-        there = remote.subjects()
+        there = remote.list_subjects()
         config = config if config.subjects is not None else replace(config, subjects=there)
     return show_plan(config, manifest, remote) if arguments.dry_run else run(config, manifest, remote)
 

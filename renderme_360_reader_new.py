@@ -199,11 +199,11 @@ class SMCReader:
         Read from the groups in the file; an empty group doesn't count."""
         if modality == "scan_masks":
             file, group = self._open(modality)
-            return file.numbers(group, CAMERA_NAME)
+            return file.numbers_in(group, CAMERA_NAME)
         parent, _, below = GROUPS[modality].partition("/{}")
         for file in self._ordered(modality):
-            names = file.numbers(file.group(parent), CAMERA_NAME)
-            found = [n for n in names if file.filled(file.group(f"{parent}/{n:02d}{below}"))]
+            names = file.numbers_in(file.open_group(parent), CAMERA_NAME)
+            found = [n for n in names if file.filled(file.open_group(f"{parent}/{n:02d}{below}"))]
             if found:
                 return found
         return []
@@ -212,7 +212,7 @@ class SMCReader:
         """Return the frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps.
         Return [] for a modality that has no frames."""
         file, group = self._open(modality, camera)
-        return file.numbers(group, FRAME_NAME) if modality in FRAMED else []
+        return file.numbers_in(group, FRAME_NAME) if modality in FRAMED else []
 
     def has(self, modality: str) -> bool:
         """Return whether there is anything of a modality (one of the keys of GROUPS)."""
@@ -234,7 +234,7 @@ class SMCReader:
     def unknown_groups(self) -> list[str]:
         """Return the groups at the top of the file(s) of which this reader knows nothing: formats change."""
         return sorted(
-            set().union(*(file.links(file.group("")) for file in self._files))
+            set().union(*(file.links(file.open_group("")) for file in self._files))
             - {path.split("/")[0] for path in GROUPS.values()}
         )
 
@@ -311,7 +311,7 @@ class SMCReader:
         if camera is None:
             raise file.error(f"there is no Calibration/{camera_name(Camera_id)}")
         shapes = {"K": (3, 3), "D": (5,), "RT": (4, 4)}
-        matrices = {name: file.array(camera, name, shape).astype(np.float64) for name, shape in shapes.items()}
+        matrices = {name: file.read_array(camera, name, shape).astype(np.float64) for name, shape in shapes.items()}
         if not all(np.isfinite(matrix).all() for matrix in matrices.values()):
             raise file.error(f"Calibration/{camera_name(Camera_id)} holds values that are no finite numbers")
         return matrices
@@ -319,7 +319,7 @@ class SMCReader:
     def get_Calibration_all(self) -> dict:
         """Return {"00": what get_Calibration returns, …} of every camera in the file."""
         file, group = self._required("calibration")
-        return {f"{number:02d}": self.get_Calibration(number) for number in file.numbers(group, CAMERA_NAME)}
+        return {f"{number:02d}": self.get_Calibration(number) for number in file.numbers_in(group, CAMERA_NAME)}
 
     def get_audio(self) -> dict | None:
         """Return {"audio": (N, channels) float32 in [-1, 1), "sample_rate": int in Hz}, None for an expression."""
@@ -327,7 +327,7 @@ class SMCReader:
         if info is None:
             return None
         file, group = self._open("audio")
-        audio = file.array(group, "audio", (None, None))
+        audio = file.read_array(group, "audio", (None, None))
         if audio.dtype.kind != "f":
             raise file.error(f"Camera/00/audio/audio holds {audio.dtype}, no floating-point numbers")
         return {"audio": audio.astype(np.float32, copy=False), "sample_rate": info["sample_rate"]}
@@ -339,7 +339,7 @@ class SMCReader:
         if group is None:
             return None
         samples, channels = file.dataset(group, "audio", (None, None)).shape
-        rate = file.array(group, "sample_rate", None)
+        rate = file.read_array(group, "sample_rate", None)
         if rate.size != 1 or not 0 < rate.item() <= 10**6 or not 0 < channels <= 32:
             raise file.error(f"Camera/00/audio has {channels} channels and the sample rate {rate.ravel()[:4].tolist()}")
         rate = int(rate.item())
@@ -362,11 +362,13 @@ class SMCReader:
         if group is None:
             return None
 
-        def one(number):
+        def points_of(number):
             found = file.entry(group, str(int(number)))
-            return None if found is None else file.array(group, str(int(number)), shape).astype(np.float64, copy=False)
+            if found is None:
+                return None
+            return file.read_array(group, str(int(number)), shape).astype(np.float64, copy=False)
 
-        return self._frames(one, frame, modality, camera)
+        return self._frames(points_of, frame, modality, camera)
 
     def get_FLAME(self, Frame_id=None) -> dict | None:
         """Return {name: array} of the FLAME parameters of a frame: global_pose, neck_pose, jaw_pose, left_eye_pose,
@@ -380,7 +382,7 @@ class SMCReader:
             frame = file.group_in(group, str(int(Frame_id)))
             if frame is None:
                 raise file.error(f"there is no FLAME/{int(Frame_id)}")
-            return {name: file.array(frame, name, None) for name in file.names(frame, PARAMETER_NAME)}
+            return {name: file.read_array(frame, name, None) for name in file.names_in(frame, PARAMETER_NAME)}
         frames = [self.get_FLAME(frame) for frame in (self.frame_numbers("flame") if Frame_id is None else Frame_id)]
         if any(frame.keys() != frames[0].keys() for frame in frames):
             raise file.error("the frames of FLAME have different parameters")
@@ -399,10 +401,10 @@ class SMCReader:
         file, group = self._open("scan")
         if group is None:
             return None
-        indices = file.array(group, "vertex_indices", (None, 3))
+        indices = file.read_array(group, "vertex_indices", (None, 3))
         if indices.dtype.kind not in "iu":
             raise file.error(f"Scan/vertex_indices holds {indices.dtype}, no whole numbers")
-        vertex = file.array(group, "vertex", (None, 3)).astype(np.float64, copy=False)
+        vertex = file.read_array(group, "vertex", (None, 3)).astype(np.float64, copy=False)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(vertex):
             found = f"goes from {indices.min()} to {indices.max()}, of {len(vertex)} vertices"
             raise file.error(f"Scan/vertex_indices {found}")
@@ -429,7 +431,7 @@ class SMCReader:
         if "{}" in path:
             path = path.format(camera_name(camera))
         for file in self._ordered(modality):
-            group = file.group(path)
+            group = file.open_group(path)
             if file.filled(group):
                 return file, group
         return self._files[0], None
@@ -523,7 +525,7 @@ class _File:
 
     # ---- groups
 
-    def group(self, path: str):
+    def open_group(self, path: str):
         """Return the group at a path of plain names ("" is the root), or None where it or one above it is missing."""
         with self.reading("the root group"):
             group = h5g.open(self.h5.id, b"/")
@@ -582,7 +584,7 @@ class _File:
             self._refuse_soft(group, name, kind)
         return list(found)
 
-    def names(self, group, pattern) -> list[str]:
+    def names_in(self, group, pattern) -> list[str]:
         """Return the names in a group that match a pattern; that there are others is noted as an oddity."""
         names = self.links(group)
         strange = [printable(name) for name in names if not pattern.fullmatch(name)]
@@ -591,15 +593,15 @@ class _File:
             self.note(f"{self.where(group)} has entries that are left out: {', '.join(strange[:3])}{more}")
         return [name for name in names if pattern.fullmatch(name)]
 
-    def numbers(self, group, pattern) -> list[int]:
+    def numbers_in(self, group, pattern) -> list[int]:
         """Return the names in a group that are numbers of that pattern, as such, ascending."""
-        return sorted(int(name) for name in self.names(group, pattern))
+        return sorted(int(name) for name in self.names_in(group, pattern))
 
     def note(self, what: str):
         """Remember an oddity, once."""
-        note = f"{self.name}: {what}"
-        if len(self.oddities) < MAX_ODDITIES and note not in self.oddities:
-            self.oddities.append(note)
+        oddity = f"{self.name}: {what}"
+        if len(self.oddities) < MAX_ODDITIES and oddity not in self.oddities:
+            self.oddities.append(oddity)
 
     def places(self, group, names=None, deepest: int = 2) -> Iterator[tuple[int, int]]:
         """Yield (first byte, byte after the last) of the data sets and chunks in a group and in the groups in it: in
@@ -630,7 +632,7 @@ class _File:
     def attribute(self, path: str, name: str, kind: type):
         """Return an attribute of a group as str, int, float or int array; None, with an oddity noted, where it isn't
         one."""
-        group = self.group(path)
+        group = self.open_group(path)
         if group is None:
             return None
         try:
@@ -644,7 +646,7 @@ class _File:
             self.note(str(error).partition(": ")[2])
             return None
 
-    def array(self, group, name: str, shape: tuple | None) -> np.ndarray:
+    def read_array(self, group, name: str, shape: tuple | None) -> np.ndarray:
         """Return a numeric data set, whole, in its stored type; see `dataset`."""
         data = self.dataset(group, name, shape)
         with self.reading(group, name):
@@ -654,10 +656,10 @@ class _File:
 
     def dataset(self, group, name: str, shape: tuple | None):
         """Return a numeric data set of a shape in which None stands for any length; shape None: of any."""
-        where = self.where(group, name)
+        place = self.where(group, name)
         data = self.entry(group, name)
         if not isinstance(data, h5d.DatasetID):
-            raise self.error(f"there is no {where}" if data is None else f"{where} is no data set")
+            raise self.error(f"there is no {place}" if data is None else f"{place} is no data set")
         with self.reading(group, name):
             self._refuse_elsewhere(data)
             found, dtype = data.shape, data.dtype
@@ -689,7 +691,7 @@ class _File:
 
     def extents(self, group, pattern) -> list[tuple[int, _Extent]]:
         """Return (number, extent) of the pictures of a group, in the order in which they lie in the file."""
-        names = self.names(group, pattern)
+        names = self.names_in(group, pattern)
         found = [(int(name), self._extent(group, name)) for name in names]
         claimed, stored = (sum(getattr(extent, kind) for _, extent in found) for kind in ("size", "stored"))
         if stored > self.bytes or claimed > MAX_EXPANSION * self.bytes:
@@ -727,7 +729,7 @@ class _File:
     def read_extent(self, group, extent: _Extent) -> bytes:
         """Return the bytes of one picture."""
         if extent.offset is None:
-            return self.array(group, extent.name, None).tobytes()
+            return self.read_array(group, extent.name, None).tobytes()
         if self.descriptor is None:
             self.source.seek(extent.offset)
             data = self.source.read(extent.size)

@@ -51,7 +51,7 @@ def job_and_config(folder, verify="fast", cameras=None):
 def ours(folder, verify="fast", cameras=None):
     job, config = job_and_config(folder, verify, cameras)
     tool.extract_apart(job, config)
-    tool.put_in_place(config.partial("0018", "s3_all"), config.folder("0018", "s3_all"))
+    tool.put_in_place(config.partial_of("0018", "s3_all"), config.folder_of("0018", "s3_all"))
 
 
 def tar(folder):
