@@ -1,18 +1,20 @@
 """How fast is the extraction? Beside `tar x` of the same pictures, the same disk in the same run.
 
-    python tests/benchmark.py [--frames N] [--views N] [--runs N] [--dir FOLDER]     the table
-    python tests/benchmark.py --growth [--dir FOLDER]      time per frame at 500, 5000, 20 000 frames, and with other cameras
-    python tests/benchmark.py --overlap [--dir FOLDER]     four subjects, whose downloads take four times as long as their extractions
+    python tests/benchmark.py [--frames N] [--views N] [--runs N]     the table
+    python tests/benchmark.py --growth       time per frame at 500, 5000, 20 000 frames, and with other cameras
+    python tests/benchmark.py --overlap      four subjects, whose downloads take four times as long as their extractions
 
-Each line is the median of runs in turn, each in a process of its own, with the input in the page cache and the disk idle.
-Seconds end when the data is on disk (one sync each, `cp` too); CPU seconds are user and system time together.
+Each takes --dir FOLDER, for another disk than that of the temporary files. Each line is the median of runs in turn,
+each in a process of its own, with the input in the page cache and the disk idle. Seconds end when the data is on disk
+(one sync each, `cp` too); CPU seconds are user and system time together.
 
-The floor: the kernel creates a file per picture and copies the bytes into the page cache, and the disk takes them. `tar x` does
-just that, in C, so its time is the reference: 250 µs of CPU a picture, most of it for blocks of 10 kB. Whole pictures take the
-kernel 140 µs (copy_file_range, sendfile: 130). To these we add, in Python and HDF5, 60 µs: finding where the picture lies
-(23 µs, for three questions to HDF5), checking its header and end, and the calls; and 0.1 s per performance, half of it for the
-calibration of 60 cameras and for closing the file. One thread reads a picture and writes it at once, from the processor's cache:
-with a second thread that writes it took 40 % more CPU time.
+The floor: the kernel creates a file per picture and copies the bytes into the page cache, and the disk takes them.
+`tar x` does just that, in C, so its time is the reference: 250 µs of CPU a picture, most of it for blocks of 10 kB.
+Whole pictures take the kernel 140 µs (copy_file_range, sendfile: 130). To these we add, in Python and HDF5, 60 µs:
+finding where the picture lies (23 µs, for three questions to HDF5), checking its header and end, and the calls; and
+0.3 s per performance, 0.2 of it for the start of a process, the rest for the calibration of 60 cameras and the like.
+One thread reads a picture and writes it at once, from the processor's cache: with a second thread that writes it took
+40 % more CPU time.
 """
 
 import argparse
@@ -104,7 +106,8 @@ def measure(way, folder):
 
 def run(way, folder):
     os.sync()
-    # The host of a virtual machine takes back memory that is free for seconds, and the first to write to it waits. Here that is nobody.
+    # The host of a virtual machine takes back memory that is free for seconds, and the first to write to it waits. Here
+    # that is nobody.
     subprocess.run([sys.executable, "-c", f"b'x' * {2 * (folder / SMC).stat().st_size}"], check=True)
     figures = json.loads(
         subprocess.run(
@@ -163,9 +166,8 @@ def table(folder, views, frames, runs):
     for way, runs_of_way in figures.items():
         seconds, cpu, memory, size = (median(values) for values in zip(*runs_of_way))
         ratios = [median(a[k] / b[k] for a, b in zip(runs_of_way, figures["tar x"])) for k in (0, 1)]
-        print(
-            f"{way:20} {seconds:7.2f} {cpu:7.2f} {size / seconds / 1e6:6.0f} {memory:8.0f} {size / 1e9:6.2f} {ratios[0]:10.2f} {ratios[1]:12.2f}"
-        )
+        cells = f"{seconds:7.2f} {cpu:7.2f} {size / seconds / 1e6:6.0f} {memory:8.0f} {size / 1e9:6.2f}"
+        print(f"{way:20} {cells} {ratios[0]:10.2f} {ratios[1]:12.2f}")
 
     def ratio(a, b):
         return median(x[1] / y[1] for x, y in zip(figures[a], figures[b]))
@@ -196,10 +198,8 @@ def growth(folder):
             ours(folder, cameras={25})
             times.append(time.monotonic() - begin)
             put_away(folder, "subjects")
-        print(
-            f"{frames:6} frames of camera 25, {cameras} cameras in the file: {statistics.median(times) / frames * 1e6:6.0f} µs a frame",
-            flush=True,
-        )
+        per_frame = statistics.median(times) / frames * 1e6
+        print(f"{frames:6} frames of camera 25, {cameras} cameras in the file: {per_frame:6.0f} µs a frame", flush=True)
 
 
 def overlap(folder):
@@ -241,9 +241,8 @@ def overlap(folder):
             subprocess.run(command, check=True, **options)
         download = time.monotonic() - begin
         seconds, in_run = run()
-    print(
-        f"{size / 1e6:.0f} MB: downloads alone {download:.1f} s, extractions {extraction:.1f} s ({in_run:.1f} s in the run)"
-    )
+    print(f"{size / 1e6:.0f} MB: downloads alone {download:.1f} s, extractions {extraction:.1f} s", end=" ")
+    print(f"({in_run:.1f} s in the run)")
     print(f"the run {seconds:.1f} s: {seconds / download:.2f} times the downloads")
 
 

@@ -1,7 +1,8 @@
 """A Google Drive on loopback, for testing with the real rclone and its real drive backend.
 
-rclone has no option for the address of Drive. It does honour HTTPS_PROXY and --ca-cert, so this is a proxy that ends the TLS of
-*.googleapis.com itself and answers the Drive v3 API out of a local folder. It refuses every other host and never connects anywhere.
+rclone has no option for the address of Drive. It does honour HTTPS_PROXY and --ca-cert, so this is a proxy that ends
+the TLS of *.googleapis.com itself and answers the Drive v3 API out of a local folder. It refuses every other host and
+never connects anywhere.
 
     with FakeDrive(folder) as drive:
         drive.fault("0012/a.smc", "downloadQuotaExceeded")
@@ -108,7 +109,7 @@ class FakeDrive:
                 connection.hang_up()
 
     def environment(self):
-        """Variables that lead rclone here, to be added to those of the process; the empty ones clear what may be set."""
+        """Variables that lead rclone here, to be added to the process's; the empty ones clear what may be set."""
         proxy = f"http://127.0.0.1:{self._port}"
         return {
             "HTTPS_PROXY": proxy,
@@ -120,7 +121,7 @@ class FakeDrive:
         }
 
     def fault(self, name, kind, times=None, after_bytes=None, on=None, skip=0):
-        """Spoil the answers to requests for `name`, a path in the folder or a bare file name, with * and ? as wildcards.
+        """Spoil the answers to requests for `name`, a path in the folder or a file name, with * and ? as wildcards.
 
         kind: a key of ERRORS, answered with that status and reason, or
               "cut"        hang up after `after_bytes` of the body (default: half)

@@ -4,8 +4,8 @@
     python tests/synthetic_release.py demo --layout pair     the 21-ID layout: raw and anno files
 
 A made-up person sits in a made-up rig of 60 cameras. The pictures are ray-cast through the very calibration that is
-written to the file, and coloured stickers on the head (LANDMARKS) can be found again in them, so a test can check that a
-pose is right and not merely present. Everything is deterministic: the same arguments give the same bytes.
+written to the file, and coloured stickers on the head (LANDMARKS) can be found again in them, so a test can check that
+a pose is right and not merely present. Everything is deterministic: the same arguments give the same bytes.
 
 Units are metres and pixels. The world is the person's: x to their left, y down, z to their back. A picture's size is
 (height, width). Every stored picture carries its name ("0018 s1_all cam 25 frame 12", see `label`) in a JPEG comment or
@@ -242,7 +242,7 @@ def _talking_person(name, size, distortion, look, mouth_open):
 
 
 def render_head(name, size, distortion, frame, mouth_open, look):
-    """The picture that a camera of the rig takes, (height, width, 3) uint8 BGR, with "cam 25 frame 12" in its corner."""
+    """The picture that a camera of the rig takes, (height, width, 3) uint8 BGR, with "cam 25 frame 12" in a corner."""
     picture = _talking_person(name, size, distortion, look, mouth_open).copy()
     at, thickness = (round(0.03 * size[0]), round(0.075 * size[0])), max(1, round(size[0] / 400))
     style = cv2.FONT_HERSHEY_SIMPLEX, size[0] / 560, (40, 40, 40), thickness, cv2.LINE_AA

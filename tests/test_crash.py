@@ -13,8 +13,8 @@ from conftest import Workspace, tree, wait_for
 
 PERFORMANCES = ["s1_all", "s3_all"]
 
-# Python runs this before the script. Each step that changes something on disk is counted, in the script and in the process
-# that it starts; before the one whose number is KILL_AT, the whole process group dies, rclone with it.
+# Python runs this before the script. Each step that changes something on disk is counted, in the script and in the
+# process that it starts; before the one whose number is KILL_AT, the whole process group dies, rclone with it.
 COUNT_STEPS = """
 import builtins, functools, os, shutil, signal
 counter, last = os.open(os.environ["STEPS"], os.O_RDWR | os.O_CREAT | os.O_APPEND), int(os.environ.get("KILL_AT", 0))

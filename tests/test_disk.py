@@ -1,4 +1,4 @@
-"""A disk that fills up, and the limits that keep it from doing so. Uses a small tmpfs, where mounting one is allowed."""
+"""A disk that fills up, and the limits that keep it from that. Uses a small tmpfs, where mounting one is allowed."""
 
 import contextlib
 import glob

@@ -1,4 +1,4 @@
-"""The script against a Google Drive on loopback, through rclone's own drive backend: quotas, a bad network, wrong set-ups."""
+"""The script against a Google Drive on loopback, through rclone's own drive backend: quotas, faults, wrong set-ups."""
 
 import fcntl
 import re

@@ -4,7 +4,8 @@ import csv
 
 import pytest
 
-HEADER = "subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error,cameras,cameras_available,modalities,smc_bytes,download_s,extract_s"
+OLD_HEADER = "subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error"
+HEADER = f"{OLD_HEADER},cameras,cameras_available,modalities,smc_bytes,download_s,extract_s"
 ALL = "images masks audio calibration keypoints2d keypoints3d"
 DONE = f"0018,s1_all,completed,1,6,0.1,2026-01-01T00:00:00+00:00,,25,25,{ALL},100,1,1"
 
@@ -32,8 +33,8 @@ def did_something(workspace, **options):
         f"{HEADER}\n{DONE.replace('0018', '18.0')}\n",
         f"{HEADER}\n\n0018,s1_all,failed,,,,,\n{DONE}\n",
         f"{HEADER},remarks\n{DONE},mine\n",
-        "subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error\n18,s1_all,completed,1,6,0.1,2025-01-01,\n",
-        'subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error\n18,s1_all,completed,1,6,0.1,2025-01-01,"two\nlines"\n',
+        f"{OLD_HEADER}\n18,s1_all,completed,1,6,0.1,2025-01-01,\n",
+        f'{OLD_HEADER}\n18,s1_all,completed,1,6,0.1,2025-01-01,"two\nlines"\n',
     ],
     ids=[
         "plain",
@@ -91,9 +92,7 @@ def test_a_torn_row_takes_nothing_else_with_it(workspace):
 
 def test_new_rows_in_an_older_manifest_can_be_read_by_everybody(workspace):
     workspace.write_config(extraction={"performances": ["s1_all", "s2_all"]})
-    workspace.manifest.write_text(
-        "subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error\n18,s1_all,completed,1,6,0.1,2025,\n"
-    )
+    workspace.manifest.write_text(f"{OLD_HEADER}\n18,s1_all,completed,1,6,0.1,2025,\n")
     workspace.run()
     with open(workspace.manifest, newline="") as file:
         lines = list(csv.reader(file))

@@ -1,4 +1,4 @@
-"""The release of 21 subjects: two SMC files per performance, pictures and audio in one, everything else in the other."""
+"""The release of 21 subjects: two SMC files per performance, pictures and audio in one, all else in the other."""
 
 import json
 import re

@@ -286,7 +286,8 @@ def test_memory_stays_small_over_a_big_file_of_many_pictures(tmp_path):
         "used = lambda: int(re.search(r'VmHWM:\\s+([0-9]+)', open('/proc/self/status').read())[1])\n"
         "before = used()\n"
         "with SMCReader(sys.argv[1]) as reader:\n"
-        "    size = sum(len(data) for camera in reader.cameras() for _, data in reader.iter_encoded('images', camera))\n"
+        "    size = sum(len(data) for camera in reader.cameras()\n"
+        "               for _, data in reader.iter_encoded('images', camera))\n"
         "print(size, used() - before)"
     )
     done = subprocess.run(
@@ -573,7 +574,10 @@ def test_the_source_of_a_virtual_data_set_is_not_even_looked_at(tmp_path):
         properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
         properties.set_virtual(space, os.fsencode(tmp_path / "pipe"), b"here", space)
         h5py.h5d.create(file.create_group("Camera/25/color").id, b"0", h5py.h5t.STD_U8LE, space, properties)
-    code = "import sys; from renderme_360_reader_new import SMCReader; list(SMCReader(sys.argv[1]).iter_encoded('images', 25))"
+    code = (
+        "import sys; from renderme_360_reader_new import SMCReader\n"
+        "list(SMCReader(sys.argv[1]).iter_encoded('images', 25))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "virtual.smc"],
         cwd=Path(__file__).parents[1],

@@ -1,10 +1,10 @@
 """`download: selective`: the real rclone against the fake Drive, which counts the bytes that it sends.
 
-The byte counts are those of an s3_all scaled down: 38 views as in the release, with 40 pictures of 20 kB instead of 486 of
-0.33 MB, so 33 MB instead of 6 GB. What is read besides the pictures (about 200 small blocks to find out what the file has) does
-not shrink with it: the limits here are tighter, relative to the file, than they are for a real one.
+The byte counts are those of an s3_all scaled down: 38 views as in the release, with 40 pictures of 20 kB instead of 486
+of 0.33 MB, so 33 MB instead of 6 GB. What is read besides the pictures (about 200 small blocks to find out what the
+file has) does not shrink with it: the limits here are tighter, relative to the file, than they are for a real one.
 
-    python tests/test_selective.py [MB/s [latency in s]]       prints a table of times, full and selective, for a file of 1.3 GB
+    python tests/test_selective.py [MB/s [latency in s]]       a table of times, full and selective, for 1.3 GB
 """
 
 import fcntl
@@ -486,10 +486,8 @@ def print_table(megabytes_per_s=20.0, latency=0.05):
                     )
                     seconds = workspace.run(timeout=3600).seconds
                     output = sum(file.stat().st_size for file in workspace.path().rglob("*") if file.is_file())
-                    print(
-                        f"{selection:24} {mode:10} {seconds:6.1f} {drive.bytes_sent() / MB:8.1f} {drive.count():8} {output / MB:12.1f}",
-                        flush=True,
-                    )
+                    cells = f"{seconds:6.1f} {drive.bytes_sent() / MB:8.1f} {drive.count():8} {output / MB:12.1f}"
+                    print(f"{selection:24} {mode:10} {cells}", flush=True)
                 shutil.rmtree(workspace.folder)
 
 

@@ -49,7 +49,9 @@ def test_the_subject_of_a_killed_process_is_finished_by_the_others(workspace):
 def test_a_file_system_without_locks_is_named_instead_of_pretending(workspace, tmp_path):
     """flock is made to answer as it does on a Lustre mounted without -o flock."""
     (tmp_path / "sitecustomize.py").write_text(
-        "import errno, fcntl, os\ndef flock(*a): raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))\nfcntl.flock = flock\n"
+        "import errno, fcntl, os\n"
+        "def flock(*a): raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))\n"
+        "fcntl.flock = flock\n"
     )
     run = workspace.run(expect=2, environment={"PYTHONPATH": str(tmp_path)})
     assert (
