@@ -329,7 +329,7 @@ class Manifest:
     `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings."""
 
     def __init__(self, config: Config):
-        self.config, self.path, self.content = config, config.manifest, b""
+        self.config, self.path = config, config.manifest
         self.rows: dict[tuple[str, str], dict] = {}
         self.completed: dict[tuple[str, str], dict] = {}
         self.refresh()
@@ -337,13 +337,11 @@ class Manifest:
     def refresh(self):
         """Read the rows that other processes have written too."""
         try:
-            content = self.path.read_bytes()
-            rows = parse_manifest(content)[1] if content != self.content else []
+            rows = parse_manifest(self.path.read_bytes())[1]
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path}: cannot be read as a manifest: {error}") from None
-        self.content = content
         for row in rows:
             key = (row["subject"], row["performance"])
             self.rows[key] = row
@@ -1056,37 +1054,42 @@ def store_pictures(
     folder, height, width)} of the good ones, and the numbers of the damaged ones, which are written as they are: not
     whole, not of the performance's size or, with `verify: full`, impossible to decode. Empty ones are not written."""
     usual, resolution = "jpg" if modality == "images" else "png", task.resolution if modality in BY_CAMERA else None
-    stored: dict[int, tuple[str, int, int]] = {}
-    sizes, damaged = {}, set()
-    # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
-    for number, data in pictures:
-        if not data:
-            continue
-        if not stored:
-            (task.folder / folder).mkdir(parents=True, exist_ok=True)
-        picture = probe_picture(data)
-        file = f"{name.format(number)}.{picture.format or usual}"
-        with open(f"{task.folder}/{folder}/{file}", "xb") as new:
-            new.write(data)
-        stored[number], sizes[file] = (f"{folder}/{file}", picture.height, picture.width), len(data)
-        if not picture.whole or resolution not in (None, [picture.height, picture.width]):
-            damaged.add(number)
-        if len(sizes) % REPORTED_PICTURES == 0:
-            task.tell(pictures=REPORTED_PICTURES)
+    stored, sizes, damaged = {}, {}, set()
+
+    def new_files() -> Iterator[tuple[int, str]]:
+        # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
+        for number, data in pictures:
+            if not data:
+                continue
+            if not stored:
+                (task.folder / folder).mkdir(parents=True, exist_ok=True)
+            picture = probe_picture(data)
+            file = f"{name.format(number)}.{picture.format or usual}"
+            with open(f"{task.folder}/{folder}/{file}", "xb") as new:
+                new.write(data)
+            stored[number], sizes[file] = (f"{folder}/{file}", picture.height, picture.width), len(data)
+            if picture.whole and resolution in (None, [picture.height, picture.width]):
+                yield number, f"{task.folder}/{folder}/{file}"
+            else:
+                damaged.add(number)
+            if len(sizes) % REPORTED_PICTURES == 0:
+                task.tell(pictures=REPORTED_PICTURES)
+
+    if task.config.verify == "full":
+        damaged.update(undecodable(new_files(), task.config.workers))
+    else:
+        collections.deque(new_files(), 0)
     task.tell(pictures=len(sizes) % REPORTED_PICTURES)
     if stored:
         with os.scandir(task.folder / folder) as entries:
             if {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries} != sizes:
                 raise OSError(errno.EIO, "the files that are there are not those that were written", folder)
         task.bytes += sum(sizes.values())
-        if task.config.verify == "full":
-            whole = {number: f"{task.folder}/{stored[number][0]}" for number in stored if number not in damaged}
-            damaged |= undecodable(whole, task.config.workers)
     return {number: stored[number] for number in stored if number not in damaged}, sorted(damaged)
 
 
-def undecodable(files: dict[int, str], workers: int) -> set[int]:
-    """Return the numbers of the picture files that cannot be decoded without a complaint.
+def undecodable(files: Iterable[tuple[int, str]], workers: int) -> set[int]:
+    """Return the numbers of those picture files that cannot be decoded without a complaint. `files` writes them.
 
     libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see in_child): where anything
     was said, the files are decoded again one by one, to see of which."""
@@ -1104,12 +1107,14 @@ def undecodable(files: dict[int, str], workers: int) -> set[int]:
 
     before = complaints()
     with ThreadPoolExecutor(workers) as threads:
-        good = dict(zip(files, threads.map(decodes, files.values())))
+        tried = [(number, file, threads.submit(decodes, file)) for number, file in files]
+    bad = {number for number, _, good in tried if not good.result()}
     if complaints() > before:
-        for number, file in files.items():
+        for number, file, _ in tried:
             before = complaints()
-            good[number] = decodes(file) and complaints() == before
-    return {number for number in files if not good[number]}
+            if not decodes(file) or complaints() > before:
+                bad.add(number)
+    return bad
 
 
 def write_audio(task: Extraction, modality: str):
@@ -1119,10 +1124,7 @@ def write_audio(task: Extraction, modality: str):
     audio = task.reader.get_audio()
     samples, rate = audio["audio"], audio["sample_rate"]
     blocks = [samples[at : at + (1 << 16)] for at in range(0, len(samples), 1 << 16)]
-    exact = all(
-        np.array_equal(np.rint(block * 32768), block * 32768) and np.all((block >= -1) & (block < 1))
-        for block in blocks
-    )
+    exact = all(np.array_equal((block * 32768).astype(np.int16), block * 32768) for block in blocks)
     wav = io.BytesIO()  # libsndfile can't say that a disk is full
     with soundfile.SoundFile(wav, "w", rate, samples.shape[1], "PCM_16" if exact else "FLOAT", format="WAV") as file:
         for block in blocks:
@@ -1384,17 +1386,15 @@ def in_child(pipe, parent: int, name: str, limits: tuple[int, int], work: Callab
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         return
-    memory, seconds = limits
     try:
-        limit_resources(memory, seconds)
-        said, file = tempfile.mkstemp()  # for what libraries print: see undecodable
-        os.unlink(file)
-        os.dup2(said, 2)
+        limit_resources(*limits)
+        with tempfile.TemporaryFile() as said:  # for what libraries print: see undecodable
+            os.dup2(said.fileno(), 2)
         pipe.send(("done", work(*arguments, lambda **news: pipe.send(("report", news)))))
     except (SMCError, OSError) as error:
         pipe.send(("error", error))
     except MemoryError:
-        pipe.send(("error", SMCError(f"{name}: it asks for more than {gb(memory)} of memory; it is probably damaged")))
+        pipe.send(("error", SMCError(f"{name}: it asks for over {gb(limits[0])} of memory; it is probably damaged")))
     except Exception as error:  # noqa: BLE001 - damage shows as any exception
         pipe.send(("error", SMCError(f"{name}: {type(error).__name__}: {printable(str(error), 200)}")))
 
