@@ -329,7 +329,7 @@ class Manifest:
     `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings."""
 
     def __init__(self, config: Config):
-        self.config, self.path = config, config.manifest
+        self.config, self.path, self.content = config, config.manifest, b""
         self.rows: dict[tuple[str, str], dict] = {}
         self.completed: dict[tuple[str, str], dict] = {}
         self.refresh()
@@ -337,11 +337,13 @@ class Manifest:
     def refresh(self):
         """Read the rows that other processes have written too."""
         try:
-            rows = parse_manifest(self.path.read_bytes())[1]
+            content = self.path.read_bytes()
+            rows = parse_manifest(content)[1] if content != self.content else []
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path}: cannot be read as a manifest: {error}") from None
+        self.content = content
         for row in rows:
             key = (row["subject"], row["performance"])
             self.rows[key] = row
@@ -1102,9 +1104,7 @@ def undecodable(files: Iterable[tuple[int, str]], workers: int) -> set[int]:
         except cv2.error:  # it claims more pixels than OpenCV has room for
             return False
 
-    def complaints() -> int:
-        return os.lseek(2, 0, os.SEEK_END)
-
+    complaints = partial(os.lseek, 2, 0, os.SEEK_END)  # gives the bytes that libraries have printed so far
     before = complaints()
     with ThreadPoolExecutor(workers) as threads:
         tried = [(number, file, threads.submit(decodes, file)) for number, file in files]
