@@ -635,10 +635,8 @@ class Remote:
     def list_subjects(self) -> list[str]:
         """Return every four-digit folder. This first look at the remote fails at once where the set-up is wrong."""
         parents = [""] if self.config.layout == "single" else ["", "raw", "anno"]
-        found = [
-            entry["Name"] for parent in parents for entry in self.list_folder(parent, "--dirs-only", *RCLONE_AT_ONCE)
-        ]
-        return sorted(filter(SUBJECT.fullmatch, set(found)))
+        folders = [self.list_folder(parent, "--dirs-only", *RCLONE_AT_ONCE) for parent in parents]
+        return sorted(filter(SUBJECT.fullmatch, {entry["Name"] for entry in itertools.chain(*folders)}))
 
     def list_files(self, subject: str, performances: list[str] | None) -> dict[str, list[RemoteFile]]:
         """Return {performance: its file, or its raw and its anno file} of a subject, without those that are absent.
@@ -917,6 +915,7 @@ def fetch_selection(job: Job, config: Config, address: tuple[int, str], report: 
         return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
 
     with ThreadPoolExecutor(FETCHERS) as threads, answers(SMCReader, [tuple(files)])[0] as reader:
+        # Which cameras have anything: so far no frames are asked for.
         answers(lambda *which: reader.places(*which, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS)))
         wanted = answers(asked_for, [()])[0]
         for where in (span, reader.places):
@@ -1091,7 +1090,8 @@ def store_pictures(
 
 
 def undecodable(files: Iterable[tuple[int, str]], workers: int) -> set[int]:
-    """Return the numbers of those picture files that cannot be decoded without a complaint. `files` writes them.
+    """Return the numbers of those picture files that cannot be decoded without a complaint. To go on in `files` writes
+    the next one; threads decode those that are there meanwhile.
 
     libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see in_child): where anything
     was said, the files are decoded again one by one, to see of which."""
@@ -1570,8 +1570,8 @@ def camera_lines(reader: SMCReader, frames: dict[int, list[int]]) -> Iterator[st
 def runs_text(numbers: Iterable[int]) -> str:
     """Return numbers as "3 7-11 13", cut where that is long."""
     by_run = itertools.groupby(enumerate(sorted(numbers)), lambda item: item[1] - item[0])
-    runs = [[number for _, number in row] for _, row in by_run]
-    shown = " ".join(f"{row[0]}-{row[-1]}" if len(row) > 1 else f"{row[0]}" for row in runs)
+    runs = [[number for _, number in streak] for _, streak in by_run]
+    shown = " ".join(f"{streak[0]}-{streak[-1]}" if len(streak) > 1 else f"{streak[0]}" for streak in runs)
     return textwrap.shorten(shown, 60, placeholder=" …")
 
 
