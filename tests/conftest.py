@@ -158,6 +158,19 @@ class Workspace:
         return [path for pattern in patterns for path in self.folder.glob(pattern)]
 
 
+class DriveWorkspace(Workspace):
+    """A workspace whose remote is a fake Drive that serves the release."""
+
+    def __init__(self, folder, drive, release):
+        super().__init__(folder, release)
+        self.drive = drive
+        remote = {"remote_name": drive.remote_name, "root_folder_id": drive.root_id, "rclone_flags": []}
+        self.write_config(google_drive=remote)
+
+    def surroundings(self, environment):
+        return super().surroundings({**self.drive.environment(), **(environment or {})})
+
+
 def tree(folder):
     found = {}
     for path in sorted(Path(folder).rglob("*")):

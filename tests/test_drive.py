@@ -7,7 +7,7 @@ import time
 
 import pytest
 import synthetic_release
-from conftest import Workspace, stored_pictures, wait_for, written_pictures
+from conftest import DriveWorkspace, stored_pictures, wait_for, written_pictures
 from fake_drive import FakeDrive
 
 PERFORMANCES = ["s1_all", "s2_all", "s3_all"]
@@ -22,20 +22,12 @@ def drive_release(tmp_path_factory):
     return folder
 
 
-class DriveWorkspace(Workspace):
+class ThreeSubjects(DriveWorkspace):
+    """That release on a fake Drive."""
+
     def __init__(self, folder, drive, release):
-        super().__init__(folder, release)
-        self.drive = drive
-        self.write_config(
-            google_drive={"remote_name": drive.remote_name, "root_folder_id": drive.root_id, "rclone_flags": []},
-            extraction={"performances": PERFORMANCES},
-        )
-
-    def run(self, *arguments, **options):
-        return super().run(*arguments, **{"environment": self.drive.environment(), **options})
-
-    def start(self, *arguments, **options):
-        return super().start(*arguments, **{"environment": self.drive.environment(), **options})
+        super().__init__(folder, drive, release)
+        self.write_config(extraction={"performances": PERFORMANCES})
 
     def has_everything(self):
         """Whether all that was asked for is extracted, each picture as it is stored."""
@@ -56,7 +48,7 @@ def drive(drive_release):
 
 @pytest.fixture
 def workspace(tmp_path, drive, drive_release):
-    return DriveWorkspace(tmp_path / "work", drive, drive_release)
+    return ThreeSubjects(tmp_path / "work", drive, drive_release)
 
 
 def test_a_subject_comes_off_drive_with_the_flags_of_the_contract(workspace, drive):
@@ -178,7 +170,7 @@ def test_a_wrong_folder_id_is_one_clear_message_at_once(workspace, drive):
 
 def test_an_expired_token_is_one_clear_message_at_once(tmp_path, drive_release):
     with FakeDrive(drive_release, expired_token=True) as drive:
-        run = DriveWorkspace(tmp_path / "work", drive, drive_release).run(expect=1)
+        run = ThreeSubjects(tmp_path / "work", drive, drive_release).run(expect=1)
     assert "token" in run.err and "reconnect" in run.err and len(run.err.splitlines()) == 1
 
 
@@ -202,7 +194,7 @@ def test_copies_are_extracted_like_the_plain_ones_and_the_plain_one_wins(tmp_pat
         path.rename(path.with_name(f"Copy of {path.name}"))
     shutil.copy(drive_release / "0018/0018_s2_all_raw.smc", release / "0018")
     with FakeDrive(release) as drive:
-        workspace = DriveWorkspace(tmp_path / "work", drive, release)
+        workspace = ThreeSubjects(tmp_path / "work", drive, release)
         workspace.run("--performance", "s1_all", "s2_all")
     names = [workspace.info("0018", p)["source"][0]["name"] for p in ("s1_all", "s2_all")]
     assert names == ["Copy of 0018_s1_all_raw.smc", "0018_s2_all_raw.smc"] and workspace.leftovers() == []
@@ -223,7 +215,7 @@ def test_names_on_the_remote_never_become_options_or_paths(tmp_path, drive_relea
         (release / "0018" / name).write_bytes(b"bait")
     (release / "-rf").mkdir()
     with FakeDrive(release) as drive:
-        workspace = DriveWorkspace(tmp_path / "work", drive, release)
+        workspace = ThreeSubjects(tmp_path / "work", drive, release)
         workspace.write_config(extraction={"subjects": "all"})
         workspace.run()
     assert [p for (_, p), state in workspace.states.items() if state == "completed"] == ["s1_all"]

@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 import pytest
 import synthetic_release
-from conftest import Workspace, wait_for
+from conftest import DriveWorkspace, Workspace, wait_for
 from fake_drive import FakeDrive
 
 MB = 1e6
@@ -27,23 +27,10 @@ VIEWS = list(synthetic_release.S3_VIEWS)
 TWELVE = VIEWS[:12]
 
 
-class DriveWorkspace(Workspace):
-    """A workspace whose remote is a fake Drive that serves the release."""
-
+class SelectiveWorkspace(DriveWorkspace):
     def __init__(self, folder, drive, release):
-        super().__init__(folder, release)
-        self.drive = drive
-        self.write_config(
-            google_drive={
-                "root_folder_id": drive.root_id,
-                "remote_name": drive.remote_name,
-                "rclone_flags": [],
-                "download": "selective",
-            }
-        )
-
-    def run(self, *arguments, **options):
-        return super().run(*arguments, environment=self.drive.environment(), **options)
+        super().__init__(folder, drive, release)
+        self.write_config(google_drive={"download": "selective"})
 
 
 def only(name="s3_all", **extraction):
@@ -79,7 +66,7 @@ def s3_all(tmp_path_factory):
 @pytest.fixture
 def large(tmp_path, s3_all):
     with FakeDrive(s3_all) as drive:
-        yield DriveWorkspace(tmp_path / "work", drive, s3_all)
+        yield SelectiveWorkspace(tmp_path / "work", drive, s3_all)
 
 
 @pytest.fixture
@@ -99,7 +86,7 @@ def small(tmp_path):
             audio_seconds=2,
         )
     with FakeDrive(release) as drive:
-        workspace = DriveWorkspace(tmp_path / "work", drive, release)
+        workspace = SelectiveWorkspace(tmp_path / "work", drive, release)
         workspace.write_config(extraction={"performances": ["s1_all", "s2_all", "s4_all"], "cameras": [24]})
         yield workspace
 
@@ -122,7 +109,7 @@ def views_of(tree, cameras):
 
 def full_tree(workspace, tmp_path):
     """What a full download of the same gives."""
-    other = DriveWorkspace(tmp_path / "full", workspace.drive, workspace.release)
+    other = SelectiveWorkspace(tmp_path / "full", workspace.drive, workspace.release)
     other.write_config(google_drive={"download": "full"}, extraction=workspace.settings["extraction"])
     other.run()
     return other.tree()
@@ -161,11 +148,11 @@ def test_while_a_subject_is_extracted_the_parts_of_the_next_one_come(tmp_path):
             path, subject, "s3_all", cameras=VIEWS, frame_ids=range(8), size=(128, 153), audio_seconds=0.53
         )
     with FakeDrive(tmp_path / "release") as drive:
-        workspace = DriveWorkspace(tmp_path / "work", drive, tmp_path / "release")
+        workspace = SelectiveWorkspace(tmp_path / "work", drive, tmp_path / "release")
         workspace.write_config(extraction=only(subjects=["0018", "0019"], cameras=TWELVE))
         with open(workspace.manifest, "a") as manifest:
             fcntl.flock(manifest, fcntl.LOCK_EX)  # no row can be written: 0018 does not get finished
-            process = workspace.start(environment=drive.environment())
+            process = workspace.start()
             logs = workspace.folder / "logs"
             wait_for(lambda: any("0019 s3_all: fetched" in log.read_text() for log in logs.glob("*.log")))
             assert workspace.states == {}
@@ -228,7 +215,7 @@ def test_masks_that_are_not_asked_for_are_not_fetched(tmp_path):
     with h5py.File(anno, "r+") as smc:  # larger than the blocks that are fetched to find out what there is
         smc.create_dataset("Camera/59/mask/0", data=np.frombuffer(os.urandom(8_000_000), np.uint8))
     with FakeDrive(tmp_path / "release") as drive:
-        workspace = DriveWorkspace(tmp_path / "work", drive, tmp_path / "release")
+        workspace = SelectiveWorkspace(tmp_path / "work", drive, tmp_path / "release")
         workspace.write_config(
             google_drive={"layout": "pair"}, extraction=only("s1_all", modalities=["images", "audio"])
         )
@@ -250,7 +237,7 @@ def test_every_modality_is_the_same_as_in_a_full_download(tmp_path, storage):
         storage=storage,
     )
     with FakeDrive(release) as drive:
-        workspace = DriveWorkspace(tmp_path / "work", drive, release)
+        workspace = SelectiveWorkspace(tmp_path / "work", drive, release)
         workspace.write_config(
             extraction={"performances": ["e0", "s1_all"], "cameras": [18, 25, 33], "modalities": MODALITIES}
         )
@@ -283,7 +270,7 @@ def test_a_file_in_another_order_is_read_all_the_same(tmp_path):
         old.copy("Camera/00/audio", new["Camera/00"])
     shutil.move(tmp_path / "new.smc", path)
     with FakeDrive(tmp_path / "release") as drive:
-        workspace = DriveWorkspace(tmp_path / "work", drive, tmp_path / "release")
+        workspace = SelectiveWorkspace(tmp_path / "work", drive, tmp_path / "release")
         workspace.write_config(extraction=only(cameras=[25]))
         workspace.run()
         assert drive.bytes_sent() < 0.9 * path.stat().st_size
@@ -375,7 +362,7 @@ def test_a_file_that_is_gone_fails_with_what_drive_says(small):
 def test_a_file_that_changes_meanwhile_fails_with_a_message(small, change):
     small.write_config(extraction=only("s1_all"))
     gate, path = small.drive.gate("*s1_all*", 4096), small.smc("0018", "s1_all")
-    process = small.start(environment=small.drive.environment())
+    process = small.start()
     gate.wait()
     if change == "time":
         os.utime(path, (1.6e9, 1.6e9))
@@ -391,7 +378,7 @@ def test_a_file_that_changes_meanwhile_fails_with_a_message(small, change):
 
 def test_an_interrupted_run_leaves_nothing_and_no_rclone(small):
     gate = small.drive.gate("*s1_all*", 4096)
-    process = small.start(environment=small.drive.environment())
+    process = small.start()
     gate.wait()
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
@@ -405,7 +392,7 @@ def test_an_interrupted_run_leaves_nothing_and_no_rclone(small):
 
 def test_a_killed_run_takes_its_server_with_it(small):
     gate = small.drive.gate("*s1_all*", 4096)
-    process = small.start(environment=small.drive.environment())
+    process = small.start()
     gate.wait()
     assert rclone_servers(small.drive)
     process.kill()
@@ -416,7 +403,7 @@ def test_a_killed_run_takes_its_server_with_it(small):
 
 def test_the_servers_password_is_neither_in_its_arguments_nor_in_the_log(small):
     gate = small.drive.gate("*s1_all*", 4096)
-    process = small.start("--verbose", environment=small.drive.environment())
+    process = small.start("--verbose")
     gate.wait()
     (server,) = rclone_servers(small.drive)
     secret = next(
@@ -473,14 +460,14 @@ def print_table(megabytes_per_s=20.0, latency=0.05):
             f"an s3_all of {path.stat().st_size / MB:.0f} MB, {megabytes_per_s:g} MB/s, latency {latency * 1000:g} ms"
         )
         with FakeDrive(release) as drive:  # which reads the whole file for its md5, once
-            workspace = DriveWorkspace(Path(name) / "work", drive, release)
+            workspace = SelectiveWorkspace(Path(name) / "work", drive, release)
             workspace.run("--dry-run")
             shutil.rmtree(workspace.folder)
         print(f"{'selection':24} {'download':10} {'s':>6} {'MB sent':>8} {'requests':>8} {'MB of output':>12}")
         for selection, extraction in selections.items():
             for mode in ("full", "selective"):
                 with FakeDrive(release, latency=latency, bandwidth=megabytes_per_s * MB) as drive:
-                    workspace = DriveWorkspace(Path(name) / "work", drive, release)
+                    workspace = SelectiveWorkspace(Path(name) / "work", drive, release)
                     workspace.write_config(
                         google_drive={"download": mode}, extraction=extraction, storage={"max_temp_size_gb": 10}
                     )
