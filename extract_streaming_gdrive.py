@@ -262,7 +262,10 @@ def camera_choice(value) -> dict[str, list[int] | None]:
     parse = partial(all_or_list, camera_number, "[0, 25]", may_be_empty=True)
     if not isinstance(value, dict):
         return {"default": parse(value)}
-    return {performance_name(key): parse(cameras) for key, cameras in value.items()}
+    for key in map(performance_name, value):
+        if difflib.get_close_matches(key, ["default", *SPEECH]):  # it is one of them, or is misspelt
+            choice(["default", *SPEECH], key)
+    return {key: parse(cameras) for key, cameras in value.items()}
 
 
 def setting(section: str, parse: Callable, default=...) -> dict:
@@ -984,14 +987,15 @@ def opened(job: Job, config: Config) -> SMCReader:
 class Extraction:
     """One performance being unpacked into its `.partial` folder: what the writers below share, and what they found.
 
-    pictures: {"images" or "masks": {"25": {frame: (name below the folder, height, width)}}} of those that are not
-    damaged. missing, damaged: {modality: {"25": [frames]}}, or {modality: [numbers]} where one folder holds all. send:
-    what `tell` passes its news to: pictures=n for n pictures more, total=n for all that will come."""
+    cameras: {modality: what `selected` returns}. pictures: {"images" or "masks": {"25": {frame: (name below the folder,
+    height, width)}}} of those that are not damaged. missing, damaged: {modality: {"25": [frames]}}, or {modality:
+    [numbers]} where one folder holds all. send: gets the news of `tell`: pictures=n for n more, total=n for all."""
 
     def __init__(self, job: Job, config: Config, reader: SMCReader, send: Callable):
         self.job, self.config, self.reader, self.send = job, config, reader, send
         self.folder = config.partial_of(job.subject, job.performance)
         self.bytes = 0
+        self.cameras = {name: selected(reader, name, job.cameras) for name in ["images", *job.modalities]}
         self.pictures: dict[str, dict] = {"images": {}, "masks": {}}
         self.frames: dict[str, int] = {}
         self.missing: dict[str, dict] = {}
@@ -1023,7 +1027,7 @@ def selected(reader: SMCReader, modality: str, asked: set[int] | None) -> list[i
 def write_pictures(task: Extraction, modality: str):
     """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes."""
     stored = {}
-    for camera in selected(task.reader, modality, task.job.cameras):
+    for camera in task.cameras[modality]:
         pictures, name = task.reader.iter_encoded(modality, camera), f"{camera:02d}"
         good, damaged = store_pictures(task, modality, f"{modality}/cam_{name}", pictures)
         task.pictures[modality][name], stored[name] = good, {*good, *damaged}
@@ -1041,8 +1045,8 @@ def write_numbered_pictures(task: Extraction, modality: str):
     """uv_textures/frame_000000.png and scan_masks/cam_00.png: the stored bytes."""
     pictures, name = task.reader.iter_encoded(modality), "frame_{:06d}"
     if modality == "scan_masks":
-        cameras, name = selected(task.reader, modality, task.job.cameras), "cam_{:02d}"
-        pictures = ((camera, data) for camera, data in pictures if camera in cameras)
+        name = "cam_{:02d}"
+        pictures = ((camera, data) for camera, data in pictures if camera in task.cameras[modality])
     _, damaged = store_pictures(task, modality, modality, pictures, name)
     if damaged:
         task.damaged[modality] = damaged
@@ -1148,7 +1152,7 @@ def write_calibration(task: Extraction, modality: str):
 
 def write_keypoints2d(task: Extraction, modality: str):
     """keypoints2d/cam_25.npz: frame_ids (F,) int, points (F, 106, 2) float64 pixels."""
-    for camera in selected(task.reader, modality, task.job.cameras):
+    for camera in task.cameras[modality]:
         frames = np.array(task.reader.frame_numbers(modality, camera), np.int64)
         points = task.reader.get_Keypoints2d(camera)
         task.save(f"keypoints2d/cam_{camera:02d}.npz", npz_bytes(frame_ids=frames, points=points))
@@ -1264,7 +1268,7 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
     with opened(job, config) as reader:
         task = Extraction(job, config, reader, send)
         pictures = [name for name in ("images", "masks") if name in job.modalities]
-        task.tell(total=reader.num_frame * sum(len(selected(reader, name, job.cameras)) for name in pictures))
+        task.tell(total=reader.num_frame * sum(len(task.cameras[name]) for name in pictures))
         for modality in job.modalities:
             if reader.has(modality):
                 WRITERS[modality](task, modality)
@@ -1274,7 +1278,7 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
         content = info(task, written)
         task.save("metadata/info.json", json_bytes(content))
         sync_disk(folder)
-        cameras = selected(reader, "images", job.cameras) if PER_CAMERA & set(job.modalities) else []
+        cameras = task.cameras["images"] if PER_CAMERA & set(job.modalities) else []
         return {**content, "cameras": cameras, "bytes": task.bytes, "notes": notes(task, written)}
 
 
@@ -1308,7 +1312,7 @@ def notes(task: Extraction, written: list[str]) -> list[str]:
     found, available = [], task.reader.cameras()
     if not written:
         found.append(f"the file has none of what is asked for ({', '.join(task.job.modalities)})")
-    elif "images" in task.job.modalities and not selected(task.reader, "images", task.job.cameras):
+    elif "images" in task.job.modalities and not task.cameras["images"]:
         has = f"the file, which has {numbers_text(available)}" if available else "the file: it has no pictures"
         found.append(f"none of the cameras asked for is in {has}")
     for kind, frames in (("damaged", task.damaged), ("missing", task.missing)):
@@ -1860,7 +1864,6 @@ PAGE = r"""<!doctype html>
   #hole { fill: var(--hole); stroke: none; opacity: .3; }
   img { display: block; width: 100%; border-radius: 4px; }
   .help { max-width: 19em; }
-  kbd { padding: 0 4px; border: 1px solid var(--line); border-radius: 3px; }
 </style>
 <header>
   <div><h1>@TITLE@</h1><span class="quiet">frame @FRAME@</span>
@@ -1959,8 +1962,7 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
         if arguments.camera_grid:
             subject, _, performance = arguments.camera_grid.partition("/")
             if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
-                name = printable(arguments.camera_grid)
-                raise ValueError(f"--camera-grid: {name!r} is no performance: write it as 0018/s3_all")
+                raise ValueError(f"{printable(arguments.camera_grid)!r} is no performance: write it as 0018/s3_all")
             folder, source = config.folder_of(subject, performance), f"{subject}/{performance}"
             pictures, frame = pictures_of_frame(folder, arguments.frame)
             cameras = set(pictures)
@@ -1999,8 +2001,7 @@ def pictures_of_frame(folder: Path, frame: int | None) -> tuple[dict[int, Path],
     if frame is None:
         frame = min(pictures, key=lambda number: (-len(pictures[number]), number))
     if frame not in pictures:
-        held = f"they have {len(pictures)}, from {min(pictures)} to {max(pictures)}"
-        raise ValueError(f"no camera of {folder} has a frame {frame}: {held}")
+        raise ValueError(f"{folder} has no frame {frame}, but some from {min(pictures)} to {max(pictures)}")
     return pictures[frame], frame
 
 
@@ -2258,8 +2259,7 @@ def extract_and_describe(job: Job, config: Config) -> tuple[dict, dict | None]:
     except (SMCError, OSError, RemoteError) as error:
         clear(config.partial_of(job.subject, job.performance))
         (row["status"], row["error"]), result = outcome(job, config, error), None
-    extract_s = time.monotonic() - begin
-    row.update(smc_bytes=job.bytes, download_s=f"{job.download_s:.2f}", extract_s=f"{extract_s:.2f}")
+    row.update(smc_bytes=job.bytes, download_s=f"{job.download_s:.2f}", extract_s=f"{time.monotonic() - begin:.2f}")
     return row, result
 
 

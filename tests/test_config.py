@@ -43,6 +43,8 @@ WRONG = [
     wrong("[s1_all]", "[s1_all]\n  cameras: [0, 60]", "line 7", "'60'", "0 to 59"),
     wrong("[s1_all]", "[s1_all]\n  cameras: {s3_all: [0, x]}", "'x'"),
     wrong("[s1_all]", "[s1_all]\n  cameras: 25", "list"),
+    wrong("[s1_all]", "[s1_all]\n  cameras: {s3_al: [0]}", "line 7", "'s3_al'", "did you mean s3_all?"),
+    wrong("[s1_all]", "[s1_all]\n  cameras: {s3_all: [0], defaults: [1]}", "did you mean default?"),
     wrong("[s1_all]", "[s1_all]\n  modalities: [images, adio]", "did you mean audio?"),
     wrong("remote_name: demo", "remote_name: --config=x", "'--config=x'"),
     wrong("remote_name: demo", 'remote_name: "demo:"', "without the colon"),
