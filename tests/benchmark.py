@@ -36,7 +36,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 import extract_streaming_gdrive as tool
 
 SMC = "release/0018/0018_s3_all_raw.smc"
-SAMPLE = 60  # frames that are decoded and encoded again; the figures are scaled to all
+SAMPLE = 60  # pictures that are decoded and encoded again; the figures are scaled to all
 
 
 def job_and_config(folder, verify="fast", cameras=None):
