@@ -263,8 +263,8 @@ def camera_choice(value) -> dict[str, list[int] | None]:
     if not isinstance(value, dict):
         return {"default": parse(value)}
     for key in map(performance_name, value):
-        if difflib.get_close_matches(key, ["default", *SPEECH]):  # it is one of them, or is misspelt
-            choice(["default", *SPEECH], key)
+        if near := difflib.get_close_matches(key, ["default", *SPEECH]):  # it is one of them, or is misspelt
+            choice(near, key)
     return {key: parse(cameras) for key, cameras in value.items()}
 
 
@@ -1267,8 +1267,8 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
     folder.mkdir(parents=True)
     with opened(job, config) as reader:
         task = Extraction(job, config, reader, send)
-        pictures = [name for name in ("images", "masks") if name in job.modalities]
-        task.tell(total=reader.num_frame * sum(len(task.cameras[name]) for name in pictures))
+        views = sum(len(task.cameras[name]) for name in task.pictures.keys() & job.modalities)
+        task.tell(total=views * reader.num_frame)
         for modality in job.modalities:
             if reader.has(modality):
                 WRITERS[modality](task, modality)
@@ -1279,7 +1279,7 @@ def extract(job: Job, config: Config, send: Callable) -> dict:
         task.save("metadata/info.json", json_bytes(content))
         sync_disk(folder)
         cameras = task.cameras["images"] if PER_CAMERA & set(job.modalities) else []
-        return {**content, "cameras": cameras, "bytes": task.bytes, "notes": notes(task, written)}
+        return {**content, "cameras": cameras, "bytes": task.bytes, "notes": notes(task, content)}
 
 
 def info(task: Extraction, written: list[str]) -> dict:
@@ -1307,9 +1307,9 @@ def info(task: Extraction, written: list[str]) -> dict:
     }
 
 
-def notes(task: Extraction, written: list[str]) -> list[str]:
-    """Return what the manifest's error column says of a performance that is extracted all the same."""
-    found, available = [], task.reader.cameras()
+def notes(task: Extraction, content: dict) -> list[str]:
+    """Return what the manifest's error column says of a performance that is extracted all the same, from its `info`."""
+    found, available, written = [], content["cameras_available"], content["modalities"]
     if not written:
         found.append(f"the file has none of what is asked for ({', '.join(task.job.modalities)})")
     elif "images" in task.job.modalities and not task.cameras["images"]:
@@ -1962,7 +1962,7 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
         if arguments.camera_grid:
             subject, _, performance = arguments.camera_grid.partition("/")
             if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
-                raise ValueError(f"{printable(arguments.camera_grid)!r} is no performance: write it as 0018/s3_all")
+                raise ValueError(f"--camera-grid {printable(arguments.camera_grid)!r}: write it as 0018/s3_all")
             folder, source = config.folder_of(subject, performance), f"{subject}/{performance}"
             pictures, frame = pictures_of_frame(folder, arguments.frame)
             cameras = set(pictures)
@@ -2001,7 +2001,7 @@ def pictures_of_frame(folder: Path, frame: int | None) -> tuple[dict[int, Path],
     if frame is None:
         frame = min(pictures, key=lambda number: (-len(pictures[number]), number))
     if frame not in pictures:
-        raise ValueError(f"{folder} has no frame {frame}, but some from {min(pictures)} to {max(pictures)}")
+        raise ValueError(f"{folder} has no frame {frame}; it has frames from {min(pictures)} to {max(pictures)}")
     return pictures[frame], frame
 
 
