@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -105,10 +104,8 @@ class Workspace:
 
     def run(self, *arguments, expect=0, environment=None, timeout=120):
         """Run the script; its exit code has to be `expect`. Gives what it printed in `out` and `err`."""
-        begin, cpu_before = time.monotonic(), cpu_of_children()
         options = {"capture_output": True, "timeout": timeout, **self.surroundings(environment)}
         done = subprocess.run(self.command(*arguments), check=False, **options)
-        done.seconds, done.cpu = time.monotonic() - begin, cpu_of_children() - cpu_before
         done.out, done.err = done.stdout, done.stderr
         assert done.returncode == expect, done.stdout + done.stderr
         assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
@@ -118,6 +115,14 @@ class Workspace:
         """Start the script and don't wait for it."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **self.surroundings(environment), **options}
         return subprocess.Popen(self.command(*arguments), **options)
+
+    def count_calls(self, *arguments):
+        """How many calls of Python functions a run takes: the same on every machine."""
+        folder = self.folder.parent / "count_calls"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(COUNT_CALLS)
+        self.run(*arguments, environment={"PYTHONPATH": str(folder), "CALLS": str(folder / "calls")})
+        return int((folder / "calls").read_text())
 
     def surroundings(self, environment):
         return {"text": True, "env": {**os.environ, **(environment or {})}, "cwd": self.folder.parent}
@@ -167,6 +172,14 @@ class DriveWorkspace(Workspace):
         remote = {"remote_name": drive.remote_name, "root_folder_id": drive.root_id, "rclone_flags": []}
         self.write_config(google_drive=remote)
 
+    def count_calls(self, *arguments):
+        """How many calls of Python functions a run takes: the same on every machine."""
+        folder = self.folder.parent / "count_calls"
+        folder.mkdir(exist_ok=True)
+        (folder / "sitecustomize.py").write_text(COUNT_CALLS)
+        self.run(*arguments, environment={"PYTHONPATH": str(folder), "CALLS": str(folder / "calls")})
+        return int((folder / "calls").read_text())
+
     def surroundings(self, environment):
         return super().surroundings({**self.drive.environment(), **(environment or {})})
 
@@ -185,15 +198,43 @@ def tree(folder):
     return found
 
 
-def cpu_of_children():
-    """CPU seconds of the processes that have ended, which other work on the machine hardly changes."""
-    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+# Python runs this before the script: it counts the calls of Python functions in the main thread, for CALLS.
+COUNT_CALLS = """
+import atexit, os, sys
+calls = 0
+def count(frame, event, argument):
+    global calls
+    calls += event == "call"
+def write():
+    sys.setprofile(None)
+    with open(os.environ["CALLS"], "w") as file:
+        file.write(str(calls))
+atexit.register(write)
+sys.setprofile(count)
+"""
 
 
-def wait_for(condition, seconds=30):
+def count_calls(function, *arguments):
+    """(how many calls of Python functions and built-in ones it takes, what it returns): the same on every machine."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        result = function(*arguments)
+    finally:
+        sys.setprofile(None)
+    return calls, result
+
+
+def wait_for(condition, seconds=120):
+    """Wait until it holds; the time only ends a test that would hang."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "it does not happen"
         time.sleep(0.005)
 
 

@@ -248,7 +248,7 @@ class Gate:
     released: threading.Event = field(default_factory=threading.Event)
 
     def wait(self):
-        assert self.reached.wait(10), f"no answer for {self.name} came to {self.after_bytes} bytes"
+        assert self.reached.wait(120), f"no answer for {self.name} came to {self.after_bytes} bytes"
 
     def release(self):
         self.released.set()

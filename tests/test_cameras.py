@@ -4,13 +4,12 @@ import itertools
 import json
 import re
 import shutil
-import time
 
 import cv2
 import numpy as np
 import pytest
 import synthetic_release
-from conftest import Workspace
+from conftest import Workspace, count_calls
 
 import extract_streaming_gdrive as c
 
@@ -120,12 +119,11 @@ def test_suggestions_are_the_optimum_that_brute_force_finds(seed):
 
 
 @pytest.mark.parametrize("views", [VIEWS_38, range(60)], ids=["38 views", "60 views"])
-def test_every_size_is_quick_and_never_worse_than_a_smaller_one(views):
+def test_no_size_takes_many_calls_or_is_worse_than_a_smaller_one(views):
     directions, last = rig().directions, 180.0
     for n in range(1, len(views) + 1):
-        start = time.process_time()
-        found = c.suggest_cameras(directions, views, n, 25)
-        assert time.process_time() - start < 1
+        calls, found = count_calls(c.suggest_cameras, directions, views, n, 25)
+        assert calls < 400_000
         assert len(set(found)) == n and 25 in found and set(found) <= set(views)
         largest, _ = c.coverage(directions, found)
         assert largest <= last + 1e-5

@@ -81,7 +81,7 @@ def test_a_disk_that_fills_during_the_download_stops_the_run_and_a_rerun_finishe
     run = workspace.start()
     wait_for(lambda: any(temp.rglob("*.smc*")))
     fill(temp, leave=100_000)
-    output = run.communicate(timeout=60)[0]
+    output = run.communicate(timeout=120)[0]
     assert (
         run.returncode == 3 and "does not fit on the disk" in output and "free" in output and "Traceback" not in output
     )

@@ -40,7 +40,7 @@ def start(drive, *arguments):
 def rclone(drive, *arguments):
     """What rclone says: exit code, stdout, stderr."""
     process = start(drive, *arguments)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     return process.returncode, out, err.decode()
 
 
@@ -138,7 +138,7 @@ def test_a_gate_holds_an_answer_at_a_byte_until_it_is_released(drive, folder):
     gate.wait()
     assert drive.bytes_sent("c.smc") == 1_000_001 and copying.poll() is None
     gate.release()
-    copying.communicate(timeout=10)
+    copying.communicate(timeout=120)
     assert copying.returncode == 0 and copied(folder) == NAMES
 
 

@@ -583,7 +583,7 @@ def test_the_source_of_a_virtual_data_set_is_not_even_looked_at(tmp_path):
         cwd=Path(__file__).parents[1],
         check=False,
         capture_output=True,
-        timeout=20,
+        timeout=120,
     )
     assert b"virtual.smc: Camera/25/color/0 cannot be read: its data lies in another file" in done.stderr
 

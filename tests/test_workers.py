@@ -75,5 +75,5 @@ def test_what_another_process_has_done_is_seen_although_stat_answers_from_a_cach
     first = workspace.start()
     wait_for(lambda: len(workspace.rows) > 0)
     second = workspace.start(environment={"PYTHONPATH": str(tmp_path)})
-    outputs = [run.communicate(timeout=60)[0] for run in (first, second)]
+    outputs = [run.communicate(timeout=120)[0] for run in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0] and len(workspace.rows) == 3, outputs
