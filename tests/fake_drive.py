@@ -35,6 +35,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 ROOT_ID = "fake-root-folder-id-000000000000"  # the shared folder; every other id is derived from a path in it
+PAGE_SIZE = 1000  # entries of a listing in one answer, at most
 FOLDER_TYPE = "application/vnd.google-apps.folder"
 BLOCK_SIZE = 1 << 14  # bytes per write, one TLS record: a write that fails is not counted, so keep it small
 SEND_BUFFER = 1 << 16  # kernel send buffer, for the same reason: what is in it counts as sent
@@ -44,6 +45,10 @@ QUOTA_MESSAGE = "The download quota for this file has been exceeded."
 ERRORS = {
     "downloadQuotaExceeded": (403, "usageLimits", "downloadQuotaExceeded", QUOTA_MESSAGE),
     "userRateLimitExceeded": (403, "usageLimits", "userRateLimitExceeded", "User Rate Limit Exceeded"),
+    "dailyLimitExceeded": (403, "usageLimits", "dailyLimitExceeded", "Daily Limit Exceeded"),
+    "insufficientFilePermissions": (403, "global", "insufficientFilePermissions", "Insufficient permissions for file."),
+    "cannotDownloadFile": (403, "global", "cannotDownloadFile", "This file cannot be downloaded by the user."),
+    "401": (401, "global", "authError", "Invalid Credentials"),
     "400": (400, "global", "invalid", "Invalid Value"),
     "404": (404, "global", "notFound", "File not found: {id}."),
     "416": (416, "global", "requestedRangeNotSatisfiable", "Request range not satisfiable"),
@@ -64,18 +69,20 @@ class FakeDrive:
     """Serves `folder` as the Drive folder ROOT_ID, from `with` to the end of the block.
 
     latency: seconds before every answer; bandwidth: bytes/s of media for all answers together, None for no limit;
-    expired_token: the config holds a token of the past, and its refresh is refused as revoked.
+    short_tokens: rclone's access token is always about to expire, so that it asks for a new one before each request.
     """
 
     remote_name = "fake"
     root_id = ROOT_ID
 
-    def __init__(self, folder, latency=0.0, bandwidth=None, expired_token=False):
+    def __init__(self, folder, latency=0.0, bandwidth=None, short_tokens=False):
         self.folder, self.latency, self.bandwidth = Path(folder), latency, bandwidth
         self.requests, self.faults, self.gates = [], [], []
+        self.duplicates = {}  # {path with the number of the duplicate: (what it is, whether it is listed first)}
         self.lock = threading.Lock()
         self.connections = set()
-        self._expired_token = expired_token
+        self.login_expired = False
+        self._short_tokens = short_tokens
         self._free_at = 0.0  # when what was sent so far will be through
         self._server, self._port = None, 0
 
@@ -83,7 +90,7 @@ class FakeDrive:
         self._scratch = Path(tempfile.mkdtemp(prefix="fake_drive_"))
         self.tls = make_certificate(self._scratch / "certificate.pem")
         self.config_path = self._scratch / "rclone.conf"
-        self.config_path.write_text(rclone_config(self._expired_token))
+        self.config_path.write_text(rclone_config(self._short_tokens))
         self.start()
         return self
 
@@ -120,7 +127,7 @@ class FakeDrive:
             "RCLONE_CONFIG": str(self.config_path),
         }
 
-    def fault(self, name, kind, times=None, after_bytes=None, on=None, skip=0):
+    def fault(self, name, kind, times=None, after_bytes=None, on=None, skip=0, every=1):
         """Spoil the answers to requests for `name`, a path in the folder or a file name, with * and ? as wildcards.
 
         kind: a key of ERRORS, answered with that status and reason, or
@@ -128,12 +135,15 @@ class FakeDrive:
               "truncated"  a well-formed answer with a Content-Length of `after_bytes` (default: half)
               "corrupt"    flip the bits of the byte in the middle of the answer
         times: how many requests it hits, None for all; skip: how many matching requests it lets pass first;
+        every: 3 to hit each third of those that follow;
         on: "list", "get", "media" or "any", default "any" for 404, else "media". In a listing `name` is the folder's.
 
         Returns the Fault: `.hits` counts, `.clear()` ends it. Of several that match, the one set first is used.
         """
         assert kind in ERRORS or kind in BODY_FAULTS, f"no such fault: {kind}"
-        self.faults.append(Fault(name, kind, on or ("any" if kind == "404" else "media"), times, skip, after_bytes))
+        self.faults.append(
+            Fault(name, kind, on or ("any" if kind == "404" else "media"), times, skip, after_bytes, every)
+        )
         return self.faults[-1]
 
     def gate(self, name, after_bytes):
@@ -143,6 +153,22 @@ class FakeDrive:
         """
         self.gates.append(Gate(name, after_bytes))
         return self.gates[-1]
+
+    def duplicate(self, path, source, first=False):
+        """List another file or folder, `source` on the disk, under the name of `path`, before or after that one.
+
+        In requests it is called path#1, and the next one of that name path#2.
+        """
+        number = 1 + sum(other.rpartition("#")[0] == path for other in self.duplicates)
+        self.duplicates[f"{path}#{number}"] = Path(source), first
+
+    def expire_login(self):
+        """From now on each request is answered 401, and the refresh of a token is refused: the grant is no more.
+
+        With short_tokens, rclone meets the refusal, as on the day when a login ends; without, the 401, as after the
+        user has taken the access away.
+        """
+        self.login_expired = True
 
     def count(self, kind=None, name="*", status=None):
         """How many requests of a kind ("list", "get", "media", …), for a name and with a status there were."""
@@ -183,15 +209,31 @@ class FakeDrive:
     def find(self, wanted):
         """The path in the folder that an id stands for."""
         path = "" if wanted == ROOT_ID else path_of(wanted)
-        if path is None or not (self.folder / path).exists():
+        if path is None or not self.local(path).exists():
             raise ApiError("404", wanted)
         return path
 
+    def local(self, path):
+        """Where a path lies on the disk: in the folder, but for duplicates and what is in them."""
+        parent, _, name = path.rpartition("/")
+        return (
+            self.duplicates[path][0] if path in self.duplicates else self.local(parent) / name if path else self.folder
+        )
+
+    def children(self, path):
+        """The paths in a folder, by name, each duplicate beside the one whose name it has."""
+        paths = [f"{path}/{child.name}".lstrip("/") for child in sorted(self.local(path).iterdir())]
+        for duplicate, (_, first) in self.duplicates.items():
+            original = duplicate.rpartition("#")[0]
+            if original in paths:
+                paths.insert(paths.index(original) + (not first), duplicate)
+        return paths
+
     def metadata(self, path):
         """The resource of a file or folder."""
-        local = self.folder / path
+        local = self.local(path)
         status = local.stat()
-        resource = {"id": file_id(path), "name": local.name, "mimeType": FOLDER_TYPE}
+        resource = {"id": file_id(path), "name": self.name(path), "mimeType": FOLDER_TYPE}
         resource["parents"] = [file_id(Path(path).parent.as_posix())]
         changed = datetime.datetime.fromtimestamp(status.st_mtime, datetime.timezone.utc)
         resource["modifiedTime"] = changed.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
@@ -200,6 +242,9 @@ class FakeDrive:
             resource["size"] = str(status.st_size)
             resource["md5Checksum"] = md5_of(local, status.st_size, status.st_mtime_ns)
         return resource
+
+    def name(self, path):
+        return (path.rpartition("#")[0] if path in self.duplicates else path).rpartition("/")[2]
 
 
 @dataclass
@@ -222,6 +267,8 @@ class Fault:
     times: int
     skip: int
     after_bytes: int
+    every: int = 1
+    seen: int = 0
     hits: int = 0
 
     def clear(self):
@@ -231,11 +278,10 @@ class Fault:
         """Whether it hits this request, which is counted."""
         if self.on not in ("any", kind) or not matches(self.name, name) or self.hits == self.times:
             return False
-        if self.skip:
-            self.skip -= 1
-            return False
-        self.hits += 1
-        return True
+        self.seen += 1
+        hit = self.seen > self.skip and (self.seen - self.skip) % self.every == 0
+        self.hits += hit
+        return hit
 
 
 @dataclass
@@ -354,8 +400,10 @@ class Connection(http.server.BaseHTTPRequestHandler):
         try:
             if not self.host or not found:
                 raise ApiError("404")
+            if self.drive.login_expired:
+                raise ApiError("401")
             if not found[1]:
-                self.answer_list(params["q"], record)
+                self.answer_list(params, record)
             elif params.get("alt") == "media":
                 self.answer_media(found[1], record)
             else:
@@ -367,38 +415,46 @@ class Connection(http.server.BaseHTTPRequestHandler):
             self.send_json(record, error.status, error.body)
 
     def do_POST(self):
-        """The refresh of a token, always refused: the real service answers like this once the grant is revoked."""
+        """The refresh of a token."""
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        answer = {"error": "invalid_grant", "error_description": "Token has been expired or revoked."}
-        self.send_json(self.new_record("token", self.path), 400, answer)
+        record = self.new_record("token", self.path)
+        if self.drive.login_expired:
+            answer = {"error": "invalid_grant", "error_description": "Token has been expired or revoked."}
+            return self.send_json(record, 400, answer)
+        self.send_json(record, 200, {"access_token": "fake", "token_type": "Bearer", "expires_in": 1})
 
     def new_record(self, kind, name):
         self.drive.requests.append(Request(kind, name))
         return self.drive.requests[-1]
 
-    def answer_list(self, query, record):
+    def answer_list(self, params, record):
         record.kind = "list"
-        asked = QUERY.fullmatch(query)
+        asked = QUERY.fullmatch(params["q"])
         if not asked:
             raise ApiError("400")
         name = asked["name"] and re.sub(r"\\(.)", r"\1", asked["name"])
-        files = []
+        paths = []
         for parent in re.findall("'([^']+)'", asked["parents"]):
             try:
                 record.name = self.drive.find(parent)
             except ApiError:
                 raise ApiError("404", ".") from None  # the real service does not say the id here
             self.drive.fault_for("list", record.name)
-            for path in sorted((self.drive.folder / record.name).iterdir()):
-                if name in (None, path.name) and (path.is_dir() or not asked["folders"]):
-                    files.append(self.drive.metadata(path.relative_to(self.drive.folder).as_posix()))
-        self.send_json(record, 200, {"kind": "drive#fileList", "incompleteSearch": False, "files": files})
+            for path in self.drive.children(record.name):
+                if name in (None, self.drive.name(path)) and (self.drive.local(path).is_dir() or not asked["folders"]):
+                    paths.append(path)
+        start, size = int(params.get("pageToken", 0)), min(int(params.get("pageSize", 100)), PAGE_SIZE)
+        answer = {"kind": "drive#fileList", "incompleteSearch": False}
+        answer["files"] = list(map(self.drive.metadata, paths[start : start + size]))
+        if start + size < len(paths):
+            answer["nextPageToken"] = str(start + size)
+        self.send_json(record, 200, answer)
 
     def answer_media(self, wanted, record):
         record.kind, record.name = "media", wanted
         record.name = self.drive.find(wanted)
         fault = self.drive.fault_for("media", record.name)
-        with open(self.drive.folder / record.name, "rb") as file:
+        with open(self.drive.local(record.name), "rb") as file:
             size = file.seek(0, 2)
             asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
             start = int(asked[1]) if asked else 0
@@ -465,8 +521,8 @@ class Connection(http.server.BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-def rclone_config(expired_token):
-    expiry = f"{2001 if expired_token else 2099}-01-01T00:00:00Z"
+def rclone_config(short_tokens):
+    expiry = f"{2001 if short_tokens else 2099}-01-01T00:00:00Z"
     token = {"access_token": "fake", "token_type": "Bearer", "refresh_token": "fake", "expiry": expiry}
     return (
         f"[{FakeDrive.remote_name}]\ntype = drive\nscope = drive.readonly\nclient_id = fake-client-id\n"

@@ -165,7 +165,8 @@ def test_a_wrong_folder_id_is_one_clear_message(workspace, drive):
 
 
 def test_an_expired_token_is_one_clear_message(tmp_path, drive_release):
-    with FakeDrive(drive_release, expired_token=True) as drive:
+    with FakeDrive(drive_release, short_tokens=True) as drive:
+        drive.expire_login()
         run = ThreeSubjects(tmp_path / "work", drive, drive_release).run(expect=1)
     assert "token" in run.err and "reconnect" in run.err and len(run.err.splitlines()) == 1
 

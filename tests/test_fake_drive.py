@@ -126,10 +126,76 @@ def test_a_file_and_a_folder_that_are_not_shared_are_not_found(drive, folder):
     assert "Error 404" in list_files(drive)[2]
 
 
-def test_an_expired_token_cannot_be_refreshed(folder):
-    with FakeDrive(folder, expired_token=True) as drive:
+def test_a_short_token_is_refreshed_until_the_login_expires(folder):
+    with FakeDrive(folder, short_tokens=True) as drive:
+        gate = drive.gate("b.smc", 1 << 20)
+        copying = start(drive, "copy", f"{drive.remote_name}:", folder.parent / "here", "--transfers", 1)
+        gate.wait()
+        assert drive.count("token", status=200)
+        drive.expire_login()
+        gate.release()
+        _, err = copying.communicate(timeout=120)
+        assert copying.returncode != 0 and b"invalid_grant" in err and copied(folder) == NAMES[:2]
+        requests = drive.count("list")
         code, _, err = list_files(drive)
-        assert code == 1 and "invalid_grant" in err and drive.count("token") and not drive.count("list")
+        assert code == 1 and "invalid_grant" in err and drive.count("list") == requests
+
+
+def test_a_login_that_is_taken_away_is_a_401(drive):
+    drive.expire_login()
+    code, _, err = list_files(drive)
+    assert code == 1 and "Error 401: Invalid Credentials, authError" in err and drive.count(status=401)
+
+
+@pytest.mark.parametrize("kind", ["insufficientFilePermissions", "cannotDownloadFile", "dailyLimitExceeded", "401"])
+def test_what_is_refused_for_good_is_named_by_rclone(drive, folder, kind):
+    drive.fault("c.smc", kind)
+    code, _, err = copy(drive, folder)
+    assert code != 0 and copied(folder) == NAMES[:2]
+    assert {"401": "authError"}.get(kind, kind) in err and drive.count("media", "c.smc") == 10, drive.count(
+        "media", "c.smc"
+    )
+
+
+def test_every_third_listing_fails_and_is_asked_again(drive):
+    fault = drive.fault("*", "500", on="list", every=3)
+    for _ in range(4):
+        files = json.loads(list_files(drive)[1])
+        assert sorted(file["Path"] for file in files) == ["a.smc", "b.smc", "c.smc"]
+    assert fault.hits == drive.count("list", status=500) == drive.count("list") // 3 > 0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_two_files_of_one_name_rclone_reads_the_first(drive, folder, first):
+    other = folder.parent / "other"
+    other.write_bytes(b"other")
+    drive.duplicate("0012/b.smc", other, first=first)
+    files = json.loads(list_files(drive)[1])
+    sizes = [5, 2 * MB] if first else [2 * MB, 5]
+    assert [(file["Path"], file["Size"]) for file in files if file["Path"] == "b.smc"] == [("b.smc", s) for s in sizes]
+    assert len({file["ID"] for file in files}) == 4
+    assert copy(drive, folder)[0] == 0
+    assert (folder.parent / "here/0012/b.smc").stat().st_size == sizes[0]
+    assert drive.count("media", "b.smc#1") == first and drive.count("media", "b.smc") == 1 - first
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_two_folders_of_one_name_rclone_lists_the_last_twice_and_opens_the_first(drive, folder, first):
+    other = folder.parent / "other"
+    other.mkdir()
+    (other / "d.smc").write_bytes(b"other")
+    drive.duplicate("0012", other, first=first)
+    code, out, _ = rclone(drive, "lsjson", f"{drive.remote_name}:", "-R", "--disable", "ListR")
+    paths = [file["Path"] for file in json.loads(out)]
+    assert code == 0 and sorted(paths) == sorted(2 * ["0012", *(NAMES if first else ["0012/d.smc"])])
+    found = [rclone(drive, "cat", f"{drive.remote_name}:0012/{name}")[0] == 0 for name in ("d.smc", "a.smc")]
+    assert found == [first, not first]
+
+
+def test_a_folder_of_more_than_a_thousand_files_comes_in_pages(drive, folder):
+    for number in range(2500):
+        (folder / f"0012/{number}").touch()
+    assert len(json.loads(list_files(drive)[1])) == 2503 and drive.count("list", "0012") == 3
 
 
 def test_a_gate_holds_an_answer_at_a_byte_until_it_is_released(drive, folder):
