@@ -5,7 +5,6 @@ import glob
 import os
 import re
 import shutil
-import subprocess
 import threading
 import time
 
@@ -14,8 +13,7 @@ import numpy as np
 import pytest
 import synthetic_release
 from conftest import SCRIPT, Workspace, wait_for
-
-MB = 1_000_000
+from machine import fill
 
 
 @pytest.fixture(scope="module")
@@ -33,40 +31,6 @@ def big_release(tmp_path_factory):
         distinct=2,
     )
     return folder
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mounts a tmpfs of so many MB under a name in tmp_path."""
-    mounted = []
-
-    def mount(name, megabytes):
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * MB)}", "tmpfs", folder],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill(folder, leave=0):
-    """Fill a disk but for so many bytes, even while others write to it."""
-    with open(folder / "filler", "ab", buffering=0) as file:
-        try:
-            while shutil.disk_usage(folder).free > leave:
-                file.write(bytes(max(4096, (shutil.disk_usage(folder).free - leave) // 2)))
-        except OSError:
-            pass
 
 
 def test_a_disk_that_fills_during_the_download_stops_the_run_and_a_rerun_finishes(tmp_path, big_release, small_disk):
