@@ -1,5 +1,6 @@
 """What the tests share: a small synthetic release, and a workspace in which to run the script on it as a user does."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -78,6 +79,24 @@ def workspace(tmp_path, release):
     return Workspace(tmp_path / "work", release)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """Give a function that mounts a tmpfs of so many MB under a name in tmp_path, with options such as nr_inodes=50."""
+    with contextlib.ExitStack() as disks:
+        yield lambda name, megabytes, *options: disks.enter_context(mounted_disk(tmp_path / name, megabytes, options))
+
+
+@contextlib.contextmanager
+def mounted_disk(folder, megabytes, options):
+    folder.mkdir(parents=True)
+    options = ",".join([f"size={int(megabytes * 1e6)}", *options])
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
 class Workspace:
     """A folder with a config.yaml and an rclone.conf whose remote "demo" is an alias of a local release."""
 
@@ -102,13 +121,13 @@ class Workspace:
     def command(self, *arguments):
         return [sys.executable, str(SCRIPT), "--config", str(self.folder / "config.yaml"), *arguments]
 
-    def run(self, *arguments, expect=0, environment=None, timeout=120):
-        """Run the script; its exit code has to be `expect`. Gives what it printed in `out` and `err`."""
-        options = {"capture_output": True, "timeout": timeout, **self.surroundings(environment)}
-        done = subprocess.run(self.command(*arguments), check=False, **options)
-        done.out, done.err = done.stdout, done.stderr
-        assert done.returncode == expect, done.stdout + done.stderr
-        assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    def run(self, *arguments, expect=0, environment=None, timeout=300, before=(), **options):
+        """Run the script; its exit code has to be `expect`, or one of them. Gives what it printed: `out`, `err`, `said`."""
+        options = {"capture_output": True, "timeout": timeout, **self.surroundings(environment), **options}
+        done = subprocess.run([*before, *self.command(*arguments)], check=False, **options)
+        done.out, done.err, done.said = done.stdout, done.stderr, done.stdout + done.stderr
+        assert done.returncode in (expect if isinstance(expect, tuple) else (expect,)), done.said
+        assert "Traceback" not in done.said, done.said
         return done
 
     def start(self, *arguments, environment=None, **options):
@@ -129,7 +148,11 @@ class Workspace:
 
     @property
     def manifest(self):
-        return self.folder / "MANIFEST.csv"
+        return self.folder / self.settings["storage"].get("manifest", "MANIFEST.csv")
+
+    @property
+    def temp(self):
+        return self.folder / self.settings["storage"]["temp_dir"]
 
     @property
     def rows(self):
@@ -145,7 +168,7 @@ class Workspace:
         return [row for row in self.rows if (row["subject"], row["performance"]) == (subject, performance)][-1]
 
     def path(self, *names):
-        return self.folder.joinpath("subjects", *names)
+        return self.folder.joinpath(self.settings["storage"]["output_dir"], *names)
 
     def info(self, subject, performance):
         return json.loads(self.path(subject, performance, "metadata", "info.json").read_text())
@@ -155,12 +178,22 @@ class Workspace:
 
     def tree(self):
         """{relative path: md5} of the output; the time in info.json, which differs from run to run, left out."""
-        return tree(self.folder / "subjects")
+        return tree(self.path())
 
     def leftovers(self):
         """What a finished run has no business leaving: SMC files, work in progress, locks."""
-        patterns = ("temp_smc/**/*", "subjects/**/*.partial", "subjects/**/*.old", ".MANIFEST*")
-        return [path for pattern in patterns for path in self.folder.glob(pattern)]
+        unfinished = [path for pattern in (".*.partial", ".*.old") for path in self.path().rglob(pattern)]
+        return [*self.temp.rglob("*"), *unfinished, *self.manifest.parent.glob(f".{self.manifest.name}*")]
+
+    def has_everything(self):
+        """Whether all that the config asks for is extracted, each picture as it is stored, and nothing is left over."""
+        asked = self.settings["extraction"]
+        performances = [(s, p) for s in asked["subjects"] for p in asked["performances"]]
+        return (
+            self.states == dict.fromkeys(performances, "completed")
+            and all(written_pictures(self.path(*which)) == stored_pictures(self.smc(*which)) for which in performances)
+            and self.leftovers() == []
+        )
 
 
 class DriveWorkspace(Workspace):

@@ -128,7 +128,7 @@ def test_a_redo_killed_at_any_of_its_steps_never_loses_what_was_done(small_relea
         workspace, _ = with_more_cameras(str(moment), 1 + moment * total // 12)
         for performance in PERFORMANCES:
             folder = workspace.path("0018", performance)
-            folder = folder if folder.exists() else workspace.path("0018", f"{performance}.old")
+            folder = folder if folder.exists() else workspace.path("0018", f".{performance}.old")
             there = {f"{performance}/{name}": value for name, value in tree(folder).items()}
             assert any(
                 there == {n: v for n, v in whole.items() if n.startswith(f"{performance}/")}
@@ -163,7 +163,7 @@ def test_a_signal_ends_the_run_and_rclone_and_cleans_up(tmp_path, long_release, 
     if moment == "download":
         wait_for(lambda: any((workspace.folder / "temp_smc").rglob("*.smc*")))
     else:
-        wait_for(lambda: workspace.path("0018", "s3_all.partial", "images").exists())
+        wait_for(lambda: workspace.path("0018", ".s3_all.partial", "images").exists())
     run.send_signal(number)
     output = run.communicate(timeout=60)[0]
     assert run.returncode == code and "run the same command again" in output and "Traceback" not in output
@@ -223,7 +223,7 @@ def test_what_a_crash_left_of_a_finished_subject_is_cleaned_up(tmp_path, release
     for path in (
         "temp_smc/0018/0018_s1_all_raw.smc",
         "temp_smc/0018/0018_s2_all_raw.smc.3f2a.partial",
-        "subjects/0018/s1_all.partial/x",
+        "subjects/0018/.s1_all.partial/x",
         ".MANIFEST.csv.0018.lock",
     ):
         path = workspace.folder / path

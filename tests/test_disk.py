@@ -5,7 +5,6 @@ import glob
 import os
 import re
 import shutil
-import subprocess
 import threading
 import time
 
@@ -14,8 +13,7 @@ import numpy as np
 import pytest
 import synthetic_release
 from conftest import SCRIPT, Workspace, wait_for
-
-MB = 1_000_000
+from machine import fill
 
 
 @pytest.fixture(scope="module")
@@ -33,40 +31,6 @@ def big_release(tmp_path_factory):
         distinct=2,
     )
     return folder
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mounts a tmpfs of so many MB under a name in tmp_path."""
-    mounted = []
-
-    def mount(name, megabytes):
-        folder = tmp_path / name
-        folder.mkdir(parents=True)
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * MB)}", "tmpfs", folder],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
-def fill(folder, leave=0):
-    """Fill a disk but for so many bytes, even while others write to it."""
-    with open(folder / "filler", "ab", buffering=0) as file:
-        try:
-            while shutil.disk_usage(folder).free > leave:
-                file.write(bytes(max(4096, (shutil.disk_usage(folder).free - leave) // 2)))
-        except OSError:
-            pass
 
 
 def test_a_disk_that_fills_during_the_download_stops_the_run_and_a_rerun_finishes(tmp_path, big_release, small_disk):
@@ -119,7 +83,7 @@ def test_a_disk_that_fills_during_the_extraction_stops_the_run_and_a_rerun_finis
     )  # the other may be at work still
     assert not workspace.manifest.exists() or workspace.states == {("0018", "s1_all"): "completed"}, workspace.rows
     assert (
-        not list(output_disk.rglob("*.partial")) and (workspace.folder / "temp_smc/0018/0018_s3_all_raw.smc").exists()
+        not list(output_disk.rglob(".*.partial")) and (workspace.folder / "temp_smc/0018/0018_s3_all_raw.smc").exists()
     )
     (output_disk / "filler").unlink()
     workspace.run()
@@ -146,7 +110,7 @@ def test_a_disk_that_is_full_when_the_row_is_written_leaves_no_half_row(tmp_path
     workspace = Workspace(tmp_path / "work", release)
     workspace.write_config(storage={"manifest": str(record / "MANIFEST.csv")}, extraction={"performances": ["s1_all"]})
     header = (SCRIPT.parent / "MANIFEST.csv").read_text()
-    rows = [f"0077,s{n}_all,absent,,,,,,,,,,,\n" for n in range(1000)]
+    rows = [f"0077,s{n}_all,absent{',' * (header.count(',') - 2)}\n" for n in range(1000)]
     while len(header) < 4096 - 40:  # the file's last block is full, so that a row needs another one
         header += rows.pop()
     before = header.encode()

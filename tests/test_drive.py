@@ -7,7 +7,7 @@ import time
 
 import pytest
 import synthetic_release
-from conftest import DriveWorkspace, stored_pictures, wait_for, written_pictures
+from conftest import DriveWorkspace, wait_for
 from fake_drive import FakeDrive
 
 PERFORMANCES = ["s1_all", "s2_all", "s3_all"]
@@ -28,16 +28,6 @@ class ThreeSubjects(DriveWorkspace):
     def __init__(self, folder, drive, release):
         super().__init__(folder, drive, release)
         self.write_config(extraction={"performances": PERFORMANCES})
-
-    def has_everything(self):
-        """Whether all that was asked for is extracted, each picture as it is stored."""
-        asked = self.settings["extraction"]
-        performances = [(s, p) for s in asked["subjects"] for p in asked["performances"]]
-        return (
-            self.states == dict.fromkeys(performances, "completed")
-            and all(written_pictures(self.path(*which)) == stored_pictures(self.smc(*which)) for which in performances)
-            and self.leftovers() == []
-        )
 
 
 @pytest.fixture

@@ -314,7 +314,7 @@ def precious(place):
     """A folder that is nobody's business, beside the output."""
     folder = place.folder / "precious"
     for name in (
-        "s1_all.partial/file",
+        ".s1_all.partial/file",
         "s1_all/images/cam_25/frame_000000.jpg",
         "file",
         "1000_s1_all_raw.smc",
@@ -338,8 +338,8 @@ def test_through_a_link_in_the_place_of_the_subject_a_new_performance_is_written
 
 LINKS = (
     "subjects/{}/s1_all",
-    "subjects/{}/s1_all.partial",
-    "subjects/{}/s1_all.old",
+    "subjects/{}/.s1_all.partial",
+    "subjects/{}/.s1_all.old",
     "temp_smc/{}",
     "temp_smc/{}/{}_s1_all_raw.smc",
 )

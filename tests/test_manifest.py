@@ -5,9 +5,9 @@ import csv
 import pytest
 
 OLD_HEADER = "subject,performance,status,cameras_extracted,frames,size_gb,timestamp,error"
-HEADER = f"{OLD_HEADER},cameras,cameras_available,modalities,smc_bytes,download_s,extract_s"
+HEADER = f"{OLD_HEADER},cameras,cameras_available,modalities,smc_bytes,download_s,extract_s,smc_id"
 ALL = "images masks audio calibration keypoints2d keypoints3d"
-DONE = f"0018,s1_all,completed,1,6,0.1,2026-01-01T00:00:00+00:00,,25,25,{ALL},100,1,1"
+DONE = f"0018,s1_all,completed,1,6,0.1,2026-01-01T00:00:00+00:00,,25,25,{ALL},100,1,1,0123"
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_done_row_is_read_however_it_was_written(one, content):
         f"{HEADER}\n{DONE}",
         f"{HEADER}\n{DONE[:-8]}",
         f"{HEADER}\n0018,s1_all,completed,1\n",
-        f"{HEADER}\n{DONE}\n0018,s1_all,failed,0,0,0,2026-01-02,broken,,,,1,1,1\n",
+        f"{HEADER}\n{DONE}\n0018,s1_all,failed,0,0,0,2026-01-02,broken,,,,1,1,1,0123\n",
         f"{HEADER}\n{DONE}\n{DONE[:40]}\0\0\0\0",
     ],
     ids=[
@@ -96,7 +96,7 @@ def test_new_rows_in_an_older_manifest_can_be_read_by_everybody(workspace):
     workspace.run()
     with open(workspace.manifest, newline="") as file:
         lines = list(csv.reader(file))
-    assert all(len(line) == 14 for line in lines) and lines[0] == HEADER.split(",")
+    assert all(len(line) == 15 for line in lines) and lines[0] == HEADER.split(",")
     assert [(line[1], line[2], line[8]) for line in lines[1:]] == [
         ("s1_all", "completed", ""),
         ("s2_all", "completed", "25"),

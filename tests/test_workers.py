@@ -30,7 +30,7 @@ def test_three_processes_do_each_subject_once_and_all_exit_0(workspace):
     assert [run.returncode for run in runs] == [0] * 3, outputs
     assert sorted(row["subject"] for row in workspace.rows) == SUBJECTS
     assert set(workspace.states.values()) == {"completed"}
-    assert all(None not in row.values() and len(row) == 14 for row in workspace.rows)
+    assert all(None not in row.values() and len(row) == 15 for row in workspace.rows)
     assert workspace.leftovers() == [] and sum("completed      0" in " ".join(o.split()) for o in outputs) < 3
 
 

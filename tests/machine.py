@@ -1,0 +1,96 @@
+"""What a machine does to a run, for the tests: full disks, calls that the kernel refuses, processes that are killed."""
+
+import contextlib
+import ctypes
+import os
+import platform
+import shutil
+import signal
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import wait_for
+
+SYSTEM_CALLS = {"fsync": 74, "utimensat": 280, "syncfs": 306}  # their numbers on x86_64
+
+
+def fill(folder, leave=0):
+    """Fill a disk but for so many bytes, even while others write to it."""
+    with open(folder / "filler", "ab", buffering=0) as file:
+        try:
+            while shutil.disk_usage(folder).free > leave:
+                file.write(bytes(max(4096, (shutil.disk_usage(folder).free - leave) // 2)))
+        except OSError:
+            pass
+
+
+def without_rights():
+    """What to put before a command so that root has no more rights to files than their modes give it."""
+    if os.geteuid() or not shutil.which("setpriv"):
+        pytest.skip("only root, with setpriv, can give away files and rights")
+    return ["setpriv", "--bounding-set", "-dac_override,-dac_read_search,-fowner"]
+
+
+def refusing(call, error):
+    """A preexec_fn after which the kernel refuses a system call with that errno, in the process and all below it."""
+    if platform.machine() != "x86_64" or platform.system() != "Linux":
+        pytest.skip("the numbers of the system calls are those of Linux on x86_64")
+    # The filter, in the kernel's packet filter language: load the number; is it this one? Then the errno, else go on.
+    steps = [(0x20, 0, 0, 0), (0x15, 0, 1, SYSTEM_CALLS[call]), (0x06, 0, 0, 0x50000 | error), (0x06, 0, 0, 0x7FFF0000)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+    program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(steps), ctypes.addressof(code)))
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def refuse():
+        no_new_privileges, set_seccomp, by_filter = 38, 22, 2
+        assert code and libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0
+        assert libc.prctl(set_seccomp, by_filter, program, 0, 0) == 0
+
+    return refuse
+
+
+@contextlib.contextmanager
+def immutable(path):
+    """A file that not even root can delete."""
+    if subprocess.run(["chattr", "+i", path], check=False, capture_output=True).returncode:
+        pytest.skip("no file can be made immutable here")
+    try:
+        yield path
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
+
+
+def processes_below(pid):
+    """{process id: how deep below} of what a process has started and what those have, but for rclone, by age."""
+    processes = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            number, _, rest = path.read_text().partition(" (")
+            name, _, rest = rest.rpartition(") ")
+            state, parent, *others = rest.split()
+            if name != "rclone" and state != "Z":
+                processes.append((int(others[17]), int(number), int(parent)))  # the time at which it was started
+    found = {pid: 0}
+    for _, number, parent in sorted(processes):
+        if parent in found:
+            found[number] = found[parent] + 1
+    del found[pid]
+    return found
+
+
+def extracting(run):
+    """The process that extracts just now: the youngest of those that a child of the run has started. None if none."""
+    found = [number for number, depth in processes_below(run.pid).items() if depth > 1]
+    return found[-1] if found else None
+
+
+def kill_extraction(run, number=signal.SIGKILL):
+    """Kill the process that extracts, as soon as there is one. Gives its id, None where the run was over before."""
+    wait_for(lambda: extracting(run) or run.poll() is not None)
+    child = extracting(run)
+    if child:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
+    return child
