@@ -156,6 +156,9 @@ class Workspace:
 
     @property
     def rows(self):
+        """The rows of the manifest, none where there is no file."""
+        if not self.manifest.exists():
+            return []
         return list(csv.DictReader(self.manifest.read_text().replace("\0", "").splitlines()))
 
     @property
