@@ -182,7 +182,7 @@ def test_two_runs_that_download_at_once_keep_min_free_gb_together(tmp_path, smal
         drive.bandwidth = None
         for workspace in workspaces:
             workspace.run()
-            assert workspace.has_everything()
+        assert all(workspace.has_everything() for workspace in workspaces)
 
 
 # ---- processes that are killed
