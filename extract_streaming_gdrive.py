@@ -181,7 +181,7 @@ def load_config(path: str) -> Config:
                     values[key] = parse_setting(nodes[key], each.metadata["parse"])
                 except (TypeError, ValueError, yaml.YAMLError) as error:
                     errors.append((line, f"{section}.{key}: {getattr(error, 'problem', None) or error}"))
-            elif each.metadata["required"]:
+            elif each.metadata["required"] and not any(re.search(f"mean ({key}|{section})[?]", e) for _, e in errors):
                 errors.append((0, f"{section}.{key} is missing"))
     if not errors:
         config = Config(path=Path(path).absolute(), **values)
@@ -404,16 +404,13 @@ class Config:
     def partial_of(self, subject: str, performance: str) -> Path:
         return self.output_dir / subject / f".{performance}.partial"
 
-    def check_folders(self, make: bool):
-        """Raise ConfigError where a folder of the run cannot be written; this is tried by writing. make: make those
-        that are missing, else try in the nearest one that is there."""
+    def check_folders(self):
+        """Raise ConfigError where a folder of the run cannot be written; this is tried by writing into the nearest one
+        that is there."""
         folders = {key: getattr(self, key) for key in ("temp_dir", "output_dir", "log_dir")}
         for key, folder in {**folders, "manifest": Path(os.path.realpath(self.manifest)).parent}.items():
             try:
-                if make:
-                    folder.mkdir(parents=True, exist_ok=True)
-                nearest = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
-                with tempfile.TemporaryFile(dir=nearest) as trial:
+                with tempfile.TemporaryFile(dir=nearest_folder(folder)) as trial:
                     trial.write(b"x")
                 if key == "manifest" and self.manifest.exists():
                     os.close(os.open(self.manifest, os.O_RDWR))
@@ -438,6 +435,7 @@ class Manifest:
 
     def __init__(self, config: Config):
         self.config, self.path, self.content = config, Path(os.path.realpath(config.manifest)), b""
+        self.columns: list[str] = []
         self.rows: dict[tuple[str, str], dict] = {}
         self.completed: dict[tuple[str, str], dict] = {}
         self.found: dict[tuple[str, str], dict] = {}
@@ -453,7 +451,7 @@ class Manifest:
         if content == self.content:
             return
         try:
-            rows = parse_manifest(content)[1]
+            self.columns, rows, _ = parse_manifest(content)
         except ValueError as error:
             raise ConfigError(f"{self.path}: cannot be read as a manifest: {error}") from None
         self.content = content
@@ -501,18 +499,17 @@ class Manifest:
 
     def upgrade(self):
         """Give a file of older columns the new header: once, and with its owner, its mode and its other columns."""
+        if self.columns[: len(COLUMNS)] in ([], COLUMNS):
+            return
         with locked(self.path) as descriptor:
             status = os.fstat(descriptor)
             columns, rows, _ = parse_manifest(os.pread(descriptor, status.st_size, 0))
-            if columns[: len(COLUMNS)] == COLUMNS:
-                return
             columns = COLUMNS + [name for name in columns if name not in COLUMNS]
             new = self.path.with_name(f".{self.path.name}.new")
             new.write_bytes(csv_lines([columns] + [[row.get(name, "") for name in columns] for row in rows]))
-            if status.st_size:
-                os.chmod(new, status.st_mode & 0o7777)
-                with contextlib.suppress(PermissionError):  # only root can give a file away
-                    os.chown(new, status.st_uid, status.st_gid)
+            os.chmod(new, status.st_mode & 0o7777)
+            with contextlib.suppress(PermissionError):  # only root can give a file away
+                os.chown(new, status.st_uid, status.st_gid)
             sync_disk(new.parent)
             os.replace(new, self.path)
             sync_disk(new.parent)
@@ -526,13 +523,17 @@ class Manifest:
         values = {**row, "timestamp": utc_now(), "error": " ".join(row["error"].split())[:500]}
         with locked(self.path) as descriptor:
             columns, _, end = parse_manifest(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
-            header = [] if columns else [COLUMNS]  # the file was removed during the run
+            header = [] if columns else [COLUMNS]
             line = csv_lines([*header, [values.get(name, "") for name in columns or COLUMNS]])
             # A line without its end is what a crash left of a row: that row is lost, and so is the line.
             os.ftruncate(descriptor, end)
-            if os.pwrite(descriptor, line, end) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-            os.fsync(descriptor)
+            try:
+                if os.pwrite(descriptor, line, end) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(descriptor)
+            except OSError as error:  # nothing counts as done that may not be on the disk
+                os.ftruncate(descriptor, end)
+                raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.found.pop(key, None)
 
 
@@ -544,7 +545,8 @@ def parse_manifest(content: bytes) -> tuple[list[str], list[dict], int]:
     end = max(content.rfind(b"\n"), content.rfind(b"\r")) + 1
     reader = csv.DictReader(io.StringIO(content[:end].decode("utf-8-sig", "replace").replace("\0", ""), newline=""))
     columns = list(reader.fieldnames or [])
-    if content.strip() and not {"subject", "performance", "status"} <= set(columns):
+    torn_header = csv_lines([COLUMNS]).startswith(content)
+    if not torn_header and content.strip() and not {"subject", "performance", "status"} <= set(columns):
         wrong = next((mark for mark in ";\t" if len(columns) == 1 and mark in columns[0]), None)
         if wrong:
             raise ValueError(f"its columns are separated by {wrong!r}: save it with commas")
@@ -575,7 +577,7 @@ def completed_row(info: dict, asked: list[str]) -> dict:
         "cameras_available": format_numbers(info["cameras_available"]),
         "modalities": " ".join(info.get("modalities_asked", asked)),
         "smc_bytes": sum(file["bytes"] for file in source),
-        "smc_id": " ".join(file.get("md5") or file.get("modified", "") for file in source).strip(),
+        "smc_id": info.get("smc_id", ""),
     }
 
 
@@ -725,8 +727,12 @@ def put_in_place(finished: Path, folder: Path):
 
 def remove(path: Path):
     """Remove a file, a folder or a link (not what it points to), if it is there."""
+
+    def name_whole_path(function: Callable, place: str, failure: tuple):
+        raise OSError(failure[1].errno, failure[1].strerror, place)
+
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+        shutil.rmtree(path, onerror=name_whole_path)
     elif os.path.lexists(path):
         path.unlink()
 
@@ -741,6 +747,11 @@ def list_folders(folder: Path) -> list[str]:
     return sorted(path.name for path in list_paths(folder, "*") if path.is_dir())
 
 
+def nearest_folder(path: Path) -> Path:
+    """Return the folder itself, or the nearest one above it that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+
+
 def keep_free(folder: Path, config: Config):
     """Raise OSError where the disk of a folder has less free than storage.min_free_gb."""
     if shutil.disk_usage(folder).free < config.min_free_gb * GB:
@@ -752,8 +763,7 @@ def describe_os_error(error: OSError) -> str:
     place = f"{error.filename}: " if error.filename else ""
     advice = "Mend that, then run the same command again"
     if error.errno in DISK_FULL:
-        nearest = Path(error.filename or ".").absolute()
-        nearest = next(folder for folder in (nearest, *nearest.parents) if folder.is_dir())
+        nearest = nearest_folder(Path(error.filename or ".").absolute())
         disk = os.statvfs(nearest)
         left = format_size(disk.f_bavail * disk.f_frsize)
         advice = f"{nearest} has {left} free. Move finished subjects away, then run the same command again"
@@ -789,13 +799,13 @@ def count_of(number: int, noun: str) -> str:
 
 
 class RemoteFile(NamedTuple):
-    """A file on the remote: path from its root, bytes, md5 in hex (None where it is unknown or would have to be read
-    for), modification time, and what is wrong with it that can be seen in the listing."""
+    """A file on the remote: path from its root, bytes, its md5 or else its modification time (as `id`), md5 in hex (None
+    where it is not known without reading the file), and what the listing shows to be wrong with it."""
 
     path: str
     bytes: int
+    id: str
     md5: str | None
-    modified: str
     problem: str = ""
 
     @property
@@ -851,15 +861,20 @@ ANSWERS = [
         "the remote {remote} does not answer. Nothing is lost; run the same command again when it does",
     ),
     Answer("failed to open source object|source file|corrupted on transfer", RemoteError, False, ""),
-    Answer(
-        "no space left on device|disk quota exceeded|file too big for remaining disk space|read-only file system|"
-        "permission denied|operation not permitted|file too large|input/output error|too many open files|stale",
-        StopEarly,
-        True,
-        "rclone cannot write to storage.temp_dir. Make room there, make it writable, or name another folder, then run "
-        "the same command again",
-    ),
 ]
+
+
+# What rclone says of the disk of temp_dir.
+DISK_ERRORS = {
+    "no space left on device|file too big for remaining disk space": errno.ENOSPC,
+    "disk quota exceeded": errno.EDQUOT,
+    "read-only file system": errno.EROFS,
+    "permission denied": errno.EACCES,
+    "operation not permitted": errno.EPERM,
+    "file too large": errno.EFBIG,
+    "input/output error": errno.EIO,
+    "too many open files": errno.EMFILE,
+}
 
 
 class Remote:
@@ -924,7 +939,11 @@ class Remote:
         """Return the exception that a message of rclone stands for, and whether rclone has to be stopped for it."""
         found = next((answer for answer in ANSWERS if re.search(answer.pattern, message)), None)
         reason = clean_rclone_message(message)
-        if found is None or not found.advice:
+        if found is None:
+            code = next((code for words, code in DISK_ERRORS.items() if re.search(words, message)), None)
+            disk = OSError(code, reason, str(self.config.temp_dir)) if code else None
+            return disk or RemoteError(reason), disk is not None
+        if not found.advice:
             return RemoteError(reason), False
         if found.error is RemoteError:
             return RemoteError(found.advice, "quota_exceeded"), False
@@ -983,7 +1002,27 @@ class Remote:
         folders = f"{{{','.join(subjects)}}}" if subjects else "[0-9][0-9][0-9][0-9]"
         pair = "{raw,anno}/" if self.config.layout == "pair" else ""
         md5 = [] if reads else ["--hash", "--hash-type", "md5"]
-        return parse_listing(self.config, self.list_json("-R", *md5, "--include", f"/{pair}{folders}/*.smc*"))
+        entries = self.list_json("-R", *md5, "--include", f"/{pair}{folders}/*.smc*")
+        return parse_listing(entries, self.find_twin_folders(entries))
+
+    def find_twin_folders(self, entries: list[dict]) -> dict[str, str]:
+        """Return {path: what is wrong} of the folders of one name, of which rclone takes one that is not the largest."""
+        twins: dict[str, list[dict]] = {}
+        for entry in entries:
+            if entry["IsDir"]:
+                twins.setdefault(entry["Path"], []).append(entry)
+        wrong = {}
+        for path, folders in twins.items():
+            if len(folders) > 1:
+                roots = [("--drive-root-folder-id", folder["ID"]) for folder in folders]
+                sizes = [sum(file["Size"] for file in self.list_json(*root, "--include", "/*.smc*")) for root in roots]
+                files = {entry["ID"]: entry["Size"] for entry in entries if entry["Path"].startswith(f"{path}/")}
+                if sum(files.values()) < max(sizes):
+                    both = " and ".join(
+                        f"{format_size(size)} of {folder['ModTime'][:10]}" for size, folder in zip(sizes, folders)
+                    )
+                    wrong[path] = f"two folders are called {path}: {both}. Rename one, or merge them"
+        return wrong
 
     def list_root(self) -> list[str]:
         """Return the names in the root, folders with a slash."""
@@ -1026,7 +1065,7 @@ class Remote:
             process = self.start_rclone("cat", *options, places=[self.root + file.path])
             answer = parse_message(process.communicate()[1].rstrip().rpartition(b"\n")[2])["msg"]
             error = self.interpret(answer)[0] if answer else RemoteError(clean_rclone_message(message))
-        if isinstance(error, StopEarly):
+        if not isinstance(error, RemoteError):
             raise error
         return error
 
@@ -1048,36 +1087,37 @@ class Remote:
         return f"the remote has refused {len(self.refusals)} files in a row since {since}: {reason}. Run again later"
 
 
-def parse_listing(config: Config, entries: list[dict]) -> Listing:
+def parse_listing(entries: list[dict], wrong_folders: dict[str, str]) -> Listing:
     """Return the files of a listing by subject and performance. A plain name comes before that of a copy; of two files
-    of one name, rclone takes the first."""
-    subjects: dict[str, dict] = {}
-    unknown, folders = [], collections.Counter(entry["Path"] for entry in entries if entry["IsDir"])
+    of one name, rclone takes the first. wrong_folders: {path: what is wrong with all files in it}."""
+    found: dict[str, dict[str, dict[str, RemoteFile]]] = {}
+    unknown = []
     for entry in sorted(entries, key=lambda entry: (len(entry["Name"]), entry["Path"])):
-        *parents, subject, name = ["", *entry["Path"].split("/")]
+        path = entry["Path"]
+        half, subject, name = ["", "", *path.split("/")][-3:]
         if entry["IsDir"]:
             if SUBJECT.fullmatch(name):
-                subjects.setdefault(name, {})
+                found.setdefault(name, {})
             continue
-        match, half = SMC_NAME.fullmatch(name), parents[-1] or "raw"
-        if not match or (match["subject"], match["half"]) != (subject, half):
-            unknown.append(printable(entry["Path"]))
+        match = SMC_NAME.fullmatch(name)
+        if not match or (match["subject"], match["half"]) != (subject, half or "raw"):
+            unknown.append(printable(path))
             continue
         md5 = entry.get("Hashes", {}).get("md5")
-        file = RemoteFile(entry["Path"], int(entry["Size"]), md5, entry["ModTime"][:19] + "Z")
-        earlier = subjects.setdefault(subject, {}).setdefault(match["performance"], {}).setdefault(half, file)
-        if earlier.path == file.path and earlier.bytes < file.bytes:
-            both = " and ".join(f"{format_size(f.bytes)} of {f.modified}" for f in (earlier, file))
-            problem = f"two files are called {file.path}: {both}. Rename or remove one of them on the remote"
-            subjects[subject][match["performance"]][half] = earlier._replace(problem=problem)
-        if folders[file.path.rpartition("/")[0]] > 1:
-            problem = f"two folders are called {file.path.rpartition('/')[0]}. Rename one of them, or merge them"
-            subjects[subject][match["performance"]][half] = earlier._replace(problem=problem)
-    found = {
+        file = RemoteFile(
+            path, entry["Size"], md5 or entry["ModTime"], md5, wrong_folders.get(path.rpartition("/")[0], "")
+        )
+        files = found.setdefault(subject, {}).setdefault(match["performance"], {})
+        first = files.setdefault(match["half"], file)
+        if first.path == path and first.bytes < file.bytes:
+            both = f"{format_size(first.bytes)}, and {format_size(file.bytes)} of {entry['ModTime'][:10]}"
+            problem = f"two files are called {path}: {both}. Rename or remove one of them on the remote"
+            files[match["half"]] = first._replace(problem=problem)
+    subjects = {
         subject: {name: tuple(files[half] for half in ("raw", "anno") if half in files) for name, files in each.items()}
-        for subject, each in subjects.items()
+        for subject, each in found.items()
     }
-    return Listing(found, unknown)
+    return Listing(subjects, unknown)
 
 
 def parse_message(line: bytes) -> dict:
@@ -1655,11 +1695,9 @@ def info(task: Extraction, written: list[str]) -> dict:
         "damaged_frames": task.damaged,
         "modalities": written,
         "oddities": reader.oddities,
-        "source": [
-            {"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {}), "modified": f.modified}
-            for f in job.files
-        ],
+        "source": [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files],
         "modalities_asked": list(job.modalities),
+        "smc_id": job.smc_id,
         "extracted_at": utc_now(),
     }
 
@@ -1715,7 +1753,7 @@ class ForkServer:
 
     def __exit__(self, *error):
         """End the server. On Linux its child ends with it."""
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
         self.socket.close()
@@ -1747,16 +1785,14 @@ class ForkServer:
 
     def try_once(self, task: tuple, progress: Callable) -> tuple[tuple | None, int]:
         """Return (kind, value) of a child's answer, None if it gave none, and its exit code."""
-        ours, theirs = multiprocessing.Pipe()
-        try:
-            socket.send_fds(self.socket, [b"work"], [theirs.fileno()])
-        except OSError:  # the server has been killed
-            self.__exit__()
+        if os.waitpid(self.pid, os.WNOHANG)[0]:  # it has been killed
+            self.socket.close()
             self.start()
-            socket.send_fds(self.socket, [b"work"], [theirs.fileno()])
-        theirs.close()
-        answer = None
+        ours, theirs = multiprocessing.Pipe()
+        answer, code = None, b""
         with contextlib.closing(ours), contextlib.suppress(EOFError, ConnectionError):
+            with theirs:
+                socket.send_fds(self.socket, [b"work"], [theirs.fileno()])
             ours.send(task)
             while True:
                 kind, value = ours.recv()
@@ -1764,8 +1800,9 @@ class ForkServer:
                     progress(**value)
                 else:
                     answer = kind, value
-        code = self.socket.recv(16) or str(-signal.SIGKILL)  # nothing: the server has been killed
-        return answer, int(code)
+        with contextlib.suppress(ConnectionError):
+            code = self.socket.recv(16)
+        return answer, int(code or -signal.SIGKILL)  # nothing: the server has been killed
 
 
 def serve_children(requests: socket.socket, parent: int):
@@ -1848,7 +1885,7 @@ def cpu_limit(size: int, full: bool = False) -> int:
 def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
     """--dry-run: show a line for each subject, or each performance where they differ, and the totals. Return the exit
     code; raise what a run would raise at its start."""
-    config.check_folders(make=False)
+    config.check_folders()
     config, listing, plan = make_plan(config, manifest, remote)
     for subject, jobs in plan.items():
         alike: dict[str, list[Job]] = {}
@@ -1898,8 +1935,9 @@ def show_status(config: Config, manifest: Manifest) -> int:
     log.info(f"{len(done)} of {of} are done, {len(bad)} failed, {len(absent)} absent from the remote")
     left = [key for key in asked if key not in done | absent]
     size, output = sum_of(rows.values(), "smc_bytes"), sum_of(rows.values(), "size_gb") * GB
-    mean = {name: mean_size([row for key, row in rows.items() if key[1] == name]) for _, name in asked}
-    missing = sum(mean[name] or mean_size(rows.values()) for _, name in left)
+    mean = {name: mean_size(row for key, row in rows.items() if key[1] == name) for name in {name for _, name in asked}}
+    usual = mean_size(rows.values())
+    missing = sum(mean[name] or usual for _, name in left)
     finished = len(subjects) - len({subject for subject, _ in left})
     share = f", {100 * size / (size + missing):.0f} % of about {format_size(size + missing)}" if size else ""
     log.info(f"{finished} of {count_of(len(subjects), 'subject')} finished{share}")
@@ -2541,7 +2579,7 @@ class Job:
 
     @property
     def smc_id(self) -> str:
-        return " ".join(file.md5 or file.modified for file in self.files)
+        return " ".join(file.id for file in self.files)
 
     def temp_paths(self, config: Config) -> list[Path]:
         return [config.temp_dir / file.path for file in self.files]
@@ -2729,7 +2767,7 @@ def describe_plan(config: Config, plan: dict[str, list[Job]]) -> str:
 
 def measure_free(folder: Path) -> int:
     """Return the bytes that are free on the disk of a folder, which may have to be made yet."""
-    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.is_dir())).free
+    return shutil.disk_usage(nearest_folder(folder)).free
 
 
 class Console(logging.Handler):
@@ -2896,7 +2934,7 @@ class Summary:
         lines.append(f"  downloaded  {format_size(totals['fetched'])} in {format_duration(totals['download_s'])}")
         lines.append(f"  extracted   {format_size(totals['bytes'])} in {format_duration(totals['extract_s'])}")
         lines.append(f"  done        {len(done):5d} of {len(asked)} asked for")
-        lines += [f"  of these, {gone} are no longer in {config.output_dir}"] if gone else []
+        lines += [f"                    {gone} of them no longer in {config.output_dir.name}"] if gone else []
         for title, messages in (("Failed", self.failures), ("Warnings", list(self.warnings))):
             lines += [title, *(f"  - {message}" for message in messages[:10])] if messages else []
             lines += [f"  and {len(messages) - 10} more, in the log"] if len(messages) > 10 else []
@@ -2933,7 +2971,7 @@ def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job]) -> str
     if total > config.max_temp_size_gb * GB:
         return f"{config.temp_dir} would hold {format_size(total)}, more than storage.max_temp_size_gb"
     needs = {config.temp_dir: coming, config.output_dir: total}
-    if config.temp_dir.stat().st_dev == config.output_dir.stat().st_dev:
+    if nearest_folder(config.temp_dir).stat().st_dev == nearest_folder(config.output_dir).stat().st_dev:
         needs = {config.output_dir: coming + total}
     for folder, need in needs.items():
         free = measure_free(folder)
@@ -2994,17 +3032,15 @@ def copy_whole(config: Config, remote: Remote, jobs: list[Job], progress: Callab
     for job, pair in pairs.items():
         absent = [file for path, file in pair if not path.is_file()]
         if not absent:  # the listing may be days old
-            files = tuple(
-                file._replace(bytes=path.stat().st_size, md5=file.md5 and sums.get(file.path, file.md5))
-                for path, file in pair
-            )
+            files = tuple(update_file(file, path.stat().st_size, sums.get(file.path)) for path, file in pair)
             size = sum(file.bytes for path, file in missing if path in job.temp_paths(config))
             found[job] = Download(files, None, size, size * seconds)
     came, quota_ended_it = bool(found), any("downloadQuotaExceeded" in error for error in errors.values())
     for job, pair in pairs.items():
         absent = [file for path, file in pair if not path.is_file()]
         named = [file for file in absent if file.path in errors]
-        if absent and (named or not quota_ended_it):
+        refused_now = any("downloadQuotaExceeded" in errors[file.path] for file in named)
+        if absent and (refused_now or not quota_ended_it):
             file = (named or absent)[0]
             reason = errors.get(file.path) or errors.get("") or "rclone did not bring it, and did not say why"
             error = remote.explain(file, reason)
@@ -3012,6 +3048,11 @@ def copy_whole(config: Config, remote: Remote, jobs: list[Job], progress: Callab
             refused += [error] if error.status == "quota_exceeded" or "googleapi: Error 5" in str(error) else []
     remote.note_refusals(refused, came)
     return found
+
+
+def update_file(file: RemoteFile, size: int, md5: str | None) -> RemoteFile:
+    """Return a file as it was downloaded. md5: None if it was there already."""
+    return file._replace(bytes=size, md5=md5 or file.md5, id=md5 if md5 and file.id == file.md5 else file.id)
 
 
 def download_in_turns(
@@ -3067,7 +3108,8 @@ def extract_job(
         try:
             info = extract_in_child(job, config, download.blocks, children, progress)
             if config.layout == "pair" and len(job.files) == 1:
-                info["notes"].append("one of the two files is absent from the remote, and looked for again")
+                half = {"raw", "anno"} - {SMC_NAME.fullmatch(file.name)["half"] for file in job.files}
+                info["notes"].append(f"absent from the remote, and looked for again: the file {half.pop()}")
             put_in_place(partial, folder)
         except SMCError as failure:
             error = failure
@@ -3098,10 +3140,12 @@ def open_log(config: Config) -> Path:
 
 def run(config: Config, manifest: Manifest, remote: Remote, children: ForkServer, progress: Progress) -> int:
     """Download, extract, note and delete, subject by subject. Return the exit code."""
-    config.check_folders(make=True)
-    manifest.upgrade()
-    log_file = open_log(config)
+    config.check_folders()
     config, listing, plan = make_plan(config, manifest, remote)
+    for folder in (config.temp_dir, config.output_dir, config.log_dir, manifest.path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    log_file = open_log(config)
+    manifest.upgrade()
     summary = Summary(announce(config, plan, listing), plan)
     locks, in_temp = SubjectLocks(config, manifest), set()
     turns = download_in_turns(config, manifest, remote, locks, plan, listing, in_temp, progress)
