@@ -79,6 +79,16 @@ def workspace(tmp_path, release):
     return Workspace(tmp_path / "work", release)
 
 
+STARTED = []  # runs that a test has not waited for
+
+
+@pytest.fixture(autouse=True)
+def no_run_outlives_its_test():
+    yield
+    while STARTED:
+        STARTED.pop().kill()
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """Give a function that mounts a tmpfs of so many MB under a name in tmp_path, with options such as nr_inodes=50."""
@@ -133,7 +143,8 @@ class Workspace:
     def start(self, *arguments, environment=None, **options):
         """Start the script and don't wait for it."""
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, **self.surroundings(environment), **options}
-        return subprocess.Popen(self.command(*arguments), **options)
+        STARTED.append(subprocess.Popen(self.command(*arguments), **options))
+        return STARTED[-1]
 
     def count_calls(self, *arguments):
         """How many calls of Python functions a run takes: the same on every machine."""

