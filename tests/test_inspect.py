@@ -14,6 +14,7 @@ import synthetic_release
 from conftest import SCRIPT  # first of ours: it puts the project on the path
 
 import extract_streaming_gdrive
+from extract_streaming_gdrive import StopEarly
 from renderme_360_reader_new import SMCError, SMCReader
 
 
@@ -199,25 +200,41 @@ def test_a_group_that_holds_itself_is_no_endless_descent(tmp_path):
     assert "scan" in rows(inspect(tmp_path / "loop.smc", expect=(0, 1)).stdout)
 
 
-def crash(report):
+def crash(progress):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def spin(progress):
+    while True:
+        pass
+
+
+def end_without_an_answer(progress):
     os._exit(1)
 
 
-def be_killed(report):
+def be_killed(progress):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def ask_for_memory(report):
+def ask_for_memory(progress):
     bytearray(2 << 30)
 
 
 @pytest.mark.parametrize(
-    "work, message",
-    [(crash, "crashed"), (be_killed, "killed from outside"), (ask_for_memory, "memory")],
+    "work, error, message",
+    [
+        (crash, SMCError, "crashed"),
+        (spin, SMCError, "does not come to an end"),
+        (ask_for_memory, SMCError, "memory"),
+        (be_killed, StopEarly, "killed twice.*memory"),
+        (end_without_an_answer, StopEarly, "code 1"),
+    ],
 )
-def test_what_a_damaged_file_does_to_the_reader_is_an_error_about_that_file(work, message):
-    with pytest.raises(SMCError, match=f"x.smc.*{message}"):
-        extract_streaming_gdrive.apart(work, name="x.smc", limits=(700 << 20, 2), show=print)
+def test_how_a_child_ends_tells_the_fault_of_the_file_from_that_of_the_machine(work, error, message):
+    options = {"name": "x.smc", "limits": (700 << 20, 2), "progress": print}
+    with extract_streaming_gdrive.ForkServer() as children, pytest.raises(error, match=f"x.smc.*{message}"):
+        children.run(work, **options)
 
 
 def test_a_lower_limit_on_memory_that_holds_already_is_no_error(monkeypatch):

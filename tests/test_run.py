@@ -23,16 +23,19 @@ PERFORMANCES = ["s3_all", "s1_all", "s2_all"]
 
 
 def rclone_log(workspace):
-    """An rclone on PATH that notes its calls and hands them to the real one; gives (environment, calls)."""
+    """An rclone beside the Python of this workspace that notes its calls and hands them to the real one; gives
+    (environment, calls)."""
     folder = workspace.folder / "bin"
     folder.mkdir()
+    (folder / "python").symlink_to(os.path.realpath(sys.executable))
+    workspace.python = folder / "python"
     (folder / "rclone").write_text(f'#!/bin/sh\necho "$1" >> "{folder}/calls"\nexec "{RCLONE}" "$@"\n')
     (folder / "rclone").chmod(0o755)
 
     def calls():
         return (folder / "calls").read_text().split() if (folder / "calls").exists() else []
 
-    return {"PATH": f"{folder}:{os.environ['PATH']}"}, calls
+    return {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, calls
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +377,7 @@ def test_too_little_free_space_stops_before_the_download_with_exit_3(workspace):
 def test_dry_run_lists_sizes_and_states_and_touches_nothing(workspace):
     run = workspace.run("--dry-run")
     size = sum(workspace.smc("0018", p).stat().st_size for p in SPEECH)
-    assert all(re.search(rf"0018 +{p} .*to be downloaded", run.out) for p in SPEECH)
+    assert re.search(rf"0018 +{' '.join(SPEECH)} .*to be downloaded", run.out)
     assert float(re.search("([0-9.]+) ?MB to be downloaded", run.out)[1]) == pytest.approx(size / 1e6, abs=0.01)
     assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
 
