@@ -1060,7 +1060,7 @@ class Remote:
         """Return why a file did not come. Where rclone's message could be about the network as well as about the file,
         the remote is asked for the file's first byte. Raise StopEarly where it does not answer."""
         error, _ = self.interpret(message)
-        if getattr(error, "status", "") != "quota_exceeded":
+        if getattr(error, "status", "") != "quota_exceeded" and "dial tcp" not in message:
             options = ("--use-json-log", "--count", "1", *RCLONE_AT_ONCE)
             process = self.start_rclone("cat", *options, places=[self.root + file.path])
             answer = parse_message(process.communicate()[1].rstrip().rpartition(b"\n")[2])["msg"]
