@@ -10,14 +10,16 @@
 
 The methods called `get_…` have the names and the returns of the reader that is published with the data set, so that
 code written for that one runs unchanged: like that one, they return None for what a performance does not have. The
-other methods are this module's own. Whatever is wrong with a file is raised
-as one exception, `SMCError`, with the file's name.
+other methods are this module's own. Whatever is wrong with a file is raised as one exception, `SMCError`, with the
+file's name. What is merely unusual is read: names with padding ("000012", "7"), axes of length one, sound of one channel
+or of integers, pictures in other types of bytes. Where a part of a file is damaged, the rest can be read: `entries`
+gives each frame or camera of a modality by itself.
 
 A release of 21 subjects keeps a performance in two files: pictures and audio in `…_raw.smc`, masks, calibration and
 everything fitted in `…_anno.smc`. `SMCReader(raw, anno)` presents the two as one performance.
 
 Files come from a network, so nothing in them is trusted: only what lies in the file itself is read (soft and external
-links, external storage and virtual data sets are refused), sizes are checked before memory is asked for, and a group
+links, external storage and virtual data sets are refused), sizes are checked before memory is asked for, and an entry
 whose name is no camera or frame number is left alone and named in `oddities`. HDF5's own library can still spin or
 crash over a damaged file (a string attribute in a zeroed heap is enough): who must not be stopped by that calls this
 module in a process of its own, with a limit on its time.
@@ -33,7 +35,8 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Callable, NamedTuple
 
 import h5py
 import numpy as np
@@ -47,37 +50,71 @@ MAX_ATTRIBUTE_BYTES = 64 << 10
 MAX_EXPANSION = 10  # of the encoded pictures in a chunked, compressed file: there is hardly anything left to compress
 MAX_FRAMES = 100_000  # the longest performance seen has 2529
 MAX_ODDITIES = 50
+MAX_CHANNELS = 32  # of sound; an array with more columns than that is stored the other way round
 HEADER_CACHE_BYTES = 256 << 10  # that HDF5 keeps of the headers that it has read, each of which takes 5 kB of memory
 
+# The name of an SMC file, or of a copy of it: "Copy of 0018_s1_all_raw.smc", "0018_s1_all_raw (1).smc",
+# "0018_s1_all_raw.smc的副本". Names that a download in progress has ("….smc.partial", "….smc~") are none.
 SMC_NAME = re.compile(
-    r"(?:Copy of )*(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)\.smc"
+    r"(?:[^\x00-\x1f\x7f-\x9f\u2028\u2029]*[^\x00-\x1f\x7f-\x9f\u2028\u20290-9A-Za-z_])?"
+    r"(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)"
+    r"(?:[^\x00-\x1f\x7f-\x9f\u2028\u20290-9A-Za-z_][^\x00-\x1f\x7f-\x9f\u2028\u2029]*)?\.smc"
+    r"(?:[^\x00-\x1f!-'*-,.-\x9f\u2028\u2029][^\x00-\x1f.~\x7f-\x9f\u2028\u2029]*)?"
 )
-CAMERA_NAME = re.compile(r"[0-5][0-9]")
-FRAME_NAME = re.compile(r"0|[1-9][0-9]{0,8}")
+CAMERA_NAME = re.compile(r"0{0,8}[0-5]?[0-9]")
+FRAME_NAME = re.compile(r"[0-9]{1,12}")
 PARAMETER_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
-
-# Where each modality lies. "{}" stands for the two digits of a camera.
-GROUPS = {
-    "images": "Camera/{}/color",
-    "masks": "Camera/{}/mask",
-    "audio": "Camera/00/audio",
-    "calibration": "Calibration",
-    "keypoints2d": "Keypoints2d/{}",
-    "keypoints3d": "Keypoints3d",
-    "flame": "FLAME",
-    "uv_textures": "UV_texture",
-    "scan": "Scan",
-    "scan_masks": "ScanMask",
-    "transforms": "Calibration",  # and the pictures that were written
-}
-MODALITIES = list(GROUPS)
-FRAMED = {"images", "masks", "keypoints2d", "keypoints3d", "flame", "uv_textures"}  # have an entry for each frame
+SOUND_TYPES = {("f", 2): "f4", ("f", 4): "f4", ("f", 8): "f8"}  # as what types of samples, (kind, bytes), are read
+SOUND_TYPES |= {("u", 1): "i2", ("i", 1): "i2", ("i", 2): "i2", ("i", 4): "i4"}
 DETECTING_CAMERAS = {f"{camera:02d}" for camera in range(18, 33)}  # in whose pictures key points were looked for
-FROM_RAW = {"images", "audio"}  # where both files of a pair have a modality
+
+
+class Modality(NamedTuple):
+    """One kind of data in an SMC file, and how to find and read it."""
+
+    path: str  # of its group; "{}" stands for the two digits of a camera, where each camera has a group of its own
+    numbered: str = ""  # what the names in that group are: numbers of "frames" or of "cameras"; "" for neither
+    pictures: bool = False  # its entries are encoded pictures
+    shape: tuple | None = None  # its entries are arrays of this shape, in which None stands for any length
+    method: str = ""  # its entries are what this method of SMCReader returns; of groups of arrays, without any of these
+    by_camera: bool = False  # only the cameras that are asked for are extracted
+    from_raw: bool = False  # it is taken from the raw file where both files of a pair have it
+    default: bool = False  # it is extracted where nobody says what to extract
+    derived: bool = False  # it is made from other modalities
+
+
+# All that is known of a modality stands in its row here. What is extracted of it is one function of the script.
+MODALITIES = {
+    "images": Modality("Camera/{}/color", "frames", pictures=True, by_camera=True, from_raw=True, default=True),
+    "masks": Modality("Camera/{}/mask", "frames", pictures=True, by_camera=True, default=True),
+    "audio": Modality("Camera/00/audio", method="get_audio", from_raw=True, default=True),
+    "calibration": Modality("Calibration", "cameras", method="get_Calibration", default=True),
+    "keypoints2d": Modality("Keypoints2d/{}", "frames", shape=(None, 2), by_camera=True, default=True),
+    "keypoints3d": Modality("Keypoints3d", "frames", shape=(None, 3), default=True),
+    "flame": Modality("FLAME", "frames"),
+    "uv_textures": Modality("UV_texture", "frames", pictures=True),
+    "scan": Modality("Scan", method="get_scanmesh"),
+    "scan_masks": Modality("ScanMask", "cameras", pictures=True, by_camera=True),
+    "transforms": Modality("Calibration", "cameras", method="get_Calibration", by_camera=True, derived=True),
+}
 
 
 class SMCError(Exception):
     """An SMC file cannot be read: what is wrong, with the file's name."""
+
+
+class Entry(NamedTuple):
+    """What a modality has of one frame or camera (None where it has no numbers); see `SMCReader.entries`."""
+
+    number: int | None
+    get: Callable | None
+    fault: SMCError | None = None  # what its header says against it already
+
+    def read(self):
+        """Return its content. Raise SMCError where that cannot be read."""
+        if self.fault:
+            raise self.fault
+        return self.get()
 
 
 class Picture(NamedTuple):
@@ -86,32 +123,45 @@ class Picture(NamedTuple):
     format: str | None  # "jpg", "png", or None for anything else
     height: int
     width: int
-    whole: bool  # it has its beginning, its size and its end
+    whole: bool  # it has its beginning, its size and its end, whatever follows
 
 
 def probe_picture(data: bytes) -> Picture:
     """Return format, size in pixels and completeness of an encoded picture, from its header and its end alone."""
     if data[:3] == b"\xff\xd8\xff":
-        height, width = _jpeg_size(data)
-        return Picture("jpg", height, width, bool(height and width and data[-2:] == b"\xff\xd9"))
+        height, width, at = _jpeg_frame(data)
+        return Picture("jpg", height, width, bool(height and width) and _has_end_of_jpeg(data, at))
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-        whole = data[12:16] == b"IHDR" and data[-12:] == b"\0\0\0\0IEND\xaeB`\x82"
+        end = b"\0\0\0\0IEND\xaeB`\x82"
+        whole = data[12:16] == b"IHDR" and (data.endswith(end) or end in data)
         return Picture("png", height, width, bool(whole and height and width))
     return Picture(None, 0, 0, False)
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Return (height, width) from the frame header of a JPEG, (0, 0) where there is none before the pixels."""
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+def _jpeg_segments(data: bytes, at: int) -> Iterator[tuple[int, int]]:
+    """Yield (marker, its place) of the segments of a JPEG from a place on, to the first scan."""
+    marker = 0
+    while at + 9 <= len(data) and data[at] == 0xFF and marker != 0xDA:
+        marker = data[at + 1]
+        yield marker, at
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+
+
+def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
+    """Return (height, width, place) of the frame header of a JPEG, zeros where there is none before the pixels."""
+    for marker, at in _jpeg_segments(data, 2):
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF0…SOF15 without DHT, JPG, DAC
-            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
-        if marker == 0xDA:
-            break
-        at += 1 if marker == 0xFF else 2 + length
-    return 0, 0
+            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big"), at
+    return 0, 0, 0
+
+
+def _has_end_of_jpeg(data: bytes, at: int) -> bool:
+    """Return whether the pixels of a JPEG reach an end marker. (A preview in the header has one of its own.)"""
+    if data.endswith(b"\xff\xd9"):
+        return True
+    scan = next((place for marker, place in _jpeg_segments(data, at) if marker == 0xDA), len(data))
+    return data.rfind(b"\xff\xd9", scan) >= 0
 
 
 def camera_name(camera: int | str) -> str:
@@ -193,17 +243,17 @@ class SMCReader:
     # ---- what the file has
 
     def cameras(self, modality: str = "images") -> list[int]:
-        """Return the numbers of the cameras that have data of a modality (images, masks, keypoints2d, scan_masks),
-        ascending.
+        """Return the numbers of the cameras that have data of a modality, ascending; [] for one without cameras.
 
-        Read from the groups in the file; an empty group doesn't count."""
-        if modality == "scan_masks":
+        Read from the groups in the file; an empty group doesn't count, one that is damaged does."""
+        row = MODALITIES[modality]
+        if row.numbered == "cameras":
             file, group = self._open(modality)
-            return file.numbers_in(group, CAMERA_NAME)
-        parent, _, below = GROUPS[modality].partition("/{}")
-        for file in self._ordered(modality):
+            return sorted(file.numbers_in(group, CAMERA_NAME))
+        parent, by_camera, below = row.path.partition("/{}")
+        for file in self._ordered(modality) if by_camera else ():
             names = file.numbers_in(file.open_group(parent), CAMERA_NAME)
-            found = [n for n in names if file.filled(file.open_group(f"{parent}/{n:02d}{below}"))]
+            found = [number for number in sorted(names) if file.has(f"{parent}/{number:02d}{below}")]
             if found:
                 return found
         return []
@@ -212,11 +262,12 @@ class SMCReader:
         """Return the frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps.
         Return [] for a modality that has no frames."""
         file, group = self._open(modality, camera)
-        return file.numbers_in(group, FRAME_NAME) if modality in FRAMED else []
+        return sorted(file.numbers_in(group, FRAME_NAME)) if MODALITIES[modality].numbered == "frames" else []
 
     def has(self, modality: str) -> bool:
-        """Return whether there is anything of a modality (one of the keys of GROUPS)."""
-        return bool(self.cameras(modality)) if "{}" in GROUPS[modality] else self._open(modality)[1] is not None
+        """Return whether there is anything of a modality, be it damaged."""
+        path = MODALITIES[modality].path
+        return bool(self.cameras(modality)) if "{}" in path else any(file.has(path) for file in self._files)
 
     def stored_bytes(self, modality: str, camera: int | str | None = None) -> int:
         """Return the bytes that a modality (of a camera) takes in the file, from its headers alone."""
@@ -226,17 +277,24 @@ class SMCReader:
         self, modality: str, camera: int | str | None = None, frames: Iterable[int] | None = None
     ) -> list[tuple[object, int, int]]:
         """Return where the data of a modality (of a camera, of some frames) lies: (file as it was given to this reader,
-        first byte, byte after the last) of each data set or chunk."""
-        file, group = self._open(modality, camera)
-        names = None if frames is None else [str(frame) for frame in frames]
-        return [(file.source, *place) for place in file.places(group, names)]
+        first byte, byte after the last) of each data set or chunk. What is damaged has no place."""
+        with contextlib.suppress(SMCError):
+            file, group = self._open(modality, camera)
+            names = None if frames is None else [file.name_of(group, frame, FRAME_NAME) for frame in frames]
+            return [(file.source, *place) for place in file.places(group, names)]
+        return []
 
     def unknown_groups(self) -> list[str]:
         """Return the groups at the top of the file(s) of which this reader knows nothing: formats change."""
         return sorted(
             set().union(*(file.links(file.open_group("")) for file in self._files))
-            - {path.split("/")[0] for path in GROUPS.values()}
+            - {row.path.split("/")[0] for row in MODALITIES.values()}
         )
+
+    @property
+    def sources(self) -> list:
+        """The files, as they were given to this reader."""
+        return [file.source for file in self._files]
 
     @property
     def num_frame(self) -> int:
@@ -244,14 +302,21 @@ class SMCReader:
         stated = self.Camera_info["num_frame"]
         if stated is not None and 0 < stated <= MAX_FRAMES:
             return stated
-        return max((len(self.frame_numbers("images", camera)) for camera in self.cameras()), default=0)
+        longest = 0
+        with contextlib.suppress(SMCError):
+            for camera in self.cameras():
+                with contextlib.suppress(SMCError):
+                    longest = max(longest, len(self.frame_numbers("images", camera)))
+        return longest
 
     def fps(self) -> int | float | None:
         """Return pictures per second, from the number of frames and the length of the audio: no attribute says it.
 
-        30 or 15 where the ratio is within 5 % of it, else the ratio itself, noted as an oddity; None without audio or
-        pictures."""
-        audio = self.audio_info()
+        30 or 15 where the ratio is within 5 % of it, else the ratio itself, noted as an oddity; None without pictures
+        or without audio that can be read."""
+        audio = None
+        with contextlib.suppress(SMCError):
+            audio = self.audio_info()
         if not audio or not audio["duration_s"] or not self.num_frame:
             return None
         ratio = self.num_frame / audio["duration_s"]
@@ -267,21 +332,42 @@ class SMCReader:
         there = set().union(*of_cameras)
         return set(range(self.num_frame)) if max(there, default=0) < self.num_frame else there
 
-    # ---- encoded pictures
+    # ---- entries, one by one
+
+    def entries(self, modality: str, camera: int | str | None = None) -> Iterator[Entry]:
+        """Yield what there is of a modality (of a camera), one frame or camera at a time, ascending; pictures in the
+        order in which they lie in the file. `read` of an entry then returns
+
+        the stored bytes of a picture; an array; {name: array} of each parameter of a frame by itself; or what get_audio,
+        get_Calibration and get_scanmesh return. Raise SMCError where none of it can be read."""
+        row = MODALITIES[modality]
+        file, group = self._open(modality, camera)
+        pattern = CAMERA_NAME if row.numbered == "cameras" else FRAME_NAME
+        if row.pictures:
+            yield from file.pictures(group, pattern)
+        elif row.method and not row.numbered:
+            if group is not None:
+                yield Entry(None, getattr(self, row.method))
+        else:
+            for number, link in sorted(file.numbers_in(group, pattern).items()):
+                if row.method:
+                    yield Entry(number, partial(getattr(self, row.method), number))
+                elif row.shape:
+                    yield Entry(number, partial(file.read_array, group, link.name, row.shape))
+                else:
+                    yield from file.parameters(group, number, link.name)
 
     def encoded(self, modality: str, camera: int | str | None = None, frame: int | str | None = None) -> bytes:
         """Return the stored bytes of one picture: modality images or masks (camera, frame), uv_textures (frame) or
         scan_masks (camera)."""
         file, group = self._required(modality, camera)
-        return file.encoded(group, camera_name(camera) if modality == "scan_masks" else str(int(frame)))
+        return file.encoded(group, self._name(file, group, modality, camera, frame))
 
     def iter_encoded(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[int, bytes]]:
         """Yield (frame number, stored bytes) of every picture of a camera, in the order in which they lie in the file;
         for scan_masks, (camera number, bytes). One picture is held at a time; nothing is decoded."""
-        file, group = self._open(modality, camera)
-        pattern = CAMERA_NAME if modality == "scan_masks" else FRAME_NAME
-        for number, extent in file.extents(group, pattern):
-            yield number, file.read_extent(group, extent)
+        for entry in self.entries(modality, camera):
+            yield entry.number, entry.read()
 
     # ---- the published reader's methods
 
@@ -307,30 +393,45 @@ class SMCReader:
         """Return {"K" (3, 3) intrinsics in pixels, "D" (5,) distortion k1 k2 p1 p2 k3, "RT" (4, 4) camera to world,
         metres} of a camera, float64."""
         file, group = self._required("calibration")
-        camera = file.group_in(group, camera_name(Camera_id))
+        name = file.name_of(group, int(camera_name(Camera_id)), CAMERA_NAME)
+        camera = file.group_in(group, name)
         if camera is None:
-            raise file.error(f"there is no Calibration/{camera_name(Camera_id)}")
-        shapes = {"K": (3, 3), "D": (5,), "RT": (4, 4)}
-        matrices = {name: file.read_array(camera, name, shape).astype(np.float64) for name, shape in shapes.items()}
+            raise file.error(f"there is no Calibration/{name}")
+        shapes = {"K": (3, 3), "D": (None,), "RT": (4, 4)}
+        matrices = {key: file.read_array(camera, key, shape).astype(np.float64) for key, shape in shapes.items()}
         if not all(np.isfinite(matrix).all() for matrix in matrices.values()):
-            raise file.error(f"Calibration/{camera_name(Camera_id)} holds values that are no finite numbers")
+            raise file.error(f"Calibration/{name} holds values that are no finite numbers")
+        if matrices["D"].size == 4:  # k3 is 0 then
+            matrices["D"] = np.append(matrices["D"], 0)
+        if matrices["D"].size != 5:
+            raise file.error(f"Calibration/{name}/D has {matrices['D'].size} numbers, not 5")
         return matrices
 
     def get_Calibration_all(self) -> dict:
-        """Return {"00": what get_Calibration returns, …} of every camera in the file."""
-        file, group = self._required("calibration")
-        return {f"{number:02d}": self.get_Calibration(number) for number in file.numbers_in(group, CAMERA_NAME)}
+        """Return {"00": what get_Calibration returns, …} of every camera in the file, without those for which it
+        raises SMCError."""
+        self._required("calibration")
+        matrices = {}
+        for entry in self.entries("calibration"):
+            with contextlib.suppress(SMCError):
+                matrices[f"{entry.number:02d}"] = entry.read()
+        return matrices
 
     def get_audio(self) -> dict | None:
-        """Return {"audio": (N, channels) float32 in [-1, 1), "sample_rate": int in Hz}, None for an expression."""
+        """Return {"audio": (N, channels) float32 in [-1, 1), "sample_rate": int in Hz}, None for an expression. Sound
+        that is stored as float64 or as integers stays that: float64, int16 or int32."""
         info = self.audio_info()
         if info is None:
             return None
         file, group = self._open("audio")
-        audio = file.read_array(group, "audio", (None, None))
-        if audio.dtype.kind != "f":
-            raise file.error(f"Camera/00/audio/audio holds {audio.dtype}, no floating-point numbers")
-        return {"audio": audio.astype(np.float32, copy=False), "sample_rate": info["sample_rate"]}
+        audio = file.read_array(group, "audio", None)
+        samples, channels, turned = _sound_shape(audio.shape)
+        audio = audio.reshape(channels, samples).T if turned else audio.reshape(samples, channels)
+        stored = audio.dtype
+        audio = audio.astype(SOUND_TYPES[stored.kind, stored.itemsize], copy=False)
+        if stored.itemsize == 1:
+            audio = (audio - (128 if stored.kind == "u" else 0)) * 256
+        return {"audio": audio, "sample_rate": info["sample_rate"]}
 
     def audio_info(self) -> dict | None:
         """Return {"sample_rate" Hz, "channels", "samples", "duration_s"} without reading the samples; None without
@@ -338,11 +439,19 @@ class SMCReader:
         file, group = self._open("audio")
         if group is None:
             return None
-        samples, channels = file.dataset(group, "audio", (None, None)).shape
+        data = file.dataset(group, "audio", None)
+        shape, dtype, place = data.shape, data.dtype, file.where(group)
+        with file.reading(group, "audio"):
+            samples, channels, turned = _sound_shape(shape)
+            if (dtype.kind, dtype.itemsize) not in SOUND_TYPES:
+                raise ValueError(f"it holds {dtype}, which is no known form of sound")
         rate = file.read_array(group, "sample_rate", None)
-        if rate.size != 1 or not 0 < rate.item() <= 10**6 or not 0 < channels <= 32:
-            raise file.error(f"Camera/00/audio has {channels} channels and the sample rate {rate.ravel()[:4].tolist()}")
-        rate = int(rate.item())
+        rate = rate.item() if rate.size == 1 else math.nan
+        if not 0 < rate <= 10**6 or rate != int(rate) or not 0 < channels <= MAX_CHANNELS:
+            raise file.error(f"{place} has {channels} channels and the sample rate {rate}")
+        if turned or len(shape) != 2 or dtype != np.float32:
+            file.note(f"{place}/audio is stored as {dtype} {shape}, and not as float32 (n, 2)".replace(",)", ")"))
+        rate = int(rate)
         return {"sample_rate": rate, "channels": channels, "samples": samples, "duration_s": samples / rate}
 
     def get_Keypoints2d(self, Camera_id, Frame_id=None) -> np.ndarray | None:
@@ -350,23 +459,23 @@ class SMCReader:
         None for all, stacks those that have them (N, 106, 2). Cameras 18…32 can have key points."""
         if camera_name(Camera_id) not in DETECTING_CAMERAS:
             self._required("keypoints2d", Camera_id)
-        return self._keypoints((106, 2), Frame_id, "keypoints2d", Camera_id)
+        return self._keypoints(Frame_id, "keypoints2d", Camera_id)
 
     def get_Keypoints3d(self, Frame_id=None) -> np.ndarray | None:
         """Return (73, 3) float64 of a frame, None where it has none. A list of frames, or None for all, stacks those
         that have them (N, 73, 3)."""
-        return self._keypoints((73, 3), Frame_id, "keypoints3d")
+        return self._keypoints(Frame_id, "keypoints3d")
 
-    def _keypoints(self, shape, frame, modality, camera=None):
+    def _keypoints(self, frame, modality, camera=None):
         file, group = self._open(modality, camera)
         if group is None:
             return None
 
         def points_of(number):
-            found = file.entry(group, str(int(number)))
-            if found is None:
+            name = file.name_of(group, int(number), FRAME_NAME)
+            if file.entry(group, name) is None:
                 return None
-            return file.read_array(group, str(int(number)), shape).astype(np.float64, copy=False)
+            return file.read_array(group, name, MODALITIES[modality].shape).astype(np.float64, copy=False)
 
         return self._frames(points_of, frame, modality, camera)
 
@@ -379,10 +488,13 @@ class SMCReader:
         if group is None:
             return None
         if isinstance(Frame_id, (int, str, np.integer)):
-            frame = file.group_in(group, str(int(Frame_id)))
-            if frame is None:
-                raise file.error(f"there is no FLAME/{int(Frame_id)}")
-            return {name: file.read_array(frame, name, None) for name in file.names_in(frame, PARAMETER_NAME)}
+            name = file.name_of(group, int(Frame_id), FRAME_NAME)
+            if file.entry(group, name) is None:
+                raise file.error(f"there is no FLAME/{name}")
+            found: dict[str, np.ndarray] = {}
+            for entry in file.parameters(group, int(Frame_id), name):
+                found.update(entry.read())
+            return found
         frames = [self.get_FLAME(frame) for frame in (self.frame_numbers("flame") if Frame_id is None else Frame_id)]
         if any(frame.keys() != frames[0].keys() for frame in frames):
             raise file.error("the frames of FLAME have different parameters")
@@ -422,12 +534,12 @@ class SMCReader:
     # ---- shared by the methods above
 
     def _ordered(self, modality) -> list[_File]:
-        return self._files if modality in FROM_RAW else self._files[::-1]
+        return self._files if MODALITIES[modality].from_raw else self._files[::-1]
 
     def _open(self, modality, camera=None):
         """Return (file, group) of a modality: the first file in which the group is there and not empty; group None if
         none."""
-        path = GROUPS[modality]
+        path = MODALITIES[modality].path
         if "{}" in path:
             path = path.format(camera_name(camera))
         for file in self._ordered(modality):
@@ -439,9 +551,15 @@ class SMCReader:
     def _required(self, modality, camera=None):
         file, group = self._open(modality, camera)
         if group is None:
-            place = GROUPS[modality].format(camera_name(camera) if camera is not None else "")
+            place = MODALITIES[modality].path.format(camera_name(camera) if camera is not None else "")
             raise file.error(f"there is no {place}")
         return file, group
+
+    def _name(self, file, group, modality, camera, frame) -> str:
+        """Return the name of the entry of a frame, or of a camera where the entries of a modality are cameras."""
+        if MODALITIES[modality].numbered == "cameras":
+            return file.name_of(group, int(camera_name(camera)), CAMERA_NAME)
+        return file.name_of(group, int(frame), FRAME_NAME)
 
     def _frames(self, one, frame, modality, camera=None) -> np.ndarray:
         """Return one(frame), or the stack of it for a list of frames or None, without those for which it is None."""
@@ -463,7 +581,7 @@ class SMCReader:
 
         data, (file, group) = self.encoded(modality, camera, frame), self._required(modality, camera)
         picture = probe_picture(data)
-        name = camera_name(camera) if modality == "scan_masks" else str(int(frame))
+        name = self._name(file, group, modality, camera, frame)
         with file.reading(group, name, what="cannot be decoded"):
             if picture.format is None:
                 raise ValueError(f"its {len(data)} bytes are neither JPEG nor PNG")
@@ -475,9 +593,15 @@ class SMCReader:
         return pixels.max(axis=2) if modality in ("masks", "scan_masks") else pixels
 
 
+class _Link(NamedTuple):
+    """An entry of a group: its name, and of which of HDF5's kinds of links it is."""
+
+    name: str
+    kind: int
+
+
 class _Extent(NamedTuple):
-    """Where a picture lies: `offset` in the file, or None where it is chunked and HDF5 has to put it together from
-    `stored` bytes."""
+    """Where a picture lies: `offset` in the file, or None where HDF5 has to put it together from `stored` bytes."""
 
     name: str
     offset: int | None
@@ -494,9 +618,14 @@ class _File:
         self.name = os.path.basename(str(getattr(source, "name", source)))
         self.h5 = None
         if not hasattr(source, "read") and not os.path.isfile(source):
-            raise self.error("there is no such file")
-        with self.reading("the file", what="is no SMC file, or is cut short or damaged"):
-            self.h5 = _opened(source)
+            missing = "is no regular file" if os.path.exists(source) else "there is no such file"
+            raise self.error("is a folder" if os.path.isdir(source) else missing)
+        try:
+            self.h5 = _open_hdf5(source)
+        except Exception as error:
+            what = None if hasattr(source, "read") else _what_is_wrong(source)
+            raise self.error(what or f"is damaged: {printable(' '.join(str(error).split()), 200)}") from error
+        with self.reading("the file"):
             cache = self.h5.id.get_mdc_config()
             cache.set_initial_size, cache.initial_size = True, HEADER_CACHE_BYTES
             cache.min_size = cache.max_size = HEADER_CACHE_BYTES
@@ -514,24 +643,37 @@ class _File:
 
     @contextlib.contextmanager
     def reading(self, *place, what="cannot be read"):
-        """HDF5 reports damage as almost any exception: all of them become an SMCError about a place in the file."""
+        """Turn any exception, for HDF5 reports damage as almost any of them, into an SMCError about a place in the file.
+        Raise OSError where the disk could not be read, and MemoryError as it is."""
         try:
             yield
-        except SMCError:
+        except (SMCError, MemoryError):
             raise
         except Exception as error:
+            if disk := re.search(r"errno = ([1-9][0-9]*)", str(error)):
+                raise OSError(int(disk[1]), os.strerror(int(disk[1])), self.name) from error
             reason = printable(" ".join(str(error).strip("'").split()) or type(error).__name__, 200)
             raise self.error(f"{self.where(*place)} {what}: {reason}") from error
 
     # ---- groups
 
     def open_group(self, path: str):
-        """Return the group at a path of plain names ("" is the root), or None where it or one above it is missing."""
+        """Return the group at a path of plain names ("" is the root), or None where it or one above it is missing. A
+        name of digits stands for that camera."""
         with self.reading("the root group"):
             group = h5g.open(self.h5.id, b"/")
         for name in filter(None, path.split("/")):
+            if group and name.isdigit():
+                name = self.name_of(group, int(name), CAMERA_NAME)
             group = group and self.group_in(group, name)
         return group
+
+    def has(self, path: str) -> bool:
+        """Return whether there is a group at a path that is not empty, or something that can't be opened as one."""
+        try:
+            return self.filled(self.open_group(path))
+        except SMCError:
+            return True
 
     def group_in(self, parent, name: str):
         """Return the group of that name in a group, or None."""
@@ -548,6 +690,11 @@ class _File:
                 return None
             self._refuse_soft(parent, name, parent.links.get_info(key).type)
             return h5o.open(parent, key)
+
+    def links_to(self, group, name: str) -> bool:
+        """Return whether a group has an entry of that name."""
+        with self.reading(group, name):
+            return group.links.exists(name.encode())
 
     def _refuse_soft(self, parent, name, kind):
         if kind != h5l.TYPE_HARD:
@@ -571,31 +718,69 @@ class _File:
             group.links.iterate(lambda name: found.append(name) or True)
             return bool(found)
 
-    def links(self, group) -> list[str]:
-        """Return the names in a group; [] for None."""
-        if group is None:
-            return []
-        found: dict[str, int] = {}
-        with self.reading(group):
-            group.links.iterate(
-                lambda name, info: found.update({name.decode("utf-8", "replace"): info.type}), info=True
-            )
-        for name, kind in found.items():
-            self._refuse_soft(group, name, kind)
-        return list(found)
+    def links(self, group) -> dict[str, _Link]:
+        """Return {name: link} of the entries of a group; {} for None."""
+        found: dict[str, _Link] = {}
 
-    def names_in(self, group, pattern) -> list[str]:
-        """Return the names in a group that match a pattern; that there are others is noted as an oddity."""
-        names = self.links(group)
-        strange = [printable(name) for name in names if not pattern.fullmatch(name)]
-        if strange:
-            more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-            self.note(f"{self.where(group)} has entries that are left out: {', '.join(strange[:3])}{more}")
-        return [name for name in names if pattern.fullmatch(name)]
+        def add(name, info):
+            name = name.decode("utf-8", "replace")
+            found[name] = _Link(name, info.type)
 
-    def numbers_in(self, group, pattern) -> list[int]:
-        """Return the names in a group that are numbers of that pattern, as such, ascending."""
-        return sorted(int(name) for name in self.names_in(group, pattern))
+        if group is not None:
+            with self.reading(group):
+                group.links.iterate(add, info=True)
+        return found
+
+    def numbers_in(self, group, pattern) -> dict[int, _Link]:
+        """Return {number: link} of the entries of a group whose names are numbers of cameras or frames.
+
+        Of several names for one number, the usual one counts: two digits for a camera, none too many for a frame. That
+        there are others, or strange ones, is noted as an oddity. Raise SMCError where all names are strange."""
+        found: dict[int, _Link] = {}
+        left_out = []
+        for link in self.links(group).values():
+            if not pattern.fullmatch(link.name):
+                left_out.append(link.name)
+                continue
+            number = int(link.name)
+            if number in found:
+                usual = _usual_name(number, pattern)
+                link, other = sorted((found[number], link), key=lambda each: (each.name != usual, len(each.name)))
+                left_out.append(other.name)
+            found[number] = link
+        self._note_left_out(group, left_out)
+        if left_out and not found:
+            raise self.error(f"{self.where(group)} has no numbers for names, but {printable(left_out[0])!r}")
+        return found
+
+    def name_of(self, group, number: int, pattern) -> str:
+        """Return the name in a group that stands for a camera or frame: the usual one, or where that is missing, one
+        with other zeros before it."""
+        usual = _usual_name(number, pattern)
+        if group is None or self.links_to(group, usual):
+            return usual
+        return self.numbers_in(group, pattern).get(number, _Link(usual, 0)).name
+
+    def parameters(self, group, number: int, name: str) -> Iterator[Entry]:
+        """Yield the parameters of a frame, which is a group of arrays. Each reads as {its name: array}."""
+
+        def read(parameter):
+            return {parameter: self.read_array(frame, parameter, None)}
+
+        try:
+            frame = self.group_in(group, name)
+            names = list(self.links(frame))
+            self._note_left_out(frame, [name for name in names if not PARAMETER_NAME.fullmatch(name)])
+        except SMCError as fault:
+            yield Entry(number, None, fault)
+            return
+        yield from (Entry(number, partial(read, each)) for each in names if PARAMETER_NAME.fullmatch(each))
+
+    def _note_left_out(self, group, names: list[str]):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            shown = ", ".join(map(printable, names[:3]))
+            self.note(f"{self.where(group)} has entries that are left out: {shown}{more}")
 
     def note(self, what: str):
         """Remember an oddity, once."""
@@ -605,14 +790,15 @@ class _File:
 
     def places(self, group, names=None, deepest: int = 2) -> Iterator[tuple[int, int]]:
         """Yield (first byte, byte after the last) of the data sets and chunks in a group and in the groups in it: in
-        all of its entries, or in those of some names. (No deeper: groups can hold themselves.)"""
+        all of its entries, or in those of some names, without damaged ones. (No deeper: groups can hold themselves.)"""
         for name in self.links(group) if names is None else names:
-            found = self.entry(group, name)
-            if isinstance(found, h5d.DatasetID):
-                with self.reading(group, name):
-                    yield from self._pieces(found)
-            elif isinstance(found, h5g.GroupID) and deepest > 1:
-                yield from self.places(found, None, deepest - 1)
+            with contextlib.suppress(SMCError):
+                found = self.entry(group, name)
+                if isinstance(found, h5d.DatasetID):
+                    with self.reading(group, name):
+                        yield from self._pieces(found)
+                elif isinstance(found, h5g.GroupID) and deepest > 1:
+                    yield from self.places(found, None, deepest - 1)
 
     def _pieces(self, data) -> list[tuple[int, int]]:
         """Return (first byte, byte after the last) of a data set or of each of its chunks; [] for one that lies in its
@@ -652,10 +838,11 @@ class _File:
         with self.reading(group, name):
             array = np.empty(data.shape, data.dtype)
             data.read(h5s.ALL, h5s.ALL, array)
-            return array
+            return array if shape is None else array.reshape(_fit(array.shape, shape))
 
     def dataset(self, group, name: str, shape: tuple | None):
-        """Return a numeric data set of a shape in which None stands for any length; shape None: of any."""
+        """Return a numeric data set of a shape, but for axes of length one. In the shape None stands for any length;
+        shape None: of any."""
         place = self.where(group, name)
         data = self.entry(group, name)
         if not isinstance(data, h5d.DatasetID):
@@ -665,8 +852,7 @@ class _File:
             found, dtype = data.shape, data.dtype
             if dtype.kind not in "fiub":
                 raise ValueError(f"it holds {dtype}, no numbers")
-            fits = shape and len(found) == len(shape) and all(s in (None, n) for s, n in zip(shape, found))
-            if shape is not None and not fits:
+            if found is None or shape is not None and _fit(found, shape) is None:
                 raise ValueError(f"its shape is {found}, not {shape}".replace("None", "n"))
             self._check_size(data, math.prod(found) * dtype.itemsize, MAX_ARRAY_BYTES)
         return data
@@ -689,17 +875,23 @@ class _File:
 
     # ---- encoded pictures
 
-    def extents(self, group, pattern) -> list[tuple[int, _Extent]]:
-        """Return (number, extent) of the pictures of a group, in the order in which they lie in the file."""
-        names = self.names_in(group, pattern)
-        found = [(int(name), self._extent(group, name)) for name in names]
+    def pictures(self, group, pattern) -> Iterator[Entry]:
+        """Yield the pictures of a group, in the order in which they lie in the file."""
+        found: list[tuple[int, _Extent]] = []
+        for number, link in self.numbers_in(group, pattern).items():
+            try:
+                self._refuse_soft(group, *link)
+                found.append((number, self._extent(group, link.name)))
+            except SMCError as fault:
+                yield Entry(number, None, fault)
         claimed, stored = (sum(getattr(extent, kind) for _, extent in found) for kind in ("size", "stored"))
         if stored > self.bytes or claimed > MAX_EXPANSION * self.bytes:
             raise self.error(
                 f"the pictures of {self.where(group)} claim {claimed} bytes, which cannot be in {self.bytes}"
             )
         found.sort(key=lambda item: (item[1].offset or 0, item[0]))
-        return found
+        for number, extent in found:
+            yield Entry(number, partial(self.read_extent, group, extent))
 
     def _extent(self, group, name: str) -> _Extent:
         with self.reading(group, name):
@@ -709,27 +901,34 @@ class _File:
             if offset is None:
                 return self._scattered(data, name)
             shape, size = data.shape, data.get_storage_size()
-            if shape not in ((size,), (size, 1)):
-                raise ValueError("it is no list of bytes")
+            if not shape or max(shape) != size:
+                return self._scattered(data, name)
             self._check_size(data, size, MAX_PICTURE_BYTES)
             if offset + size > self.bytes:
                 raise ValueError("its place contradicts its size")
             return _Extent(name, offset, size, size)
 
     def _scattered(self, data, name: str) -> _Extent:
-        """Return the extent of a data set that is empty or that HDF5 has to put together."""
+        """Return the extent of a data set that is empty or that HDF5 has to put together: of bytes, or one opaque value,
+        one string or one list of bytes."""
         self._refuse_elsewhere(data)
-        shape, kind = data.shape or (), data.get_type()
-        bytelike = kind.get_class() == h5t.INTEGER and kind.get_size() == 1
-        if not bytelike or len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
+        shape, kind = data.shape, data.get_type()
+        of, width = kind.get_class(), kind.get_size()
+        count = -1 if shape is None else math.prod(shape)
+        bytelike = of in (h5t.INTEGER, h5t.STRING, h5t.OPAQUE) and width == 1 and count in (0, 1, *(shape or ()))
+        if of == h5t.VLEN:
+            item, width = kind.get_super(), data.get_storage_size()
+            bytelike = count == 1 and item.get_class() == h5t.INTEGER and item.get_size() == 1
+        if not bytelike and not (count == 1 and of in (h5t.STRING, h5t.OPAQUE)):
             raise ValueError("it is no list of bytes")
-        self._check_size(data, shape[0], MAX_PICTURE_BYTES)
-        return _Extent(name, None if shape[0] else 0, shape[0], data.get_storage_size())
+        size = count * width
+        self._check_size(data, size, MAX_PICTURE_BYTES)
+        return _Extent(name, None if size else 0, size, data.get_storage_size())
 
     def read_extent(self, group, extent: _Extent) -> bytes:
         """Return the bytes of one picture."""
         if extent.offset is None:
-            return self.read_array(group, extent.name, None).tobytes()
+            return self._read_scattered(group, extent.name)
         if self.descriptor is None:
             self.source.seek(extent.offset)
             data = self.source.read(extent.size)
@@ -739,6 +938,13 @@ class _File:
             raise self.error(f"{self.where(group, extent.name)} has {len(data)} of its {extent.size} bytes")
         return data
 
+    def _read_scattered(self, group, name: str) -> bytes:
+        data = self.entry(group, name)
+        with self.reading(group, name):
+            array = np.empty(data.shape, data.dtype)
+            data.read(h5s.ALL, h5s.ALL, array)
+            return bytes(array.item()) if array.dtype.hasobject else array.tobytes()
+
     def encoded(self, group, name: str) -> bytes:
         """Return the bytes of the picture of that name."""
         if self.entry(group, name) is None:
@@ -746,7 +952,33 @@ class _File:
         return self.read_extent(group, self._extent(group, name))
 
 
-def _opened(source) -> h5py.File:
+def _usual_name(number: int, pattern) -> str:
+    """Return how a number of a camera or of a frame is usually written in a file."""
+    return f"{number:02d}" if pattern is CAMERA_NAME else str(number)
+
+
+def _fit(found: tuple, shape: tuple) -> tuple | None:
+    """Return a shape that was found, or that without axes of length one, whichever is of the form of another shape, in
+    which None stands for any length; None if neither is."""
+    for each in (found, tuple(length for length in found if length != 1)):
+        if len(each) == len(shape) and all(wanted in (None, length) for wanted, length in zip(shape, each)):
+            return each
+    return None
+
+
+def _sound_shape(shape: tuple) -> tuple[int, int, bool]:
+    """Return (samples, channels, whether it is stored channel by channel) of sound of one channel (N,) or several (N,
+    channels), (channels, N), but for axes of length one. Raise ValueError for another shape."""
+    if len(shape) != 2:
+        shape = tuple(length for length in shape if length != 1)
+    if len(shape) not in (1, 2):
+        raise ValueError(f"its shape is {shape}, not (n, channels)")
+    samples, channels = shape if len(shape) == 2 else (*shape, 1)
+    turned = channels > MAX_CHANNELS >= samples
+    return (channels, samples, True) if turned else (samples, channels, False)
+
+
+def _open_hdf5(source) -> h5py.File:
     """Open a file without HDF5's locks, which file systems of clusters often lack; with them, where this process has
     the file open in that way already: HDF5 wants the same for both."""
     if hasattr(source, "read"):
@@ -757,6 +989,25 @@ def _opened(source) -> h5py.File:
         if "lock" not in str(error):
             raise
         return h5py.File(source, "r")
+
+
+def _what_is_wrong(path) -> str | None:
+    """Return why a file cannot be opened as HDF5, from its size and its first bytes; None where they don't tell."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        head = file.read(100)
+    if not head:
+        return "is empty"
+    if not head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return f"is no HDF5 file (it begins with {printable(repr(head[:16])[1:])})"
+    head = head.ljust(100, b"\0")
+    # The superblock says where the file ends, in the third of its addresses, which are of 8 bytes as a rule.
+    at, width = (24 + 4 * head[8], head[13]) if head[8] < 2 else (12, head[9])
+    end = int.from_bytes(head[at + 2 * width : at + 3 * width], "little")
+    if not size < end < 1 << 44:
+        return None
+    scale, unit = (1e9, "GB") if end >= 1e9 else (1e6, "MB") if end >= 1e6 else (1e3, "kB")
+    return f"is cut short: {size / scale:.2f} of {end / scale:.2f} {unit}"
 
 
 def _as_kind(value, kind: type):
