@@ -72,9 +72,9 @@ SPEECH = ["s1_all", "s2_all", "s3_all", "s4_all", "s5_all", "s6_all"]
 S3_VIEWS = {0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27, 28, 29}  # of every subject seen
 S3_VIEWS |= {31, 32, 33, 35, 37, 39, 40, 41, 43, 45, 47, 48, 49, 53, 55, 57, 59}
 FRONT_CAMERA = 25  # faces the person: azimuth 0, and always among the suggestions
-DEFAULT_MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
-BY_CAMERA = {"images", "masks", "keypoints2d"}  # have frames for each camera
-PER_CAMERA = BY_CAMERA | {"scan_masks", "transforms"}  # depend on the cameras that are asked for
+DEFAULT_MODALITIES = [name for name, modality in MODALITIES.items() if modality.default]
+BY_CAMERA = {name for name, modality in MODALITIES.items() if "{}" in modality.path}  # have frames for each camera
+PER_CAMERA = {name for name, modality in MODALITIES.items() if modality.by_camera}  # depend on the cameras asked for
 GB = 1e9
 NO_VALUE = "tag:yaml.org,2002:null"  # what YAML calls a key without a value
 HALF = "absent from the remote, and looked for again: the file"  # of a pair, in the manifest's error column
@@ -908,7 +908,7 @@ def fetch_selection(job: Job, config: Config, address: tuple[int, str], report: 
         return list(found.values())
 
     def asked_for() -> list[tuple]:
-        return [(name, camera) for name in job.modalities for camera in selected(reader, name, job.cameras)]
+        return [(name, camera) for name in job.modalities for camera in cameras_to_extract(reader, name, job.cameras)]
 
     def span(modality: str, camera: int | None) -> list[tuple]:
         """Return the range from the first to the last frame, [] where it is much longer than the frames can be."""
@@ -974,7 +974,7 @@ def fetch_apart(remote: Remote, job: Job, show: Callable):
     job.download_s = time.monotonic() - begin
 
 
-def opened(job: Job, config: Config) -> SMCReader:
+def open_reader(job: Job, config: Config) -> SMCReader:
     """Return the reader of a job's files in temp_dir."""
     if job.blocks is None:
         return SMCReader(*job.temp_paths(config))
@@ -984,29 +984,62 @@ def opened(job: Job, config: Config) -> SMCReader:
 # ---------------------------------------------------------------------------------------------- extraction
 
 
+class StoredPicture(NamedTuple):
+    """A picture that was written: its name below the performance's folder, its size in pixels, whether it is whole."""
+
+    name: str
+    height: int
+    width: int
+    whole: bool
+
+
 class Extraction:
     """One performance being unpacked into its `.partial` folder: what the writers below share, and what they found.
 
-    cameras: {modality: what `selected` returns}. pictures: {"images" or "masks": {"25": {frame: (name below the folder,
-    height, width)}}} of those that are not damaged. missing, damaged: {modality: {"25": [frames]}}, or {modality:
-    [numbers]} where one folder holds all. send: gets the news of `tell`: pictures=n for n more, total=n for all."""
+    cameras: {modality: what `cameras_to_extract` returns}. pictures: {modality: {"25": {frame: (name below the folder,
+    height, width)}}} of pictures by camera that are not damaged. missing, damaged: {modality: {"25": [frames]}}, or
+    {modality: [numbers]} where one folder holds all. unreadable: what else was left out, and why. sizes: {modality: the
+    (height, width) that pictures have}. progress: called with pictures=n for n more, total=n for all."""
 
-    def __init__(self, job: Job, config: Config, reader: SMCReader, send: Callable):
-        self.job, self.config, self.reader, self.send = job, config, reader, send
+    def __init__(self, job: Job, config: Config, reader: SMCReader, progress: Callable):
+        self.job, self.config, self.reader, self.progress = job, config, reader, progress
         self.folder = config.partial_of(job.subject, job.performance)
         self.bytes = 0
-        self.cameras = {name: selected(reader, name, job.cameras) for name in ["images", *job.modalities]}
+        self.unreadable: list[dict] = []
         self.pictures: dict[str, dict] = {"images": {}, "masks": {}}
+        self.sizes: dict[str, list[tuple[int, int]]] = {}
         self.frames: dict[str, int] = {}
         self.missing: dict[str, dict] = {}
         self.damaged: dict[str, dict] = {}
-        resolution = reader.Camera_info["resolution"]
-        self.resolution = None if resolution is None else resolution.tolist()
+        self.cameras: dict[str, list[int | None]] = {}
+        for name in job.modalities:
+            self.cameras[name] = []
+            with self.collecting_damage(name):
+                self.cameras[name] = cameras_to_extract(reader, name, job.cameras)
 
-    def tell(self, **news):
-        """Tell the parent process how far it is. Raise OSError where the disk has no more room."""
+    @contextlib.contextmanager
+    def collecting_damage(self, modality: str, camera: int | None = None, frame: int | None = None) -> Iterator[None]:
+        """Go on after what cannot be read, with an entry in `unreadable`. Whatever is wrong with our own disk is an
+        OSError, and still raised."""
+        try:
+            yield
+        except SMCError as error:
+            entry = {"modality": modality, "camera": camera, "frame": frame, "reason": str(error)}
+            if entry not in self.unreadable[-1:]:
+                self.unreadable.append(entry)
+
+    def entries(self, modality: str, camera: int | None = None) -> Iterator[tuple[int | None, object]]:
+        """Yield (number, content) of each frame or camera of a modality that can be read."""
+        with self.collecting_damage(modality, camera):
+            for entry in self.reader.entries(modality, camera):
+                by_camera = MODALITIES[modality].numbered == "cameras"
+                with self.collecting_damage(modality, *((entry.number,) if by_camera else (camera, entry.number))):
+                    yield entry.number, entry.read()
+
+    def report(self, **news):
+        """Report how far it is to the parent process. Raise OSError where the disk has no more room."""
         keep_free(self.config.output_dir, self.config)
-        self.send(**news)
+        self.progress(**news)
 
     def save(self, name: str, content: bytes | memoryview):
         """Write one file of the performance's folder."""
@@ -1017,170 +1050,220 @@ class Extraction:
         self.bytes += len(content)
 
 
-def selected(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
-    """Return the cameras that are asked for among those that have a modality; [None] where it is not by camera."""
-    if modality not in PER_CAMERA:
-        return [None] * reader.has(modality)
-    return [camera for camera in reader.cameras(modality) if asked is None or camera in asked]
+def cameras_to_extract(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
+    """Return the cameras that are asked for among those that have a modality; [None] for one that is not by camera."""
+    if modality in PER_CAMERA:
+        return [camera for camera in reader.cameras(modality) if asked is None or camera in asked]
+    return [None] if reader.has(modality) else []
 
 
-def write_pictures(task: Extraction, modality: str):
+def write_pictures(extraction: Extraction, modality: str):
     """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes."""
-    stored = {}
-    for camera in task.cameras[modality]:
-        pictures, name = task.reader.iter_encoded(modality, camera), f"{camera:02d}"
-        good, damaged = store_pictures(task, modality, f"{modality}/cam_{name}", pictures)
-        task.pictures[modality][name], stored[name] = good, {*good, *damaged}
-        if damaged:
-            task.damaged.setdefault(modality, {})[name] = damaged
+    stored: dict[str, dict[int, StoredPicture]] = {}
+    for camera in extraction.cameras[modality]:
+        name = f"{camera:02d}"
+        stored[name] = store_pictures(extraction, modality, f"{modality}/cam_{name}", camera)
     if modality == "images":
-        task.frames = {camera: len(numbers) for camera, numbers in stored.items()}
-    expected = task.reader.expected_frames(stored.values())
-    for camera, numbers in stored.items():
-        if expected - numbers:
-            task.missing.setdefault(modality, {})[camera] = sorted(expected - numbers)
+        extraction.frames = {camera: len(pictures) for camera, pictures in stored.items()}
+    expected, usual = extraction.reader.expected_frames(stored.values()), usual_sizes(stored)
+    extraction.sizes[modality] = [size for size in usual.values() if size]
+    good = extraction.pictures[modality] = {}
+    for camera, pictures in stored.items():
+        good[camera] = {
+            frame: (picture.name, picture.height, picture.width)
+            for frame, picture in pictures.items()
+            if picture.whole and (picture.height, picture.width) == usual[camera]
+        }
+        for found, frames in (
+            (extraction.damaged, pictures.keys() - good[camera]),
+            (extraction.missing, expected - pictures.keys()),
+        ):
+            if frames:
+                found.setdefault(modality, {})[camera] = sorted(frames)
 
 
-def write_numbered_pictures(task: Extraction, modality: str):
+def usual_sizes(stored: dict[str, dict[int, StoredPicture]]) -> dict[str, tuple[int, int] | None]:
+    """Return the (height, width) that most of the whole pictures of each camera have; of several that are equally
+    frequent, the one most frequent in the performance; None for a camera without whole pictures."""
+    sizes = {
+        camera: collections.Counter((each.height, each.width) for each in pictures.values() if each.whole)
+        for camera, pictures in stored.items()
+    }
+    overall = sum(sizes.values(), collections.Counter())
+    return {
+        camera: max(counts, key=lambda size: (counts[size], overall[size]), default=None)
+        for camera, counts in sizes.items()
+    }
+
+
+def size_oddity(reader: SMCReader, sizes: dict[str, list[tuple[int, int]]]) -> list[str]:
+    """Return in a sentence, or in none, that pictures don't have one size, which is that of the attribute `resolution`.
+
+    sizes: {modality: the (height, width) of its pictures, by camera}."""
+    stated = reader.Camera_info["resolution"]
+    known = set().union(*sizes.values()) | ({tuple(stated.tolist())} if stated is not None else set())
+    if len(known) < 2 or not any(sizes.values()):
+        return []
+    found = {name: collections.Counter(of_cameras).most_common() for name, of_cameras in sizes.items() if of_cameras}
+    parts = [
+        f"{name} have {' and '.join(f'{w} x {h}' for (h, w), _ in counts)} pixels" for name, counts in found.items()
+    ]
+    attribute = "" if stated is None else f"; the attribute resolution says {stated[1]} x {stated[0]}"
+    return [", ".join(parts) + attribute]
+
+
+def write_numbered_pictures(extraction: Extraction, modality: str):
     """uv_textures/frame_000000.png and scan_masks/cam_00.png: the stored bytes."""
-    pictures, name = task.reader.iter_encoded(modality), "frame_{:06d}"
-    if modality == "scan_masks":
-        name = "cam_{:02d}"
-        pictures = ((camera, data) for camera, data in pictures if camera in task.cameras[modality])
-    _, damaged = store_pictures(task, modality, modality, pictures, name)
+    stored = store_pictures(extraction, modality, modality)
+    damaged = sorted(number for number, picture in stored.items() if not picture.whole)
     if damaged:
-        task.damaged[modality] = damaged
+        extraction.damaged[modality] = damaged
 
 
 def store_pictures(
-    task: Extraction, modality: str, folder: str, pictures: Iterable[tuple[int, bytes]], name: str = "frame_{:06d}"
-) -> tuple[dict[int, tuple[str, int, int]], list[int]]:
-    """Write numbered pictures to a folder and check what is there then. Return {number: (name below the performance's
-    folder, height, width)} of the good ones, and the numbers of the damaged ones, which are written as they are: not
-    whole, not of the performance's size or, with `verify: full`, impossible to decode. Empty ones are not written."""
-    usual, resolution = "jpg" if modality == "images" else "png", task.resolution if modality in BY_CAMERA else None
-    stored, sizes, damaged = {}, {}, set()
-
-    def new_files() -> Iterator[tuple[int, str]]:
-        # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
-        for number, data in pictures:
-            if not data:
-                continue
-            if not stored:
-                (task.folder / folder).mkdir(parents=True, exist_ok=True)
-            picture = probe_picture(data)
-            file = f"{name.format(number)}.{picture.format or usual}"
-            with open(f"{task.folder}/{folder}/{file}", "xb") as new:
-                new.write(data)
-            stored[number], sizes[file] = (f"{folder}/{file}", picture.height, picture.width), len(data)
-            if picture.whole and resolution in (None, [picture.height, picture.width]):
-                yield number, f"{task.folder}/{folder}/{file}"
-            else:
-                damaged.add(number)
-            if len(sizes) % REPORTED_PICTURES == 0:
-                task.tell(pictures=REPORTED_PICTURES)
-
-    if task.config.verify == "full":
-        damaged.update(undecodable(new_files(), task.config.workers))
-    else:
-        collections.deque(new_files(), 0)
-    task.tell(pictures=len(sizes) % REPORTED_PICTURES)
+    extraction: Extraction, modality: str, folder: str, camera: int | None = None
+) -> dict[int, StoredPicture]:
+    """Write the pictures of a modality (of a camera) to a folder and check what is there then. Return {number: picture},
+    damaged ones among them, which are written as they are; with `verify: full`, those that cannot be decoded are damaged
+    too. Empty ones are not written."""
+    by_camera = MODALITIES[modality].numbered == "cameras"
+    name, usual = "cam_{:02d}.{}" if by_camera else "frame_{:06d}.{}", "jpg" if modality == "images" else "png"
+    stored, sizes = {}, {}
+    # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
+    for number, data in extraction.entries(modality, camera):
+        if not data or (by_camera and number not in extraction.cameras[modality]):
+            continue
+        if not stored:
+            (extraction.folder / folder).mkdir(parents=True, exist_ok=True)
+        picture = probe_picture(data)
+        file = name.format(number, picture.format or usual)
+        with open(f"{extraction.folder}/{folder}/{file}", "xb") as new:
+            new.write(data)
+        stored[number] = StoredPicture(f"{folder}/{file}", picture.height, picture.width, picture.whole)
+        sizes[file] = len(data)
+        if len(sizes) % REPORTED_PICTURES == 0:
+            extraction.report(pictures=REPORTED_PICTURES)
+    extraction.report(pictures=len(sizes) % REPORTED_PICTURES)
     if stored:
-        with os.scandir(task.folder / folder) as entries:
+        with os.scandir(extraction.folder / folder) as entries:
             if {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries} != sizes:
                 raise OSError(errno.EIO, "the files that are there are not those that were written", folder)
-        task.bytes += sum(sizes.values())
-    return {number: stored[number] for number in stored if number not in damaged}, sorted(damaged)
+        extraction.bytes += sum(sizes.values())
+    if extraction.config.verify == "full":
+        files = {number: extraction.folder / each.name for number, each in stored.items() if each.whole}
+        for number in undecodable(files, extraction.config.workers):
+            stored[number] = stored[number]._replace(whole=False)
+    return stored
 
 
-def undecodable(files: Iterable[tuple[int, str]], workers: int) -> set[int]:
-    """Return the numbers of those picture files that cannot be decoded without a complaint. To go on in `files` writes
-    the next one; threads decode those that are there meanwhile.
+def undecodable(files: dict[int, Path], workers: int) -> set[int]:
+    """Return the numbers of those picture files that cannot be decoded without a complaint.
 
     libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see in_child): where anything
     was said, the files are decoded again one by one, to see of which."""
     import cv2  # takes 17 MB and 40 ms, which an extraction that only copies need not spend
 
-    def decodes(file: str) -> bool:
+    def decodes(file: Path) -> bool:
         """Decode every byte of the stream, at an eighth of the size."""
         try:
             return cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None
         except cv2.error:  # it claims more pixels than OpenCV has room for
             return False
 
-    complaints = partial(os.lseek, 2, 0, os.SEEK_END)  # gives the bytes that libraries have printed so far
+    def complaints() -> int:
+        """Return how many bytes libraries have printed so far."""
+        return os.lseek(2, 0, os.SEEK_END)
+
     before = complaints()
     with ThreadPoolExecutor(workers) as threads:
-        tried = [(number, file, threads.submit(decodes, file)) for number, file in files]
-    bad = {number for number, _, good in tried if not good.result()}
+        bad = {number for number, good in zip(files, threads.map(decodes, files.values())) if not good}
     if complaints() > before:
-        for number, file, _ in tried:
+        for number, file in files.items():
             before = complaints()
             if not decodes(file) or complaints() > before:
                 bad.add(number)
     return bad
 
 
-def write_audio(task: Extraction, modality: str):
-    """audio/audio.wav: PCM_16 where that loses nothing, else 32-bit float."""
+def write_audio(extraction: Extraction, modality: str):
+    """audio/audio.wav: integers as they are stored; else PCM_16, 32-bit or 64-bit float, the first that loses nothing."""
     import soundfile
 
-    audio = task.reader.get_audio()
-    samples, rate = audio["audio"], audio["sample_rate"]
-    blocks = [samples[at : at + (1 << 16)] for at in range(0, len(samples), 1 << 16)]
-    exact = all(np.array_equal((block * 32768).astype(np.int16), block * 32768) for block in blocks)
-    wav = io.BytesIO()  # libsndfile can't say that a disk is full
-    with soundfile.SoundFile(wav, "w", rate, samples.shape[1], "PCM_16" if exact else "FLOAT", format="WAV") as file:
-        for block in blocks:
-            file.write((block * 32768).astype(np.int16) if exact else block)
-    peak = wav.getbuffer()[:4096].tobytes().find(b"PEAK")
-    if peak >= 0:  # this chunk has the time of writing: without it, the same SMC gives the same bytes
-        wav.getbuffer()[peak + 12 : peak + 16] = bytes(4)
-    task.save("audio/audio.wav", wav.getbuffer())
+    for _, audio in extraction.entries(modality):
+        samples, rate = audio["audio"], audio["sample_rate"]
+        blocks = [samples[at : at + (1 << 16)] for at in range(0, len(samples), 1 << 16)]
+        subtypes = {"PCM_16": (np.int16, 32768), "FLOAT": (np.float32, 1), "DOUBLE": (np.float64, 1)}
+        if samples.dtype.kind == "i":
+            subtypes = {f"PCM_{8 * samples.itemsize}": (samples.dtype, 1)}
+        for subtype, (kind, scale) in subtypes.items():
+            if all(np.array_equal((each * scale).astype(kind), each * scale, equal_nan=True) for each in blocks):
+                break
+        wav = io.BytesIO()  # libsndfile can't say that a disk is full
+        with soundfile.SoundFile(wav, "w", rate, samples.shape[1], subtype, format="WAV") as file:
+            for block in blocks:
+                file.write((block * scale).astype(kind))
+        peak = wav.getbuffer()[:4096].tobytes().find(b"PEAK")
+        if peak >= 0:  # this chunk has the time of writing: without it, the same SMC gives the same bytes
+            wav.getbuffer()[peak + 12 : peak + 16] = bytes(4)
+        extraction.save("audio/audio.wav", wav.getbuffer())
 
 
-def write_calibration(task: Extraction, modality: str):
+def write_calibration(extraction: Extraction, modality: str):
     """calibration/cameras.json: K, D and RT of all cameras, digit for digit."""
-    matrices = task.reader.get_Calibration_all()
-    cameras = {camera: {name: value.tolist() for name, value in matrix.items()} for camera, matrix in matrices.items()}
+    cameras = {
+        f"{camera:02d}": {name: value.tolist() for name, value in matrices.items()}
+        for camera, matrices in extraction.entries(modality)
+    }
     convention = (
         "RT maps camera to world coordinates, in metres. Camera axes are those of OpenCV: x right, y down, z forward. "
         "K is in pixels of the stored pictures; D is k1, k2, p1, p2, k3."
     )
-    task.save("calibration/cameras.json", json_bytes({"convention": convention, "cameras": cameras}))
+    if cameras:
+        extraction.save("calibration/cameras.json", json_bytes({"convention": convention, "cameras": cameras}))
 
 
-def write_keypoints2d(task: Extraction, modality: str):
+def write_keypoints2d(extraction: Extraction, modality: str):
     """keypoints2d/cam_25.npz: frame_ids (F,) int, points (F, 106, 2) float64 pixels."""
-    for camera in task.cameras[modality]:
-        frames = np.array(task.reader.frame_numbers(modality, camera), np.int64)
-        points = task.reader.get_Keypoints2d(camera)
-        task.save(f"keypoints2d/cam_{camera:02d}.npz", npz_bytes(frame_ids=frames, points=points))
+    for camera in extraction.cameras[modality]:
+        save_points(extraction, f"keypoints2d/cam_{camera:02d}.npz", modality, camera)
 
 
-def write_keypoints3d(task: Extraction, modality: str):
+def write_keypoints3d(extraction: Extraction, modality: str):
     """keypoints3d/keypoints3d.npz: frame_ids (F,) int, points (F, 73, 3) float64."""
-    frames = np.array(task.reader.frame_numbers(modality), np.int64)
-    task.save("keypoints3d/keypoints3d.npz", npz_bytes(frame_ids=frames, points=task.reader.get_Keypoints3d()))
+    save_points(extraction, "keypoints3d/keypoints3d.npz", modality)
 
 
-def write_flame(task: Extraction, modality: str):
+def save_points(extraction: Extraction, name: str, modality: str, camera: int | None = None):
+    """Write the key points of all frames that have as many as most frames."""
+    points = dict(extraction.entries(modality, camera))
+    usual = collections.Counter(map(len, points.values())).most_common(1)
+    for frame in [frame for frame, found in points.items() if len(found) != usual[0][0]]:
+        with extraction.collecting_damage(modality, camera, frame):
+            raise SMCError(f"it has {len(points.pop(frame))} points, where most frames have {usual[0][0]}")
+    if points:
+        extraction.save(
+            name, npz_bytes(frame_ids=np.array(list(points), np.int64), points=np.stack(list(points.values())))
+        )
+
+
+def write_flame(extraction: Extraction, modality: str):
     """flame/frame_000000.npz: an array per parameter."""
-    for frame in task.reader.frame_numbers(modality):
-        task.save(f"flame/frame_{frame:06d}.npz", npz_bytes(**task.reader.get_FLAME(frame)))
+    for frame, parameters in extraction.entries(modality):
+        extraction.save(f"flame/frame_{frame:06d}.npz", npz_bytes(**parameters))
 
 
-def write_scan(task: Extraction, modality: str):
+def write_scan(extraction: Extraction, modality: str):
     """scan/mesh.ply: binary little-endian, vertices as doubles."""
-    mesh = task.reader.get_scanmesh()
-    faces = np.zeros(len(mesh["vertex_indices"]), [("count", "u1"), ("indices", "<i4", 3)])
-    faces["count"], faces["indices"] = 3, mesh["vertex_indices"]
-    header = (
-        f"ply\nformat binary_little_endian 1.0\nelement vertex {len(mesh['vertex'])}\n"
-        "property double x\nproperty double y\nproperty double z\n"
-        f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
-    )
-    task.save("scan/mesh.ply", header.encode() + mesh["vertex"].astype("<f8").tobytes() + faces.tobytes())
+    for _, mesh in extraction.entries(modality):
+        faces = np.zeros(len(mesh["vertex_indices"]), [("count", "u1"), ("indices", "<i4", 3)])
+        faces["count"], faces["indices"] = 3, mesh["vertex_indices"]
+        header = (
+            f"ply\nformat binary_little_endian 1.0\nelement vertex {len(mesh['vertex'])}\n"
+            "property double x\nproperty double y\nproperty double z\n"
+            f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
+        )
+        content = header.encode() + mesh["vertex"].astype("<f8").tobytes() + faces.tobytes()
+        extraction.save("scan/mesh.ply", content)
 
 
 def write_transforms(task: Extraction, modality: str):
@@ -1237,7 +1320,7 @@ def json_bytes(value) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
-# A modality is one function here and one line in the reader.
+# A modality is one line here, with the function that writes it, and its row in the reader's table.
 WRITERS: dict[str, Callable[[Extraction, str], None]] = {
     "images": write_pictures,
     "masks": write_pictures,
@@ -1258,75 +1341,106 @@ def modalities_in(folder: Path) -> list[str]:
     return [modality for modality in WRITERS if (folder / modality).is_dir() or (folder / f"{modality}.json").is_file()]
 
 
-def extract(job: Job, config: Config, send: Callable) -> dict:
+def extract(job: Job, config: Config, progress: Callable) -> dict:
     """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk.
-    Return `info`, and the "cameras" extracted, the "bytes" written and "notes" for the manifest. Raise SMCError or
-    OSError. send: called with pictures=n for n pictures more, and once with total=n."""
+    Return `info`, and the "cameras" extracted, the "bytes" written and "notes" for the manifest. Raise SMCError where
+    nothing can be read, or OSError. progress: called with pictures=n for n pictures more, and once with total=n."""
     folder = config.partial_of(job.subject, job.performance)
     clear(folder)
     folder.mkdir(parents=True)
-    with opened(job, config) as reader:
-        task = Extraction(job, config, reader, send)
-        views = sum(len(task.cameras[name]) for name in task.pictures.keys() & job.modalities)
-        task.tell(total=views * reader.num_frame)
+    with open_reader(job, config) as reader:
+        extraction = Extraction(job, config, reader, progress)
+        views = sum(len(cameras) for name, cameras in extraction.cameras.items() if name in extraction.pictures)
+        extraction.report(total=views * reader.num_frame)
         for modality in job.modalities:
-            if reader.has(modality):
-                WRITERS[modality](task, modality)
+            if extraction.cameras[modality]:
+                WRITERS[modality](extraction, modality)
         written = modalities_in(folder)
-        if not written and not any(map(reader.has, WRITERS)):
-            raise SMCError(f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows")
-        content = info(task, written)
-        task.save("metadata/info.json", json_bytes(content))
+        if not written and not has_more(extraction):
+            reasons = [entry["reason"] for entry in extraction.unreadable]
+            nothing = f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows"
+            raise SMCError(reasons[0] if reasons else nothing)
+        content = info(extraction, written)
+        for source in reader.sources:
+            if getattr(source, "missed", None):
+                raise FetchError(f"{source.name}: bytes are needed that were not fetched")
+        extraction.save("metadata/info.json", json_bytes(content))
         sync_disk(folder)
-        cameras = task.cameras["images"] if PER_CAMERA & set(job.modalities) else []
-        return {**content, "cameras": cameras, "bytes": task.bytes, "notes": notes(task, content)}
+        cameras = content["cameras_available"] if PER_CAMERA & set(job.modalities) else []
+        cameras = [camera for camera in cameras if job.cameras is None or camera in job.cameras]
+        return {**content, "cameras": cameras, "bytes": extraction.bytes, "notes": notes(extraction, content)}
 
 
-def info(task: Extraction, written: list[str]) -> dict:
+def has_more(extraction: Extraction) -> bool:
+    """Return whether the files have a modality, or cameras of it, that were not asked for."""
+    for name in MODALITIES:
+        if not MODALITIES[name].derived:
+            with contextlib.suppress(SMCError):
+                if set(cameras_to_extract(extraction.reader, name, None)) - set(extraction.cameras.get(name, [])):
+                    return True
+    return False
+
+
+def info(extraction: Extraction, written: list[str]) -> dict:
     """Return the content of metadata/info.json."""
-    job, reader = task.job, task.reader
+    job, reader = extraction.job, extraction.reader
     actor = {name: reader.actor_info[name] for name in ("age", "gender", "color")}
     actor.update(height_cm=reader.actor_info["height"], weight_kg=reader.actor_info["weight"])
+    audio, available = None, set()
+    with extraction.collecting_damage("audio"):
+        audio = reader.audio_info()
+    for modality in ("images", "masks"):
+        with contextlib.suppress(SMCError):  # said already where it is asked for
+            available.update(reader.cameras(modality))
+    stated, sizes = reader.Camera_info["resolution"], extraction.sizes
+    usual = collections.Counter(sizes.get("images") or sizes.get("masks")).most_common(1)
+    resolution = list(usual[0][0]) if usual else None if stated is None else stated.tolist()
+    fps = reader.fps()
     return {
         "subject": job.subject,
         "performance": job.performance,
         "capture_date": reader.capture_date,
         "actor": actor,
-        "resolution": task.resolution,
+        "resolution": resolution,
         "num_frame": reader.num_frame,
-        "fps": reader.fps(),
-        "audio": reader.audio_info(),
-        "cameras_available": reader.cameras(),
-        "frames": task.frames,
-        "missing_frames": task.missing,
-        "damaged_frames": task.damaged,
+        "fps": fps,
+        "audio": audio,
+        "cameras_available": sorted(available),
+        "frames": extraction.frames,
+        "missing_frames": extraction.missing,
+        "damaged_frames": extraction.damaged,
+        "unreadable": extraction.unreadable,
         "modalities": written,
-        "oddities": reader.oddities,
+        "modalities_asked": job.modalities,
+        "oddities": reader.oddities + [f"{job.files[0].name}: {each}" for each in size_oddity(reader, sizes)],
         "source": [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files],
         "extracted_at": utc_now(),
     }
 
 
-def notes(task: Extraction, content: dict) -> list[str]:
+def notes(extraction: Extraction, content: dict) -> list[str]:
     """Return what the manifest's error column says of a performance that is extracted all the same, from its `info`."""
-    found, available, written = [], content["cameras_available"], content["modalities"]
-    if not written:
-        found.append(f"the file has none of what is asked for ({', '.join(task.job.modalities)})")
-    elif "images" in task.job.modalities and not task.cameras["images"]:
-        has = f"the file, which has {numbers_text(available)}" if available else "the file: it has no pictures"
+    found, asked, written = [], extraction.job.modalities, content["modalities"]
+    available, unreadable = content["cameras_available"], {entry["modality"] for entry in content["unreadable"]}
+    if not written and not unreadable:
+        found.append(f"the file has none of what is asked for ({', '.join(asked)})")
+    elif "images" in asked and not extraction.cameras["images"] and "images" not in unreadable:
+        has = f"the file, which has {format_numbers(available)}" if available else "the file: it has no pictures"
         found.append(f"none of the cameras asked for is in {has}")
-    for kind, frames in (("damaged", task.damaged), ("missing", task.missing)):
+    for kind, frames in (("damaged", extraction.damaged), ("missing", extraction.missing)):
         lists = [cameras.values() if isinstance(cameras, dict) else [cameras] for cameras in frames.values()]
         count = sum(map(len, itertools.chain(*lists)))
         if count:
             found.append(f"{count} {kind} picture{'s' * (count > 1)}, listed in info.json")
-    if "transforms" in task.job.modalities and "transforms" not in written:
-        calibrated = "no undamaged pictures were extracted" if task.reader.has("calibration") else ""
+    if count := len(content["unreadable"]):
+        found.append(f"{count} {'entry' if count == 1 else 'entries'} could not be read, listed in info.json")
+    if "transforms" in asked and "transforms" not in written:
+        calibrated = "no undamaged pictures were extracted" if extraction.reader.has("calibration") else ""
         found.append(f"no transforms.json: {calibrated or 'the file has no calibration'}")
     return found
 
 
-def numbers_text(numbers: Iterable[int]) -> str:
+def format_numbers(numbers: Iterable[int]) -> str:
     return " ".join(str(number) for number in sorted(numbers))
 
 
@@ -1487,22 +1601,22 @@ def inspect_files(paths: list[str]) -> int:
     return int(not whole)
 
 
-def show_content(files: list[Path], report: Callable) -> bool:
+def show_content(files: list[Path], progress: Callable) -> bool:
     """Report, line by line in 100 columns, what a performance has. Return whether all of it can be read."""
     damage: list[str] = []
     with SMCReader(*map(str, files)) as reader:
         name, stated = SMC_NAME.fullmatch(files[0].name), (reader.actor_id, reader.performance_part)
         subject, performance = name.group("subject", "performance") if name else stated
-        report(msg=f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance')}")
+        progress(msg=f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance')}")
         for title, lines in content_rows(reader, files, damage):
             for line in lines:
-                report(msg=textwrap.fill(f"  {title:<12}  {line}", 100, subsequent_indent=" " * 16))
-        report(msg="")
+                progress(msg=textwrap.fill(f"  {title:<12}  {line}", 100, subsequent_indent=" " * 16))
+        progress(msg="")
     return not damage
 
 
 @contextlib.contextmanager
-def noting(damage: list[str]) -> Iterator[None]:
+def collecting_damage(damage: list[str]) -> Iterator[None]:
     """Go on after a part of a file that cannot be read, with a note of what is wrong with it."""
     try:
         yield
@@ -1516,47 +1630,52 @@ def content_rows(reader: SMCReader, files: list[Path], damage: list[str]) -> Ite
     forms = {"age": "age {}", "gender": "{}", "color": "{}", "height": "{:g} cm", "weight": "{:g} kg"}
     actor = [form.format(reader.actor_info[name]) for name, form in forms.items() if reader.actor_info[name]]
     yield "recorded", [", ".join(map(printable, [reader.capture_date or "unknown", *actor]))]
-    num_frame = fps = None
-    with noting(damage):
-        num_frame = reader.num_frame
-        fps = reader.fps()
-    resolution = reader.Camera_info["resolution"]
+    resolution, fps = reader.Camera_info["resolution"], reader.fps()
     pixels = "" if resolution is None else f", {resolution[1]} x {resolution[0]} pixels"
-    yield "frames", [f"{num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}"]
-    with noting(damage):
+    yield "frames", [f"{reader.num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}"]
+    with collecting_damage(damage):
         if audio := reader.audio_info():
             yield "audio", ["{duration_s:.2f} s, {channels} channels, {sample_rate} Hz".format(**audio)]
     yield "modality", ["cameras  entries        size  encoding (of each camera's first picture)"]
-    lines = {}
-    for modality in WRITERS:
-        with noting(damage):
-            if modality != "transforms" and reader.has(modality):
-                frames, cells = content_of(reader, modality, damage)
+    lines, sizes = {}, {}
+    for modality, row in MODALITIES.items():
+        with collecting_damage(damage):
+            if not row.derived and reader.has(modality):
+                frames, cells, sizes[modality] = content_of(reader, modality, damage)
                 yield modality, [cells]
-                lines[modality] = list(camera_lines(reader, frames)) if modality in ("images", "masks") else []
+                lines[modality] = list(camera_lines(reader, frames)) if row.pictures and modality in BY_CAMERA else []
     yield from lines.items()
-    with noting(damage):
+    with collecting_damage(damage):
         yield "unknown", map(printable, reader.unknown_groups())
-    yield "warning", reader.oddities
-    yield "damaged", dict.fromkeys(damage)
+    yield "warning", reader.oddities + size_oddity(reader, {name: sizes.get(name, []) for name in BY_CAMERA})
+    damage[:] = dict.fromkeys(damage)
+    yield "damaged", damage[:20] + [f"{len(damage) - 20} more"] * (len(damage) > 20)
 
 
-def content_of(reader: SMCReader, modality: str, damage: list[str]) -> tuple[dict[int | None, list], str]:
-    """Return {camera: frames} of a modality, None where it has no cameras or no frames, and its cells in the table."""
-    cameras = reader.cameras(modality) if modality in BY_CAMERA | {"calibration", "scan_masks"} else [None]
-    frames, size, encodings = {}, 0, set()
+def content_of(reader: SMCReader, modality: str, damage: list[str]) -> tuple[dict[int | None, list], str, list]:
+    """Return {camera: frames} of a modality, None where it has no cameras or no frames, its cells in the table, and the
+    (height, width) of each camera's first picture."""
+    row = MODALITIES[modality]
+    cameras = reader.cameras(modality) if modality in BY_CAMERA else [None]
+    frames, size, encodings, sizes = {}, 0, set(), []
     for camera in cameras:
-        with noting(damage):
+        frames[camera], first = [], row.pictures
+        with collecting_damage(damage):
             frames[camera] = reader.frame_numbers(modality, camera)
-            first = frames[camera][:1] if modality in ("images", "masks", "uv_textures") else []
-            for frame in [None] if modality == "scan_masks" else first:
-                kind, height, width, whole = probe_picture(reader.encoded(modality, camera, frame))
-                encodings.add(f"{kind} {width}x{height}" if whole else "damaged or unknown")
-            if modality in BY_CAMERA or not size:  # else the size is that of all cameras
-                size += reader.stored_bytes(modality, camera)
+            size += reader.stored_bytes(modality, camera)
+            for entry in reader.entries(modality, camera):
+                with collecting_damage(damage):
+                    # Pictures are many: only the first of them is read.
+                    content = entry.read() if first or entry.fault or not row.pictures else b""
+                    if first:
+                        first = row.numbered == "cameras"
+                        kind, height, width, whole = probe_picture(content)
+                        encodings.add(f"{kind} {width}x{height}" if whole else "damaged or unknown")
+                        sizes += [(height, width)] if whole else []
+    cameras = reader.cameras(modality) if row.numbered == "cameras" else cameras
     count = "" if None in cameras else len(cameras)
     entries = sum(map(len, frames.values())) or ""
-    return frames, f"{count:>7}  {entries:>7}  {gb(size):>10}  {', '.join(sorted(encodings))}"
+    return frames, f"{count:>7}  {entries:>7}  {gb(size):>10}  {', '.join(sorted(encodings))}", sizes
 
 
 def camera_lines(reader: SMCReader, frames: dict[int, list[int]]) -> Iterator[str]:
@@ -1565,13 +1684,13 @@ def camera_lines(reader: SMCReader, frames: dict[int, list[int]]) -> Iterator[st
     for camera, numbers in frames.items():
         alike.setdefault(tuple(numbers), []).append(camera)
     for numbers, cameras in alike.items():
-        gaps = runs_text(expected - set(numbers))
+        gaps = format_ranges(expected - set(numbers))
         who = f"camera {cameras[0]}" if len(cameras) == 1 else f"{len(cameras)} cameras"
-        names = f": {numbers_text(cameras)}" if 1 < len(cameras) < NUM_CAMERAS else ""
+        names = f": {format_numbers(cameras)}" if 1 < len(cameras) < NUM_CAMERAS else ""
         yield f"{who} with {len(numbers)} frames{f', without {gaps}' if gaps else ''}{names}"
 
 
-def runs_text(numbers: Iterable[int]) -> str:
+def format_ranges(numbers: Iterable[int]) -> str:
     """Return numbers as "3 7-11 13", cut where that is long."""
     by_run = itertools.groupby(enumerate(sorted(numbers)), lambda item: item[1] - item[0])
     runs = [[number for _, number in streak] for _, streak in by_run]
@@ -2253,8 +2372,8 @@ def extract_and_describe(job: Job, config: Config) -> tuple[dict, dict | None]:
             frames=sum(result["frames"].values()),
             size_gb=f"{result['bytes'] / GB:.6f}",
             cameras_extracted=len(result["cameras"]),
-            cameras=numbers_text(result["cameras"]),
-            cameras_available=numbers_text(result["cameras_available"]),
+            cameras=format_numbers(result["cameras"]),
+            cameras_available=format_numbers(result["cameras_available"]),
         )
     except (SMCError, OSError, RemoteError) as error:
         clear(config.partial_of(job.subject, job.performance))
@@ -2361,7 +2480,7 @@ class Summary:
             log.info(f"{job}: {row['frames']} frames of {cameras}, {gb(result['bytes'])} in {duration(seconds)}")
             absent = (job.cameras or set()) - set(result["cameras_available"])
             if absent and "images" in job.modalities:
-                log.debug("%s: the file has no pictures of the cameras %s", job, numbers_text(absent))
+                log.debug("%s: the file has no pictures of the cameras %s", job, format_numbers(absent))
             for message in [f"{job}: {note}" for note in result["notes"]] + result["oddities"]:
                 if message not in self.warnings:
                     log.warning("warning: %s", message)

@@ -40,7 +40,7 @@ from typing import Callable, NamedTuple
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5g, h5i, h5l, h5o, h5s, h5t
+from h5py import h5a, h5d, h5g, h5i, h5l, h5o, h5s
 
 NUM_CAMERAS = 60
 MAX_PICTURE_BYTES = 64 << 20  # an encoded picture has 0.33 MB; the raw pixels of one have 15 MB
@@ -70,32 +70,40 @@ DETECTING_CAMERAS = {f"{camera:02d}" for camera in range(18, 33)}  # in whose pi
 
 
 class Modality(NamedTuple):
-    """One kind of data in an SMC file, and how to find and read it."""
+    """One kind of data in an SMC file, and how to find and read it.
 
-    path: str  # of its group; "{}" stands for the two digits of a camera, where each camera has a group of its own
-    numbered: str = ""  # what the names in that group are: numbers of "frames" or of "cameras"; "" for neither
-    pictures: bool = False  # its entries are encoded pictures
-    shape: tuple | None = None  # its entries are arrays of this shape, in which None stands for any length
-    method: str = ""  # its entries are what this method of SMCReader returns; of groups of arrays, without any of these
-    by_camera: bool = False  # only the cameras that are asked for are extracted
-    from_raw: bool = False  # it is taken from the raw file where both files of a pair have it
-    default: bool = False  # it is extracted where nobody says what to extract
-    derived: bool = False  # it is made from other modalities
+    path: of its group; "{}" stands for the two digits of a camera, where each camera has a group of its own
+    numbered: what the names in that group are: numbers of "frames" or of "cameras"; "" for neither
+    pictures: whether its entries are encoded pictures
+    method: of SMCReader, which returns an entry that is neither a picture nor a mere array
+    by_camera: whether only the cameras that are asked for are extracted
+    from_raw: whether it is taken from the raw file where both files of a pair have it
+    default: whether it is extracted where nobody says what to extract
+    derived: whether it is made of others that were extracted"""
+
+    path: str
+    numbered: str = ""
+    pictures: bool = False
+    method: str = ""
+    by_camera: bool = False
+    from_raw: bool = False
+    default: bool = False
+    derived: bool = False
 
 
-# All that is known of a modality stands in its row here. What is extracted of it is one function of the script.
+# All that is known of a modality. What is written of it is one function in the script's table.
 MODALITIES = {
     "images": Modality("Camera/{}/color", "frames", pictures=True, by_camera=True, from_raw=True, default=True),
     "masks": Modality("Camera/{}/mask", "frames", pictures=True, by_camera=True, default=True),
     "audio": Modality("Camera/00/audio", method="get_audio", from_raw=True, default=True),
     "calibration": Modality("Calibration", "cameras", method="get_Calibration", default=True),
-    "keypoints2d": Modality("Keypoints2d/{}", "frames", shape=(None, 2), by_camera=True, default=True),
-    "keypoints3d": Modality("Keypoints3d", "frames", shape=(None, 3), default=True),
-    "flame": Modality("FLAME", "frames"),
+    "keypoints2d": Modality("Keypoints2d/{}", "frames", method="get_Keypoints2d", by_camera=True, default=True),
+    "keypoints3d": Modality("Keypoints3d", "frames", method="get_Keypoints3d", default=True),
+    "flame": Modality("FLAME", "frames", method="get_FLAME"),
     "uv_textures": Modality("UV_texture", "frames", pictures=True),
     "scan": Modality("Scan", method="get_scanmesh"),
     "scan_masks": Modality("ScanMask", "cameras", pictures=True, by_camera=True),
-    "transforms": Modality("Calibration", "cameras", method="get_Calibration", by_camera=True, derived=True),
+    "transforms": Modality("Calibration", "cameras", by_camera=True, derived=True),
 }
 
 
@@ -130,38 +138,26 @@ def probe_picture(data: bytes) -> Picture:
     """Return format, size in pixels and completeness of an encoded picture, from its header and its end alone."""
     if data[:3] == b"\xff\xd8\xff":
         height, width, at = _jpeg_frame(data)
-        return Picture("jpg", height, width, bool(height and width) and _has_end_of_jpeg(data, at))
+        return Picture("jpg", height, width, bool(height and width) and data.rfind(b"\xff\xd9", at) >= 0)
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-        end = b"\0\0\0\0IEND\xaeB`\x82"
-        whole = data[12:16] == b"IHDR" and (data.endswith(end) or end in data)
+        whole = data[12:16] == b"IHDR" and data.rfind(b"\0\0\0\0IEND\xaeB`\x82") >= 0
         return Picture("png", height, width, bool(whole and height and width))
     return Picture(None, 0, 0, False)
 
 
-def _jpeg_segments(data: bytes, at: int) -> Iterator[tuple[int, int]]:
-    """Yield (marker, its place) of the segments of a JPEG from a place on, to the first scan."""
-    marker = 0
-    while at + 9 <= len(data) and data[at] == 0xFF and marker != 0xDA:
-        marker = data[at + 1]
-        yield marker, at
-        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-
-
 def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
-    """Return (height, width, place) of the frame header of a JPEG, zeros where there is none before the pixels."""
-    for marker, at in _jpeg_segments(data, 2):
+    """Return (height, width, place) of the frame header of a JPEG, zeros where there is none before the pixels. (A
+    preview, with an end marker of its own, lies before it.)"""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF0…SOF15 without DHT, JPG, DAC
             return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big"), at
+        if marker == 0xDA:
+            break
+        at += 1 if marker == 0xFF else 2 + length
     return 0, 0, 0
-
-
-def _has_end_of_jpeg(data: bytes, at: int) -> bool:
-    """Return whether the pixels of a JPEG reach an end marker. (A preview in the header has one of its own.)"""
-    if data.endswith(b"\xff\xd9"):
-        return True
-    scan = next((place for marker, place in _jpeg_segments(data, at) if marker == 0xDA), len(data))
-    return data.rfind(b"\xff\xd9", scan) >= 0
 
 
 def camera_name(camera: int | str) -> str:
@@ -336,26 +332,20 @@ class SMCReader:
 
     def entries(self, modality: str, camera: int | str | None = None) -> Iterator[Entry]:
         """Yield what there is of a modality (of a camera), one frame or camera at a time, ascending; pictures in the
-        order in which they lie in the file. `read` of an entry then returns
-
-        the stored bytes of a picture; an array; {name: array} of each parameter of a frame by itself; or what get_audio,
-        get_Calibration and get_scanmesh return. Raise SMCError where none of it can be read."""
+        order in which they lie in the file. To `read` an entry gives the stored bytes of a picture, or else what the
+        method of this modality returns for one frame or camera. Raise SMCError where none of it can be read."""
         row = MODALITIES[modality]
         file, group = self._open(modality, camera)
         pattern = CAMERA_NAME if row.numbered == "cameras" else FRAME_NAME
+        get = getattr(self, row.method or "encoded")
         if row.pictures:
             yield from file.pictures(group, pattern)
-        elif row.method and not row.numbered:
-            if group is not None:
-                yield Entry(None, getattr(self, row.method))
-        else:
-            for number, link in sorted(file.numbers_in(group, pattern).items()):
-                if row.method:
-                    yield Entry(number, partial(getattr(self, row.method), number))
-                elif row.shape:
-                    yield Entry(number, partial(file.read_array, group, link.name, row.shape))
-                else:
-                    yield from file.parameters(group, number, link.name)
+        elif row.numbered:
+            get = partial(get, camera) if "{}" in row.path else get
+            for number, (name, _) in sorted(file.numbers_in(group, pattern).items()):
+                yield Entry(number, partial(get, number) if row.method else partial(file.read_array, group, name, None))
+        elif group is not None:
+            yield Entry(None, get)
 
     def encoded(self, modality: str, camera: int | str | None = None, frame: int | str | None = None) -> bytes:
         """Return the stored bytes of one picture: modality images or masks (camera, frame), uv_textures (frame) or
@@ -459,14 +449,14 @@ class SMCReader:
         None for all, stacks those that have them (N, 106, 2). Cameras 18…32 can have key points."""
         if camera_name(Camera_id) not in DETECTING_CAMERAS:
             self._required("keypoints2d", Camera_id)
-        return self._keypoints(Frame_id, "keypoints2d", Camera_id)
+        return self._keypoints((None, 2), Frame_id, "keypoints2d", Camera_id)
 
     def get_Keypoints3d(self, Frame_id=None) -> np.ndarray | None:
         """Return (73, 3) float64 of a frame, None where it has none. A list of frames, or None for all, stacks those
         that have them (N, 73, 3)."""
-        return self._keypoints(Frame_id, "keypoints3d")
+        return self._keypoints((None, 3), Frame_id, "keypoints3d")
 
-    def _keypoints(self, frame, modality, camera=None):
+    def _keypoints(self, shape, frame, modality, camera=None):
         file, group = self._open(modality, camera)
         if group is None:
             return None
@@ -475,7 +465,7 @@ class SMCReader:
             name = file.name_of(group, int(number), FRAME_NAME)
             if file.entry(group, name) is None:
                 return None
-            return file.read_array(group, name, MODALITIES[modality].shape).astype(np.float64, copy=False)
+            return file.read_array(group, name, shape).astype(np.float64, copy=False)
 
         return self._frames(points_of, frame, modality, camera)
 
@@ -489,12 +479,12 @@ class SMCReader:
             return None
         if isinstance(Frame_id, (int, str, np.integer)):
             name = file.name_of(group, int(Frame_id), FRAME_NAME)
-            if file.entry(group, name) is None:
+            frame = file.group_in(group, name)
+            if frame is None:
                 raise file.error(f"there is no FLAME/{name}")
-            found: dict[str, np.ndarray] = {}
-            for entry in file.parameters(group, int(Frame_id), name):
-                found.update(entry.read())
-            return found
+            names = list(file.links(frame))
+            file.note_left_out(frame, [name for name in names if not PARAMETER_NAME.fullmatch(name)])
+            return {name: file.read_array(frame, name, None) for name in names if PARAMETER_NAME.fullmatch(name)}
         frames = [self.get_FLAME(frame) for frame in (self.frame_numbers("flame") if Frame_id is None else Frame_id)]
         if any(frame.keys() != frames[0].keys() for frame in frames):
             raise file.error("the frames of FLAME have different parameters")
@@ -593,13 +583,6 @@ class SMCReader:
         return pixels.max(axis=2) if modality in ("masks", "scan_masks") else pixels
 
 
-class _Link(NamedTuple):
-    """An entry of a group: its name, and of which of HDF5's kinds of links it is."""
-
-    name: str
-    kind: int
-
-
 class _Extent(NamedTuple):
     """Where a picture lies: `offset` in the file, or None where HDF5 has to put it together from `stored` bytes."""
 
@@ -616,7 +599,7 @@ class _File:
     def __init__(self, source, oddities: list[str]):
         self.source, self.oddities = source, oddities
         self.name = os.path.basename(str(getattr(source, "name", source)))
-        self.h5 = None
+        self.h5, self.listed = None, (None, {})
         if not hasattr(source, "read") and not os.path.isfile(source):
             missing = "is no regular file" if os.path.exists(source) else "there is no such file"
             raise self.error("is a folder" if os.path.isdir(source) else missing)
@@ -691,11 +674,6 @@ class _File:
             self._refuse_soft(parent, name, parent.links.get_info(key).type)
             return h5o.open(parent, key)
 
-    def links_to(self, group, name: str) -> bool:
-        """Return whether a group has an entry of that name."""
-        with self.reading(group, name):
-            return group.links.exists(name.encode())
-
     def _refuse_soft(self, parent, name, kind):
         if kind != h5l.TYPE_HARD:
             raise self.error(f"{self.where(parent, name)} is a link to another place; such links are not followed")
@@ -709,74 +687,55 @@ class _File:
         return printable(name.strip("/"))
 
     def filled(self, group) -> bool:
-        """Return whether a group is there and not empty, whatever the number of its entries."""
-        if group is None:
-            return False
+        """Return whether a group is there and not empty. (To ask how many entries it has can mean to read all.)"""
         with self.reading(group):
-            found: list[bytes] = []
-            # To ask for the number reads all of an old-style group.
-            group.links.iterate(lambda name: found.append(name) or True)
-            return bool(found)
+            return group is not None and group.links.iterate(lambda name: True)[0] is True
 
-    def links(self, group) -> dict[str, _Link]:
-        """Return {name: link} of the entries of a group; {} for None."""
-        found: dict[str, _Link] = {}
-
-        def add(name, info):
-            name = name.decode("utf-8", "replace")
-            found[name] = _Link(name, info.type)
-
+    def links(self, group) -> dict[str, int]:
+        """Return {name: kind of link} of the entries of a group; {} for None."""
+        found: dict[str, int] = {}
         if group is not None:
             with self.reading(group):
-                group.links.iterate(add, info=True)
+                group.links.iterate(
+                    lambda name, info: found.update({name.decode("utf-8", "replace"): info.type}), info=True
+                )
         return found
 
-    def numbers_in(self, group, pattern) -> dict[int, _Link]:
-        """Return {number: link} of the entries of a group whose names are numbers of cameras or frames.
+    def numbers_in(self, group, pattern) -> dict[int, tuple[str, int]]:
+        """Return {number: (name, kind of link)} of the entries of a group that are numbered by camera or by frame.
 
-        Of several names for one number, the usual one counts: two digits for a camera, none too many for a frame. That
-        there are others, or strange ones, is noted as an oddity. Raise SMCError where all names are strange."""
-        found: dict[int, _Link] = {}
+        Of several names for one number the usual one counts: two digits for a camera, no zeros before those of a frame.
+        Other names are noted as an oddity. Raise SMCError where there are none but these."""
+        found: dict[int, tuple[str, int]] = {}
         left_out = []
-        for link in self.links(group).values():
-            if not pattern.fullmatch(link.name):
-                left_out.append(link.name)
+        for link in self.links(group).items():
+            if not pattern.fullmatch(link[0]):
+                left_out.append(link[0])
                 continue
-            number = int(link.name)
+            number = int(link[0])
             if number in found:
                 usual = _usual_name(number, pattern)
-                link, other = sorted((found[number], link), key=lambda each: (each.name != usual, len(each.name)))
-                left_out.append(other.name)
+                link, other = sorted((found[number], link), key=lambda each: (each[0] != usual, len(each[0])))
+                left_out.append(other[0])
             found[number] = link
-        self._note_left_out(group, left_out)
+        self.note_left_out(group, left_out)
         if left_out and not found:
             raise self.error(f"{self.where(group)} has no numbers for names, but {printable(left_out[0])!r}")
         return found
 
     def name_of(self, group, number: int, pattern) -> str:
-        """Return the name in a group that stands for a camera or frame: the usual one, or where that is missing, one
-        with other zeros before it."""
+        """Return the name in a group that stands for a camera or frame: the usual one, or else one that is there."""
         usual = _usual_name(number, pattern)
-        if group is None or self.links_to(group, usual):
-            return usual
-        return self.numbers_in(group, pattern).get(number, _Link(usual, 0)).name
+        with self.reading(group, usual):
+            if group is None or group.links.exists(usual.encode()):
+                return usual
+        key = self.where(group), pattern
+        if self.listed[0] != key:  # kept, because a file that has one unusual name has only such
+            self.listed = key, self.numbers_in(group, pattern)
+        return self.listed[1].get(number, [usual])[0]
 
-    def parameters(self, group, number: int, name: str) -> Iterator[Entry]:
-        """Yield the parameters of a frame, which is a group of arrays. Each reads as {its name: array}."""
-
-        def read(parameter):
-            return {parameter: self.read_array(frame, parameter, None)}
-
-        try:
-            frame = self.group_in(group, name)
-            names = list(self.links(frame))
-            self._note_left_out(frame, [name for name in names if not PARAMETER_NAME.fullmatch(name)])
-        except SMCError as fault:
-            yield Entry(number, None, fault)
-            return
-        yield from (Entry(number, partial(read, each)) for each in names if PARAMETER_NAME.fullmatch(each))
-
-    def _note_left_out(self, group, names: list[str]):
+    def note_left_out(self, group, names: list[str]):
+        """Remember that some entries of a group are not used."""
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             shown = ", ".join(map(printable, names[:3]))
@@ -834,11 +793,14 @@ class _File:
 
     def read_array(self, group, name: str, shape: tuple | None) -> np.ndarray:
         """Return a numeric data set, whole, in its stored type; see `dataset`."""
-        data = self.dataset(group, name, shape)
-        with self.reading(group, name):
+        array = self._read_whole(self.dataset(group, name, shape), group, name)
+        return array if shape is None else array.reshape(_fit(array.shape, shape))
+
+    def _read_whole(self, data, *place) -> np.ndarray:
+        with self.reading(*place):
             array = np.empty(data.shape, data.dtype)
             data.read(h5s.ALL, h5s.ALL, array)
-            return array if shape is None else array.reshape(_fit(array.shape, shape))
+            return array
 
     def dataset(self, group, name: str, shape: tuple | None):
         """Return a numeric data set of a shape, but for axes of length one. In the shape None stands for any length;
@@ -881,7 +843,7 @@ class _File:
         for number, link in self.numbers_in(group, pattern).items():
             try:
                 self._refuse_soft(group, *link)
-                found.append((number, self._extent(group, link.name)))
+                found.append((number, self._extent(group, link[0])))
             except SMCError as fault:
                 yield Entry(number, None, fault)
         claimed, stored = (sum(getattr(extent, kind) for _, extent in found) for kind in ("size", "stored"))
@@ -896,39 +858,27 @@ class _File:
     def _extent(self, group, name: str) -> _Extent:
         with self.reading(group, name):
             data = h5d.open(group, name.encode())
-            # There is less to ask where the bytes are in this file and in one piece.
             offset = data.get_offset()
             if offset is None:
-                return self._scattered(data, name)
-            shape, size = data.shape, data.get_storage_size()
-            if not shape or max(shape) != size:
-                return self._scattered(data, name)
-            self._check_size(data, size, MAX_PICTURE_BYTES)
-            if offset + size > self.bytes:
-                raise ValueError("its place contradicts its size")
-            return _Extent(name, offset, size, size)
-
-    def _scattered(self, data, name: str) -> _Extent:
-        """Return the extent of a data set that is empty or that HDF5 has to put together: of bytes, or one opaque value,
-        one string or one list of bytes."""
-        self._refuse_elsewhere(data)
-        shape, kind = data.shape, data.get_type()
-        of, width = kind.get_class(), kind.get_size()
-        count = -1 if shape is None else math.prod(shape)
-        bytelike = of in (h5t.INTEGER, h5t.STRING, h5t.OPAQUE) and width == 1 and count in (0, 1, *(shape or ()))
-        if of == h5t.VLEN:
-            item, width = kind.get_super(), data.get_storage_size()
-            bytelike = count == 1 and item.get_class() == h5t.INTEGER and item.get_size() == 1
-        if not bytelike and not (count == 1 and of in (h5t.STRING, h5t.OPAQUE)):
-            raise ValueError("it is no list of bytes")
-        size = count * width
-        self._check_size(data, size, MAX_PICTURE_BYTES)
-        return _Extent(name, None if size else 0, size, data.get_storage_size())
+                self._refuse_elsewhere(data)
+            shape, stored = data.shape, data.get_storage_size()
+            if offset is not None and shape and max(shape) == stored:  # bytes in one piece: there is no more to ask
+                self._check_size(data, stored, MAX_PICTURE_BYTES)
+                if offset + stored > self.bytes:
+                    raise ValueError("its place contradicts its size")
+                return _Extent(name, offset, stored, stored)
+            dtype, count = data.dtype, -1 if shape is None else math.prod(shape)
+            # One string, one opaque value or one list of bytes is as good as an array of bytes.
+            if not (dtype.itemsize == 1 and count in (0, *shape)) and not (dtype.kind in "SVO" and count == 1):
+                raise ValueError("it is no list of bytes")
+            self._check_size(data, count * dtype.itemsize, MAX_PICTURE_BYTES)
+            return _Extent(name, None if count else 0, count * dtype.itemsize, stored)
 
     def read_extent(self, group, extent: _Extent) -> bytes:
         """Return the bytes of one picture."""
         if extent.offset is None:
-            return self._read_scattered(group, extent.name)
+            array = self._read_whole(self.entry(group, extent.name), group, extent.name)
+            return bytes(array.item()) if array.dtype.hasobject else array.tobytes()
         if self.descriptor is None:
             self.source.seek(extent.offset)
             data = self.source.read(extent.size)
@@ -937,13 +887,6 @@ class _File:
         if len(data) != extent.size:
             raise self.error(f"{self.where(group, extent.name)} has {len(data)} of its {extent.size} bytes")
         return data
-
-    def _read_scattered(self, group, name: str) -> bytes:
-        data = self.entry(group, name)
-        with self.reading(group, name):
-            array = np.empty(data.shape, data.dtype)
-            data.read(h5s.ALL, h5s.ALL, array)
-            return bytes(array.item()) if array.dtype.hasobject else array.tobytes()
 
     def encoded(self, group, name: str) -> bytes:
         """Return the bytes of the picture of that name."""
@@ -981,8 +924,6 @@ def _sound_shape(shape: tuple) -> tuple[int, int, bool]:
 def _open_hdf5(source) -> h5py.File:
     """Open a file without HDF5's locks, which file systems of clusters often lack; with them, where this process has
     the file open in that way already: HDF5 wants the same for both."""
-    if hasattr(source, "read"):
-        return h5py.File(source, "r")
     try:
         return h5py.File(source, "r", locking=False)
     except OSError as error:
@@ -1011,23 +952,21 @@ def _what_is_wrong(path) -> str | None:
 
 
 def _as_kind(value, kind: type):
-    """Return a value of an HDF5 attribute as a str, int, float or int array. Raise ValueError where it is none."""
+    """Return a value of an HDF5 attribute as a str, int, float or int array. Raise an exception where it is none."""
+    value = np.asarray(value)
     if kind is np.ndarray:
-        value = np.asarray(value)
-        if value.dtype.kind not in "iu":
-            raise ValueError(f"it is {value.dtype}, no whole numbers")
-        return value.astype(np.int64)
-    if isinstance(value, (np.ndarray, np.generic)):
+        return value.astype(np.int64, casting="safe")
+    if kind is str:
         value = value.item()
-    if isinstance(value, str):
-        value = value.encode("utf-8", "surrogateescape")  # which is how h5py marks bytes that are no UTF-8
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if not isinstance(value, (str, int, float)):
-        raise TypeError(f"it is a {type(value).__name__}, no {kind.__name__}")
-    if kind is not str and not math.isfinite(float(value)):
+        # h5py marks bytes that are no UTF-8 as surrogates.
+        return (
+            value.decode("utf-8", "replace")
+            if isinstance(value, bytes)
+            else str(value).encode("utf-8", "replace").decode()
+        )
+    if not math.isfinite(value := kind(value.item())):
         raise ValueError(f"it is {value}")
-    return kind(value)
+    return value
 
 
 def printable(text: str, longest: int = 60) -> str:
