@@ -1060,26 +1060,26 @@ def cameras_to_extract(reader: SMCReader, modality: str, asked: set[int] | None)
 def write_pictures(extraction: Extraction, modality: str):
     """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes."""
     stored: dict[str, dict[int, StoredPicture]] = {}
+    lost: dict[str, set[int | None]] = {}  # what `unreadable` has already
     for camera in extraction.cameras[modality]:
-        name = f"{camera:02d}"
+        name, before = f"{camera:02d}", len(extraction.unreadable)
         stored[name] = store_pictures(extraction, modality, f"{modality}/cam_{name}", camera)
+        lost[name] = {entry["frame"] for entry in extraction.unreadable[before:]}
     if modality == "images":
-        extraction.frames = {camera: len(pictures) for camera, pictures in stored.items()}
+        extraction.frames = {camera: len(pictures) for camera, pictures in stored.items() if pictures}
     expected, usual = extraction.reader.expected_frames(stored.values()), usual_sizes(stored)
     extraction.sizes[modality] = [size for size in usual.values() if size]
-    good = extraction.pictures[modality] = {}
     for camera, pictures in stored.items():
-        good[camera] = {
+        good = extraction.pictures.setdefault(modality, {})[camera] = {
             frame: (picture.name, picture.height, picture.width)
             for frame, picture in pictures.items()
             if picture.whole and (picture.height, picture.width) == usual[camera]
         }
-        for found, frames in (
-            (extraction.damaged, pictures.keys() - good[camera]),
-            (extraction.missing, expected - pictures.keys()),
-        ):
-            if frames:
-                found.setdefault(modality, {})[camera] = sorted(frames)
+        if damaged := pictures.keys() - good:
+            extraction.damaged.setdefault(modality, {})[camera] = sorted(damaged)
+        missing = expected - pictures.keys() - lost[camera]
+        if missing and None not in lost[camera]:
+            extraction.missing.setdefault(modality, {})[camera] = sorted(missing)
 
 
 def usual_sizes(stored: dict[str, dict[int, StoredPicture]]) -> dict[str, tuple[int, int] | None]:
@@ -1096,20 +1096,18 @@ def usual_sizes(stored: dict[str, dict[int, StoredPicture]]) -> dict[str, tuple[
     }
 
 
-def size_oddity(reader: SMCReader, sizes: dict[str, list[tuple[int, int]]]) -> list[str]:
-    """Return in a sentence, or in none, that pictures don't have one size, which is that of the attribute `resolution`.
+def note_sizes(reader: SMCReader, sizes: dict[str, list[tuple[int, int]]]):
+    """Note as an oddity that pictures don't have one size, which is that of the attribute `resolution`.
 
-    sizes: {modality: the (height, width) of its pictures, by camera}."""
-    stated = reader.Camera_info["resolution"]
-    known = set().union(*sizes.values()) | ({tuple(stated.tolist())} if stated is not None else set())
-    if len(known) < 2 or not any(sizes.values()):
-        return []
-    found = {name: collections.Counter(of_cameras).most_common() for name, of_cameras in sizes.items() if of_cameras}
-    parts = [
-        f"{name} have {' and '.join(f'{w} x {h}' for (h, w), _ in counts)} pixels" for name, counts in found.items()
-    ]
-    attribute = "" if stated is None else f"; the attribute resolution says {stated[1]} x {stated[0]}"
-    return [", ".join(parts) + attribute]
+    sizes: {modality: the (height, width) of its pictures, one per camera}."""
+    resolution, texts = reader.Camera_info["resolution"], {}
+    for modality in [name for name in MODALITIES if sizes.get(name)]:
+        counts = collections.Counter(sizes[modality]).most_common()
+        texts.setdefault(" and ".join(f"{width} x {height}" for (height, width), _ in counts), []).append(modality)
+    stated = [] if resolution is None else [f"{resolution[1]} x {resolution[0]}"]
+    if texts and len({*texts, *stated}) > 1 or any(" and " in text for text in texts):
+        found = ", ".join(f"{' and '.join(names)} have {text} pixels" for text, names in texts.items())
+        reader.note(found + "".join(f"; the attribute resolution says {size}" for size in stated))
 
 
 def write_numbered_pictures(extraction: Extraction, modality: str):
@@ -1234,16 +1232,11 @@ def write_keypoints3d(extraction: Extraction, modality: str):
 
 
 def save_points(extraction: Extraction, name: str, modality: str, camera: int | None = None):
-    """Write the key points of all frames that have as many as most frames."""
+    """Write the key points of all frames that have them."""
     points = dict(extraction.entries(modality, camera))
-    usual = collections.Counter(map(len, points.values())).most_common(1)
-    for frame in [frame for frame, found in points.items() if len(found) != usual[0][0]]:
-        with extraction.collecting_damage(modality, camera, frame):
-            raise SMCError(f"it has {len(points.pop(frame))} points, where most frames have {usual[0][0]}")
     if points:
-        extraction.save(
-            name, npz_bytes(frame_ids=np.array(list(points), np.int64), points=np.stack(list(points.values())))
-        )
+        frames = np.array(list(points), np.int64)
+        extraction.save(name, npz_bytes(frame_ids=frames, points=np.stack(list(points.values()))))
 
 
 def write_flame(extraction: Extraction, modality: str):
@@ -1395,7 +1388,7 @@ def info(extraction: Extraction, written: list[str]) -> dict:
     stated, sizes = reader.Camera_info["resolution"], extraction.sizes
     usual = collections.Counter(sizes.get("images") or sizes.get("masks")).most_common(1)
     resolution = list(usual[0][0]) if usual else None if stated is None else stated.tolist()
-    fps = reader.fps()
+    note_sizes(reader, sizes)
     return {
         "subject": job.subject,
         "performance": job.performance,
@@ -1403,7 +1396,7 @@ def info(extraction: Extraction, written: list[str]) -> dict:
         "actor": actor,
         "resolution": resolution,
         "num_frame": reader.num_frame,
-        "fps": fps,
+        "fps": reader.fps(),
         "audio": audio,
         "cameras_available": sorted(available),
         "frames": extraction.frames,
@@ -1412,7 +1405,7 @@ def info(extraction: Extraction, written: list[str]) -> dict:
         "unreadable": extraction.unreadable,
         "modalities": written,
         "modalities_asked": job.modalities,
-        "oddities": reader.oddities + [f"{job.files[0].name}: {each}" for each in size_oddity(reader, sizes)],
+        "oddities": reader.oddities,
         "source": [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files],
         "extracted_at": utc_now(),
     }
@@ -1635,7 +1628,8 @@ def content_rows(reader: SMCReader, files: list[Path], damage: list[str]) -> Ite
     yield "frames", [f"{reader.num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}"]
     with collecting_damage(damage):
         if audio := reader.audio_info():
-            yield "audio", ["{duration_s:.2f} s, {channels} channels, {sample_rate} Hz".format(**audio)]
+            channels = "1 channel" if audio["channels"] == 1 else f"{audio['channels']} channels"
+            yield "audio", [f"{audio['duration_s']:.2f} s, {channels}, {audio['sample_rate']} Hz"]
     yield "modality", ["cameras  entries        size  encoding (of each camera's first picture)"]
     lines, sizes = {}, {}
     for modality, row in MODALITIES.items():
@@ -1647,7 +1641,8 @@ def content_rows(reader: SMCReader, files: list[Path], damage: list[str]) -> Ite
     yield from lines.items()
     with collecting_damage(damage):
         yield "unknown", map(printable, reader.unknown_groups())
-    yield "warning", reader.oddities + size_oddity(reader, {name: sizes.get(name, []) for name in BY_CAMERA})
+    note_sizes(reader, {name: found for name, found in sizes.items() if name in BY_CAMERA})
+    yield "warning", reader.oddities
     damage[:] = dict.fromkeys(damage)
     yield "damaged", damage[:20] + [f"{len(damage) - 20} more"] * (len(damage) > 20)
 
@@ -1670,7 +1665,8 @@ def content_of(reader: SMCReader, modality: str, damage: list[str]) -> tuple[dic
                     if first:
                         first = row.numbered == "cameras"
                         kind, height, width, whole = probe_picture(content)
-                        encodings.add(f"{kind} {width}x{height}" if whole else "damaged or unknown")
+                        after = "" if content.endswith((b"\xff\xd9", b"\xaeB`\x82")) else " with bytes after its end"
+                        encodings.add(f"{kind} {width}x{height}{after}" if whole else "damaged or unknown")
                         sizes += [(height, width)] if whole else []
     cameras = reader.cameras(modality) if row.numbered == "cameras" else cameras
     count = "" if None in cameras else len(cameras)

@@ -287,6 +287,10 @@ class SMCReader:
             - {row.path.split("/")[0] for row in MODALITIES.values()}
         )
 
+    def note(self, what: str):
+        """Add a sentence to `oddities`, once."""
+        self._files[0].note(what)
+
     @property
     def sources(self) -> list:
         """The files, as they were given to this reader."""
@@ -319,7 +323,7 @@ class SMCReader:
         near = next((rate for rate in (15, 30) if abs(ratio / rate - 1) <= 0.05), None)
         if near is None:
             said = f"{self.num_frame} frames and {audio['duration_s']:.2f} s of audio make {ratio:.2f}"
-            self._files[0].note(f"{said} pictures per second, not 15 or 30")
+            self.note(f"{said} pictures per second, not 15 or 30")
         return near or ratio
 
     def expected_frames(self, of_cameras: Iterable[Iterable[int]]) -> set[int]:
@@ -449,12 +453,12 @@ class SMCReader:
         None for all, stacks those that have them (N, 106, 2). Cameras 18…32 can have key points."""
         if camera_name(Camera_id) not in DETECTING_CAMERAS:
             self._required("keypoints2d", Camera_id)
-        return self._keypoints((None, 2), Frame_id, "keypoints2d", Camera_id)
+        return self._keypoints((106, 2), Frame_id, "keypoints2d", Camera_id)
 
     def get_Keypoints3d(self, Frame_id=None) -> np.ndarray | None:
         """Return (73, 3) float64 of a frame, None where it has none. A list of frames, or None for all, stacks those
         that have them (N, 73, 3)."""
-        return self._keypoints((None, 3), Frame_id, "keypoints3d")
+        return self._keypoints((73, 3), Frame_id, "keypoints3d")
 
     def _keypoints(self, shape, frame, modality, camera=None):
         file, group = self._open(modality, camera)
@@ -940,7 +944,7 @@ def _what_is_wrong(path) -> str | None:
     if not head:
         return "is empty"
     if not head.startswith(b"\x89HDF\r\n\x1a\n"):
-        return f"is no HDF5 file (it begins with {printable(repr(head[:16])[1:])})"
+        return f"is no HDF5 file (it begins with {printable(repr(head[:12])[1:])})"
     head = head.ljust(100, b"\0")
     # The superblock says where the file ends, in the third of its addresses, which are of 8 bytes as a rule.
     at, width = (24 + 4 * head[8], head[13]) if head[8] < 2 else (12, head[9])

@@ -202,7 +202,7 @@ def test_has_and_unknown_groups_tell_what_there_is(copy):
         file.create_group("FLAME")  # empty
         del file["UV_texture"]
     with SMCReader(copy) as reader:
-        assert [name for name in renderme_360_reader_new.GROUPS if not reader.has(name)] == ["flame", "uv_textures"]
+        assert [name for name in renderme_360_reader_new.MODALITIES if not reader.has(name)] == ["flame", "uv_textures"]
         assert reader.unknown_groups() == ["Hands3d"] and reader.oddities == []
         assert reader.audio_info() == {"sample_rate": 48000, "channels": 2, "samples": 6400, "duration_s": 6400 / 48000}
 
@@ -397,22 +397,47 @@ def test_an_error_names_the_file_of_the_pair_that_is_at_fault(pair):
 # ---- damaged files
 
 
-@pytest.mark.parametrize("content", [b"", b"no HDF5", b"\x89HDF\r\n\x1a\n", bytes(10_000)])
-def test_what_is_no_hdf5_file_is_an_error(tmp_path, content):
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html>", "is no HDF5 file (it begins with '<!DOCTYPE ht')"),
+        (bytes(10_000), "is no HDF5 file"),
+        (b"\x89HDF\r\n\x1a\n", "is damaged"),
+        (b"\x89HDF\r\n\x1a\n" + b"\xff" * 10_000, "is damaged"),
+    ],
+)
+def test_what_is_no_hdf5_file_is_an_error_that_says_what_it_is(tmp_path, content, message):
     (tmp_path / "0018_s1_all_raw.smc").write_bytes(content)
-    assert "no SMC file" in error(tmp_path / "0018_s1_all_raw.smc", lambda reader: None)
+    assert f"0018_s1_all_raw.smc: {message}" in error(tmp_path / "0018_s1_all_raw.smc", lambda reader: None)
 
 
-def test_a_file_that_is_not_there_is_an_error(tmp_path):
-    for path in (tmp_path / "none.smc", tmp_path):
-        assert "there is no such file" in error(path, lambda reader: None)
+def test_a_file_that_is_not_there_or_a_folder_is_an_error(tmp_path):
+    assert "there is no such file" in error(tmp_path / "none.smc", lambda reader: None)
+    assert error(tmp_path, lambda reader: None) == f"{tmp_path.name}: is a folder"
 
 
-@pytest.mark.parametrize("left", [0.999, 0.5, 0.01])
-def test_a_file_that_is_cut_is_an_error(smc, tmp_path, left):
-    content = smc.read_bytes()
-    (tmp_path / "cut.smc").write_bytes(content[: int(left * len(content))])
-    assert "cut short or damaged" in error(tmp_path / "cut.smc", lambda reader: None)
+@pytest.mark.parametrize("libver", ["earliest", "v108", "latest"])
+@pytest.mark.parametrize("left", [0.999, 0.5])
+def test_a_file_that_is_cut_is_an_error_that_says_how_much_is_there(tmp_path, libver, left):
+    with h5py.File(tmp_path / "cut.smc", "w", libver=(libver, libver if libver == "v108" else "latest")) as file:
+        file["Camera/25/color/0"] = np.zeros(1_660_000, np.uint8)
+    size = os.path.getsize(tmp_path / "cut.smc")
+    os.truncate(tmp_path / "cut.smc", int(left * size))
+    assert (
+        error(tmp_path / "cut.smc", lambda reader: None) == f"cut.smc: is cut short: {left * size / 1e6:.2f} of 1.66 MB"
+    )
+
+
+def test_what_the_disk_does_is_no_damage_of_the_file(smc):
+    said = "Can't read data (file read failed: errno = 5, error message = 'Input/output error')"
+    with (
+        SMCReader(smc) as reader,
+        pytest.raises(OSError, match="Input/output error") as caught,
+        reader._files[0].reading("Camera"),
+    ):
+        raise RuntimeError(said)
+    assert caught.value.errno == 5
 
 
 @pytest.mark.parametrize(
@@ -432,16 +457,19 @@ def test_what_is_not_in_the_file_is_named(smc, path, read):
 
 WRONG = {
     "Calibration/25/K": (np.zeros((3, 4)), lambda reader: reader.get_Calibration(25)),
-    "Calibration/25/D": (np.array(["a"] * 5, "S1"), lambda reader: reader.get_Calibration_all()),
+    "Calibration/25/D": (np.array(["a"] * 5, "S1"), lambda reader: reader.get_Calibration(25)),
+    "Calibration/25/D ": (np.zeros(8), lambda reader: reader.get_Calibration(25)),
     "Calibration/25/RT": (np.full((4, 4), np.nan), lambda reader: reader.get_Calibration(25)),
     "Keypoints2d/25/0": (np.zeros((105, 2)), lambda reader: reader.get_Keypoints2d(25)),
     "Keypoints3d/0": (np.zeros((73, 3), complex), lambda reader: reader.get_Keypoints3d(0)),
-    "Camera/00/audio/audio": (np.zeros((5, 2), np.int16), lambda reader: reader.get_audio()),
-    "Camera/00/audio/sample_rate": (np.nan, lambda reader: reader.fps()),
+    "Camera/00/audio/audio": (np.zeros((5, 2), np.uint32), lambda reader: reader.get_audio()),
+    "Camera/00/audio/audio ": (np.zeros((50, 50), np.float32), lambda reader: reader.audio_info()),
+    "Camera/00/audio/sample_rate": (np.nan, lambda reader: reader.audio_info()),
+    "Camera/00/audio/sample_rate ": (44100.5, lambda reader: reader.get_audio()),
     "Camera/25/color/0": (np.zeros(10, np.uint16), lambda reader: list(reader.iter_encoded("images", 25))),
     "Camera/25/color/2": (np.zeros((10, 2), np.uint8), lambda reader: reader.encoded("images", 25, 2)),
     "Camera/25/mask/0": (h5py.Empty("u1"), lambda reader: list(reader.iter_encoded("masks", 25))),
-    "Camera/25/mask": (np.zeros(3), lambda reader: reader.has("masks")),
+    "Camera/25/mask": (np.zeros(3), lambda reader: reader.frame_numbers("masks", 25)),
     "Scan/vertex": (np.zeros(3), lambda reader: reader.get_scanmesh()),
     "Scan/vertex_indices": (np.zeros((3, 3)), lambda reader: reader.get_scanmesh()),
     "Scan/vertex_indices ": (np.full((3, 3), 10**10), lambda reader: reader.get_scanmesh()),
@@ -498,12 +526,23 @@ def test_a_picture_that_cannot_be_decoded_is_an_error_and_its_bytes_can_be_had(c
     assert not probe_picture(content).whole
 
 
-def test_the_probe_of_a_picture_tells_format_size_and_completeness():
+def test_the_probe_of_a_picture_tells_format_size_and_completeness_whatever_follows():
     for suffix in ("jpg", "png"):
         data = cv2.imencode(f".{suffix}", np.zeros((20, 30), np.uint8))[1].tobytes()
         assert probe_picture(data) == (suffix, 20, 30, True)
         assert probe_picture(data[:-1]) == (suffix, 20, 30, False)
         assert not any(probe_picture(data[:length]).whole for length in range(len(data)))
+        for after in (bytes(1), bytes(1000), b"garbage", b"MPF" + data[: len(data) // 2]):
+            assert probe_picture(data + after) == (suffix, 20, 30, True)
+
+
+def test_a_preview_in_its_header_does_not_make_a_cut_jpeg_whole():
+    data = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 255, (40, 60), np.uint8))[1].tobytes()
+    preview = cv2.imencode(".jpg", np.zeros((8, 8), np.uint8))[1].tobytes()
+    with_preview = data[:2] + b"\xff\xe1" + (len(preview) + 2).to_bytes(2, "big") + preview + data[2:]
+    assert probe_picture(with_preview) == ("jpg", 40, 60, True)
+    assert not any(probe_picture(with_preview[:length]).whole for length in range(len(with_preview)))
+    assert not probe_picture(with_preview[: len(with_preview) // 2] + bytes(500)).whole
 
 
 # ---- hostile files
@@ -592,10 +631,10 @@ def test_a_link_at_the_top_is_refused(copy, secret):
     with h5py.File(copy, "r+") as file:
         del file["Keypoints3d"]
         file["Keypoints3d"] = h5py.ExternalLink(str(secret), "/")
-    assert "another place" in error(copy, lambda reader: reader.has("keypoints3d"))
+    assert "another place" in error(copy, lambda reader: reader.has("keypoints3d") and reader.get_Keypoints3d(0))
 
 
-NAMES = ["..", "025", "1e3", "-1", "٣", "5 ", "+5", "a" * 60_000, "new\nline", "\x1b[2J", "１", "0x1"]
+NAMES = ["..", "1e3", "-1", "٣", "5 ", "+5", "a" * 60_000, "new\nline", "\x1b[2J", "１", "0x1"]
 
 
 def test_odd_names_are_never_used_and_noted(copy):
@@ -792,3 +831,216 @@ def test_a_file_that_is_open_with_h5py_already_can_be_read(tmp_path):
         smc["Camera/25/color/0"] = np.arange(5, dtype=np.uint8)
     with h5py.File(tmp_path / "x.smc"), SMCReader(tmp_path / "x.smc") as reader:
         assert reader.encoded("images", 25, 0) == bytes(range(5))
+
+
+# ---- what is unusual
+
+
+@pytest.mark.parametrize("color", ["{:06d}", "{:02d}", "{:d}"])
+@pytest.mark.parametrize("camera", ["{:03d}", "{:02d}", "{:d}"])
+def test_padded_names_are_the_numbers_that_they_say(smc, copy, color, camera):
+    with h5py.File(copy, "r+") as file:
+        for parent in ("Camera", "Calibration", "Keypoints2d", "ScanMask"):
+            for name in list(file[parent]):
+                file.move(f"{parent}/{name}", f"{parent}/x{name}")
+            for name in list(file[parent]):
+                file.move(f"{parent}/{name}", f"{parent}/{camera.format(int(name[1:]))}")
+        for n in (3, 25):
+            for group in (f"Camera/{camera.format(n)}/color", f"Camera/{camera.format(n)}/mask", "Keypoints3d"):
+                for name in list(file[group]):
+                    if color.format(int(name)) != name:
+                        file.move(f"{group}/{name}", f"{group}/{color.format(int(name))}")
+    with SMCReader(copy) as reader, SMCReader(smc) as plain:
+        for modality in ("images", "masks", "keypoints2d", "scan_masks"):
+            assert reader.cameras(modality) == plain.cameras(modality)
+        assert reader.frame_numbers("images", 25) == FRAMES
+        assert list(reader.iter_encoded("images", 3)) == list(plain.iter_encoded("images", 3))
+        assert len(reader.places("images", 25, [0, 5])) == 2
+        assert reader.encoded("scan_masks", 25) == plain.encoded("scan_masks", 25)
+        assert np.array_equal(reader.get_img("25", "color", 10), plain.get_img("25", "color", 10))
+        assert np.array_equal(reader.get_img("03", "mask"), plain.get_img("03", "mask"))
+        assert np.array_equal(reader.get_Calibration(7)["K"], plain.get_Calibration(7)["K"])
+        assert np.array_equal(reader.get_Keypoints2d(30, 0), plain.get_Keypoints2d(30, 0))
+        assert np.array_equal(reader.get_Keypoints3d(), plain.get_Keypoints3d())
+        assert np.array_equal(reader.get_audio()["audio"], plain.get_audio()["audio"]) and reader.fps() == 30
+
+
+def test_of_two_names_for_one_number_the_usual_one_counts_and_the_other_is_noted(copy):
+    with h5py.File(copy, "r+") as file:
+        put(file["Camera/25/color"], "0002", b"other")
+        put(file["Camera"], "7/color/0", b"other")
+        put(file["Camera"], "07/color/0", b"usual")
+    with SMCReader(copy) as reader:
+        assert reader.cameras() == [3, 7, 25] and reader.frame_numbers("images", 25) == FRAMES
+        assert reader.encoded("images", 7, 0) == b"usual"
+        assert b"other" not in dict(reader.iter_encoded("images", 25)).values()
+        assert "Camera has entries that are left out: 7" in reader.oddities[0]
+        assert "Camera/25/color has entries that are left out: 0002" in reader.oddities[1]
+
+
+def test_a_group_without_a_name_that_is_understood_is_an_error_and_not_an_empty_group(copy):
+    with h5py.File(copy, "r+") as file:
+        for name in list(file["Camera/25/color"]):
+            file.move(f"Camera/25/color/{name}", f"Camera/25/color/frame_{name}")
+    assert "Camera/25/color has no numbers for names, but 'frame_0'" in error(
+        copy, lambda reader: list(reader.iter_encoded("images", 25))
+    )
+
+
+def test_arrays_may_have_axes_of_length_one(smc, copy):
+    with h5py.File(copy, "r+") as file:
+        for path, shape in {
+            "Calibration/07/D": (1, 5),
+            "Calibration/08/D": (5, 1),
+            "Calibration/07/K": (1, 3, 3),
+            "Calibration/07/RT": (4, 4, 1),
+            "Keypoints2d/25/0": (1, 106, 2),
+            "Keypoints3d/0": (73, 3, 1),
+            "Scan/vertex": (1, -1, 3),
+        }.items():
+            value = file[path][()].reshape(shape)
+            del file[path]
+            file[path] = value
+    with SMCReader(copy) as reader, SMCReader(smc) as plain:
+        for camera in (7, 8):
+            for name, value in plain.get_Calibration(camera).items():
+                assert np.array_equal(reader.get_Calibration(camera)[name], value)
+        assert np.array_equal(reader.get_Keypoints2d(25), plain.get_Keypoints2d(25))
+        assert np.array_equal(reader.get_Keypoints3d(), plain.get_Keypoints3d())
+        assert np.array_equal(reader.get_scanmesh()["vertex"], plain.get_scanmesh()["vertex"])
+
+
+def test_a_distortion_of_four_numbers_has_none_for_k3(copy):
+    with h5py.File(copy, "r+") as file:
+        del file["Calibration/07/D"]
+        file["Calibration/07/D"] = [1.0, 2, 3, 4]
+    with SMCReader(copy) as reader:
+        assert reader.get_Calibration(7)["D"].tolist() == [1, 2, 3, 4, 0]
+
+
+def test_a_camera_without_a_pose_is_an_error_and_missing_among_all(copy):
+    with h5py.File(copy, "r+") as file:
+        file["Calibration/07/RT"][...] = np.nan
+    assert "Calibration/07 holds values that are no finite numbers" in error(copy, lambda r: r.get_Calibration(7))
+    with SMCReader(copy) as reader:
+        assert len(reader.get_Calibration_all()) == 59 and "07" not in reader.get_Calibration_all()
+        (fault,) = [entry for entry in reader.entries("calibration") if entry.number == 7]
+        with pytest.raises(SMCError, match="Calibration/07"):
+            fault.read()
+
+
+SAMPLES = np.random.default_rng(3).integers(-(2**15), 2**15, (700, 2)).astype(np.int16)
+
+
+@pytest.mark.parametrize(
+    "stored, expected",
+    [
+        (SAMPLES[:, 0], SAMPLES[:, :1]),
+        (SAMPLES[:, :1], SAMPLES[:, :1]),
+        (SAMPLES[None, :, 0], SAMPLES[:, :1]),
+        (SAMPLES.T, SAMPLES),
+        (SAMPLES[None], SAMPLES),
+        (SAMPLES.astype(">i2"), SAMPLES),
+        (SAMPLES.astype(np.int32) * 65536, SAMPLES.astype(np.int32) * 65536),
+        ((SAMPLES // 256 + 128).astype(np.uint8), SAMPLES // 256 * 256),
+        ((SAMPLES // 256).astype(np.int8), SAMPLES // 256 * 256),
+        (SAMPLES / 32768, SAMPLES / 32768),
+        ((SAMPLES / 32768).astype(np.float32).T, (SAMPLES / 32768).astype(np.float32)),
+    ],
+)
+@pytest.mark.parametrize("rate", [48000, [48000], np.float64(48000)])
+def test_sound_of_any_form_is_samples_by_channels(copy, stored, expected, rate):
+    with h5py.File(copy, "r+") as file:
+        del file["Camera/00/audio"]
+        file["Camera/00/audio/audio"], file["Camera/00/audio/sample_rate"] = stored, rate
+    with SMCReader(copy) as reader:
+        found = reader.get_audio()
+        assert found["audio"].dtype == expected.dtype and np.array_equal(found["audio"], expected)
+        assert found["sample_rate"] == 48000 and type(found["sample_rate"]) is int
+        info = reader.audio_info()
+        assert (info["samples"], info["channels"]) == expected.shape and len(reader.oddities) == (
+            stored.dtype != np.float32 or stored.shape != expected.shape
+        )
+
+
+def as_list_of_bytes(data):
+    array = np.empty(1, object)
+    array[0] = np.frombuffer(data, np.uint8)
+    return {"data": array, "dtype": h5py.vlen_dtype(np.uint8)}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda data: {"data": np.frombuffer(data, np.uint8)[None]},
+        lambda data: {"data": np.frombuffer(data, np.uint8)[:, None, None]},
+        lambda data: {"data": np.frombuffer(data, np.uint8)[None], "chunks": (1, 100)},
+        lambda data: {"data": np.frombuffer(data, np.int8)},
+        lambda data: {"data": np.void(data)},
+        lambda data: {"data": np.bytes_(data)},
+        lambda data: {"data": np.frombuffer(data, "S1")},
+        as_list_of_bytes,
+    ],
+)
+def test_pictures_may_be_stored_as_any_type_of_bytes(copy, form):
+    with h5py.File(copy, "r+") as file:
+        picture = file["Camera/25/color/0"][()].tobytes()
+        del file["Camera/25/color/0"]
+        file["Camera/25/color"].create_dataset("0", **form(picture))
+    with SMCReader(copy) as reader:
+        assert dict(reader.iter_encoded("images", 25))[0] == reader.encoded("images", 25, 0) == picture
+
+
+def test_entries_that_cannot_be_read_cost_themselves_alone(copy):
+    with h5py.File(copy, "r+") as file:
+        del file["Camera/25/color/0"], file["Camera/25/color/2"], file["Keypoints3d/2"]
+        file["Camera/25/color/0"] = h5py.SoftLink("/Camera/25/color/5")
+        file["Camera/25/color/2"] = np.zeros((10, 2), np.uint8)
+        file["Keypoints3d/2"] = "text"
+    with SMCReader(copy) as reader:
+        assert reader.frame_numbers("images", 25) == FRAMES
+        for modality, camera, bad in (("images", 25, {0, 2}), ("keypoints3d", None, {2})):
+            read = set()
+            for entry in reader.entries(modality, camera):
+                with contextlib.suppress(SMCError):
+                    entry.read()
+                    read.add(entry.number)
+            assert read == set(FRAMES) - bad
+
+
+NAMES_OF_FILES = {
+    "0018_s1_all_raw.smc": True,
+    "Copy of 0018_s1_all_raw.smc": True,
+    "Copy of Copy of 0018_s1_all_raw (2).smc": True,
+    "Kopie von 0018_s1_all_raw.smc": True,
+    "0018_s1_all_raw.smc的副本": True,
+    "0018_s1_all_raw.smc のコピー": True,
+    "0018_s1_all_raw (1).smc": True,
+    "0018_s1_all_raw.smc (1)": True,
+    "0018_s1_all_raw - Copy.smc": True,
+    "0018_s1_all_raw的副本.smc": True,
+    "副本0018_s1_all_raw.smc": True,
+    "10018_s1_all_raw.smc": False,
+    "a0018_s1_all_raw.smc": False,
+    "._0018_s1_all_raw.smc": False,
+    "0018_s1_all_raw2.smc": False,
+    "0018_s1_all_raw_old.smc": False,
+    "0018_s1_all.smc": False,
+    "0018_s1_all_raw.smc.partial": False,
+    "0018_s1_all_raw.smc.a1b2c3d4.partial": False,
+    "0018_s1_all_raw.smc的副本.a1b2c3d4.partial": False,
+    "0018_s1_all_raw.smc.crdownload": False,
+    "0018_s1_all_raw.smc.selected": False,
+    "0018_s1_all_raw.smc~": False,
+    "0018_s1_all_raw.smc\n": False,
+    "Copy\x1bof 0018_s1_all_raw.smc": False,
+    "0018_s1_all_raw \x9b.smc": False,
+    "0018_s1_all_raw.smc \n(1)": False,
+}
+
+
+@pytest.mark.parametrize("name", NAMES_OF_FILES)
+def test_a_copy_of_a_file_is_known_by_the_usual_name_within_its_own(name):
+    match = renderme_360_reader_new.SMC_NAME.fullmatch(name)
+    assert bool(match) == NAMES_OF_FILES[name]
+    assert not match or match.group("subject", "performance", "half") == ("0018", "s1_all", "raw")
