@@ -11,9 +11,8 @@
 The methods called `get_…` have the names and the returns of the reader that is published with the data set, so that
 code written for that one runs unchanged: like that one, they return None for what a performance does not have. The
 other methods are this module's own. Whatever is wrong with a file is raised as one exception, `SMCError`, with the
-file's name. What is merely unusual is read: names with padding ("000012", "7"), axes of length one, sound of one channel
-or of integers, pictures in other types of bytes. Where a part of a file is damaged, the rest can be read: `entries`
-gives each frame or camera of a modality by itself.
+file's name; the rest of it can be read all the same, with `entries` frame by frame. What is merely unusual is no error:
+padded names ("000012", "7"), axes of length one, mono or integer sound, pictures in other types of bytes.
 
 A release of 21 subjects keeps a performance in two files: pictures and audio in `…_raw.smc`, masks, calibration and
 everything fitted in `…_anno.smc`. `SMCReader(raw, anno)` presents the two as one performance.
@@ -56,10 +55,9 @@ HEADER_CACHE_BYTES = 256 << 10  # that HDF5 keeps of the headers that it has rea
 # The name of an SMC file, or of a copy of it: "Copy of 0018_s1_all_raw.smc", "0018_s1_all_raw (1).smc",
 # "0018_s1_all_raw.smc的副本". Names that a download in progress has ("….smc.partial", "….smc~") are none.
 SMC_NAME = re.compile(
-    r"(?:[^\x00-\x1f\x7f-\x9f\u2028\u2029]*[^\x00-\x1f\x7f-\x9f\u2028\u20290-9A-Za-z_])?"
+    r"(?s)(?!.*[\x00-\x1f\x7f-\x9f\u2028\u2029])(?:.*[^0-9A-Za-z_])?"
     r"(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)"
-    r"(?:[^\x00-\x1f\x7f-\x9f\u2028\u20290-9A-Za-z_][^\x00-\x1f\x7f-\x9f\u2028\u2029]*)?\.smc"
-    r"(?:[^\x00-\x1f!-'*-,.-\x9f\u2028\u2029][^\x00-\x1f.~\x7f-\x9f\u2028\u2029]*)?"
+    r"(?:[^0-9A-Za-z_].*)?\.smc(?:[^!-'*-,.-\x7f][^.~]*)?"
 )
 CAMERA_NAME = re.compile(r"0{0,8}[0-5]?[0-9]")
 FRAME_NAME = re.compile(r"[0-9]{1,12}")
@@ -70,25 +68,21 @@ DETECTING_CAMERAS = {f"{camera:02d}" for camera in range(18, 33)}  # in whose pi
 
 
 class Modality(NamedTuple):
-    """One kind of data in an SMC file, and how to find and read it.
+    """One kind of data in an SMC file, and how to find and read it."""
 
-    path: of its group; "{}" stands for the two digits of a camera, where each camera has a group of its own
-    numbered: what the names in that group are: numbers of "frames" or of "cameras"; "" for neither
-    pictures: whether its entries are encoded pictures
-    method: of SMCReader, which returns an entry that is neither a picture nor a mere array
-    by_camera: whether only the cameras that are asked for are extracted
-    from_raw: whether it is taken from the raw file where both files of a pair have it
-    default: whether it is extracted where nobody says what to extract
-    derived: whether it is made of others that were extracted"""
+    path: str  # of its group; "{}" stands for the two digits of a camera, where each camera has a group of its own
+    numbered: str = ""  # what the names in that group are: numbers of "frames" or of "cameras"; "" for neither
+    pictures: bool = False  # its entries are encoded pictures
+    method: str = ""  # of SMCReader, which returns an entry that is neither a picture nor a mere array
+    by_camera: bool = False  # only the cameras that are asked for are extracted
+    from_raw: bool = False  # it is taken from the raw file where both files of a pair have it
+    default: bool = False  # it is extracted where nobody says what to extract
+    derived: bool = False  # it is made of others that were extracted
 
-    path: str
-    numbered: str = ""
-    pictures: bool = False
-    method: str = ""
-    by_camera: bool = False
-    from_raw: bool = False
-    default: bool = False
-    derived: bool = False
+    @property
+    def pattern(self) -> re.Pattern:
+        """What the names in its group look like."""
+        return CAMERA_NAME if self.numbered == "cameras" else FRAME_NAME
 
 
 # All that is known of a modality. What is written of it is one function in the script's table.
@@ -178,7 +172,8 @@ class SMCReader:
     `performance_part`, `capture_date` (str, None where the file has none), `actor_info` {"age" int, "color" str,
     "gender" str, "height" float cm, "weight" float kg} and `Camera_info` {"num_device" int, "num_frame" int,
     "resolution" int array (height, width)}. `num_device` says 60 whatever the file has: ask `cameras()`.
-    `oddities` is a list of sentences about what was left out or looks wrong but doesn't keep the file from being read.
+    `oddities` is a list of sentences about what was left out or looks wrong but doesn't keep the file from being read;
+    `note` adds one. `sources` are the files as they were given.
 
     Raise SMCError where a file is no HDF5 file, is cut short or damaged.
     """
@@ -186,11 +181,11 @@ class SMCReader:
     def __init__(self, file_path, anno_path=None):
         self.oddities: list[str] = []
         self._files: list[_File] = []
+        self.sources = [source for source in (file_path, anno_path) if source is not None]
         try:
-            for path in (file_path, anno_path):
-                if path is not None:
-                    self._files.append(_File(path, self.oddities))
-            self.smc = self._files[0].h5
+            for source in self.sources:
+                self._files.append(_File(source, self.oddities))
+            self.smc, self.note = self._files[0].h5, self._files[0].note
             self._read_header()
         except BaseException:
             self.close()
@@ -203,24 +198,20 @@ class SMCReader:
         kinds = {"age": int, "color": str, "gender": str, "height": float, "weight": float}
         self.actor_info = {name: self._attribute("", name, kind) for name, kind in kinds.items()}
         self.Camera_info = {name: self._attribute("Camera", name, int) for name in ("num_device", "num_frame")}
-        resolution = self._attribute("Camera", "resolution", np.ndarray)
-        if resolution is not None and resolution.shape != (2,):
-            self._files[0].note(f"Camera has a resolution of {resolution.size} numbers")
-            resolution = None
-        self.Camera_info["resolution"] = resolution
+        self.Camera_info["resolution"] = self._attribute("Camera", "resolution", np.ndarray)
         if self.Camera_info["num_frame"] is not None and not 0 < self.Camera_info["num_frame"] <= MAX_FRAMES:
-            self._files[0].note(f"Camera has {self.Camera_info['num_frame']} for the number of frames")
+            self.note(f"Camera has {self.Camera_info['num_frame']} for the number of frames")
         name = SMC_NAME.fullmatch(self._files[0].name)
         for part, stated in (("subject", self.actor_id), ("performance", self.performance_part)):
             if name and stated not in (None, name[part]):
-                self._files[0].note(f"it says that it is of {printable(stated)!r}")
+                self.note(f"it says that it is of {printable(stated)!r}")
         if len(self._files) == 2:
             shared = [("", "actor_id", str), ("", "performance_part", str), ("Camera", "num_frame", int)]
             for group, name, kind in shared:
                 raw, anno = (file.attribute(group, name, kind) for file in self._files)
                 if None not in (raw, anno) and raw != anno:
                     said = f"{name} is {printable(str(raw))}, but {printable(str(anno))} in {self._files[1].name}"
-                    self._files[0].note(said)
+                    self.note(said)
 
     def _attribute(self, group, name, kind):
         values = (file.attribute(group, name, kind) for file in self._files)
@@ -245,7 +236,7 @@ class SMCReader:
         row = MODALITIES[modality]
         if row.numbered == "cameras":
             file, group = self._open(modality)
-            return sorted(file.numbers_in(group, CAMERA_NAME))
+            return sorted(file.numbers_in(group, row.pattern))
         parent, by_camera, below = row.path.partition("/{}")
         for file in self._ordered(modality) if by_camera else ():
             names = file.numbers_in(file.open_group(parent), CAMERA_NAME)
@@ -287,27 +278,17 @@ class SMCReader:
             - {row.path.split("/")[0] for row in MODALITIES.values()}
         )
 
-    def note(self, what: str):
-        """Add a sentence to `oddities`, once."""
-        self._files[0].note(what)
-
-    @property
-    def sources(self) -> list:
-        """The files, as they were given to this reader."""
-        return [file.source for file in self._files]
-
     @property
     def num_frame(self) -> int:
         """The frames of the performance: the attribute, or the longest camera where that is missing or cannot be."""
         stated = self.Camera_info["num_frame"]
         if stated is not None and 0 < stated <= MAX_FRAMES:
             return stated
-        longest = 0
-        with contextlib.suppress(SMCError):
+        counts = [0]
+        with contextlib.suppress(SMCError):  # from a camera on that cannot be read
             for camera in self.cameras():
-                with contextlib.suppress(SMCError):
-                    longest = max(longest, len(self.frame_numbers("images", camera)))
-        return longest
+                counts.append(len(self.frame_numbers("images", camera)))
+        return max(counts)
 
     def fps(self) -> int | float | None:
         """Return pictures per second, from the number of frames and the length of the audio: no attribute says it.
@@ -340,22 +321,21 @@ class SMCReader:
         method of this modality returns for one frame or camera. Raise SMCError where none of it can be read."""
         row = MODALITIES[modality]
         file, group = self._open(modality, camera)
-        pattern = CAMERA_NAME if row.numbered == "cameras" else FRAME_NAME
-        get = getattr(self, row.method or "encoded")
         if row.pictures:
-            yield from file.pictures(group, pattern)
+            yield from file.pictures(group, row.pattern)
         elif row.numbered:
-            get = partial(get, camera) if "{}" in row.path else get
-            for number, (name, _) in sorted(file.numbers_in(group, pattern).items()):
-                yield Entry(number, partial(get, number) if row.method else partial(file.read_array, group, name, None))
+            for number, (name, _) in sorted(file.numbers_in(group, row.pattern).items()):
+                where = (camera, number) if "{}" in row.path else (number,)
+                get = partial(getattr(self, row.method), *where) if row.method else None
+                yield Entry(number, get or partial(file.read_array, group, name, None))
         elif group is not None:
-            yield Entry(None, get)
+            yield Entry(None, getattr(self, row.method))
 
     def encoded(self, modality: str, camera: int | str | None = None, frame: int | str | None = None) -> bytes:
         """Return the stored bytes of one picture: modality images or masks (camera, frame), uv_textures (frame) or
         scan_masks (camera)."""
-        file, group = self._required(modality, camera)
-        return file.encoded(group, self._name(file, group, modality, camera, frame))
+        file, group, name = self._find(modality, camera, frame)
+        return file.encoded(group, name)
 
     def iter_encoded(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[int, bytes]]:
         """Yield (frame number, stored bytes) of every picture of a camera, in the order in which they lie in the file;
@@ -366,11 +346,9 @@ class SMCReader:
     # ---- the published reader's methods
 
     def get_actor_info(self) -> dict:
-        """Return `actor_info`."""
         return self.actor_info
 
     def get_Camera_info(self) -> dict:
-        """Return `Camera_info`."""
         return self.Camera_info
 
     def get_img(self, Camera_id, Image_type, Frame_id=None, disable_tqdm=True) -> np.ndarray:
@@ -386,8 +364,7 @@ class SMCReader:
     def get_Calibration(self, Camera_id) -> dict:
         """Return {"K" (3, 3) intrinsics in pixels, "D" (5,) distortion k1 k2 p1 p2 k3, "RT" (4, 4) camera to world,
         metres} of a camera, float64."""
-        file, group = self._required("calibration")
-        name = file.name_of(group, int(camera_name(Camera_id)), CAMERA_NAME)
+        file, group, name = self._find("calibration", Camera_id)
         camera = file.group_in(group, name)
         if camera is None:
             raise file.error(f"there is no Calibration/{name}")
@@ -467,9 +444,8 @@ class SMCReader:
 
         def points_of(number):
             name = file.name_of(group, int(number), FRAME_NAME)
-            if file.entry(group, name) is None:
-                return None
-            return file.read_array(group, name, shape).astype(np.float64, copy=False)
+            found = file.entry(group, name)
+            return found and file.read_array(group, name, shape).astype(np.float64, copy=False)
 
         return self._frames(points_of, frame, modality, camera)
 
@@ -482,7 +458,7 @@ class SMCReader:
         if group is None:
             return None
         if isinstance(Frame_id, (int, str, np.integer)):
-            name = file.name_of(group, int(Frame_id), FRAME_NAME)
+            _, _, name = self._find("flame", frame=Frame_id)
             frame = file.group_in(group, name)
             if frame is None:
                 raise file.error(f"there is no FLAME/{name}")
@@ -549,11 +525,12 @@ class SMCReader:
             raise file.error(f"there is no {place}")
         return file, group
 
-    def _name(self, file, group, modality, camera, frame) -> str:
-        """Return the name of the entry of a frame, or of a camera where the entries of a modality are cameras."""
-        if MODALITIES[modality].numbered == "cameras":
-            return file.name_of(group, int(camera_name(camera)), CAMERA_NAME)
-        return file.name_of(group, int(frame), FRAME_NAME)
+    def _find(self, modality, camera=None, frame=None):
+        """Return (file, group, name) of the entry of a frame, or of a camera where a modality's entries are cameras."""
+        row = MODALITIES[modality]
+        file, group = self._required(modality, camera)
+        number = int(camera_name(camera)) if row.numbered == "cameras" else int(frame)
+        return file, group, file.name_of(group, number, row.pattern)
 
     def _frames(self, one, frame, modality, camera=None) -> np.ndarray:
         """Return one(frame), or the stack of it for a list of frames or None, without those for which it is None."""
@@ -573,9 +550,9 @@ class SMCReader:
         """Return the pixels (H, W, 3) uint8 BGR of a picture; of a mask (H, W), the maximum over channels."""
         import cv2  # costs 50 ms that those who only copy bytes need not spend
 
-        data, (file, group) = self.encoded(modality, camera, frame), self._required(modality, camera)
+        file, group, name = self._find(modality, camera, frame)
+        data = file.encoded(group, name)
         picture = probe_picture(data)
-        name = self._name(file, group, modality, camera, frame)
         with file.reading(group, name, what="cannot be decoded"):
             if picture.format is None:
                 raise ValueError(f"its {len(data)} bytes are neither JPEG nor PNG")
@@ -604,14 +581,12 @@ class _File:
         self.source, self.oddities = source, oddities
         self.name = os.path.basename(str(getattr(source, "name", source)))
         self.h5, self.listed = None, (None, {})
-        if not hasattr(source, "read") and not os.path.isfile(source):
-            missing = "is no regular file" if os.path.exists(source) else "there is no such file"
-            raise self.error("is a folder" if os.path.isdir(source) else missing)
         try:
+            if not hasattr(source, "read") and not os.path.isfile(source):
+                raise FileNotFoundError("there is no such file")
             self.h5 = _open_hdf5(source)
         except Exception as error:
-            what = None if hasattr(source, "read") else _what_is_wrong(source)
-            raise self.error(what or f"is damaged: {printable(' '.join(str(error).split()), 200)}") from error
+            raise self.error(_what_is_wrong(source, error)) from error
         with self.reading("the file"):
             cache = self.h5.id.get_mdc_config()
             cache.set_initial_size, cache.initial_size = True, HEADER_CACHE_BYTES
@@ -834,10 +809,8 @@ class _File:
     @staticmethod
     def _check_size(data, size, limit):
         """Refuse data that claims more than it has or than anybody needs."""
-        if size > limit:
-            raise ValueError(f"it claims {size} bytes")
-        if size and not data.get_storage_size():
-            raise ValueError(f"it claims {size} bytes and has none")
+        if size > limit or size and not data.get_storage_size():
+            raise ValueError(f"it claims {size} bytes and has {data.get_storage_size()}")
 
     # ---- encoded pictures
 
@@ -936,41 +909,41 @@ def _open_hdf5(source) -> h5py.File:
         return h5py.File(source, "r")
 
 
-def _what_is_wrong(path) -> str | None:
-    """Return why a file cannot be opened as HDF5, from its size and its first bytes; None where they don't tell."""
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
+def _what_is_wrong(source, error: Exception) -> str:
+    """Return in plain words why a file cannot be opened as HDF5, as far as its size and its first bytes tell it."""
+    reason = "is damaged: " + printable(" ".join(str(error).split()), 200)
+    if hasattr(source, "read") or isinstance(error, FileNotFoundError):
+        return "is a folder" if not hasattr(source, "read") and os.path.isdir(source) else str(error)
+    size = os.path.getsize(source)
+    with open(source, "rb") as file:
         head = file.read(100)
     if not head:
         return "is empty"
     if not head.startswith(b"\x89HDF\r\n\x1a\n"):
         return f"is no HDF5 file (it begins with {printable(repr(head[:12])[1:])})"
     head = head.ljust(100, b"\0")
-    # The superblock says where the file ends, in the third of its addresses, which are of 8 bytes as a rule.
+    # The superblock says where the file ends, in the third of its addresses.
     at, width = (24 + 4 * head[8], head[13]) if head[8] < 2 else (12, head[9])
     end = int.from_bytes(head[at + 2 * width : at + 3 * width], "little")
     if not size < end < 1 << 44:
-        return None
+        return reason
     scale, unit = (1e9, "GB") if end >= 1e9 else (1e6, "MB") if end >= 1e6 else (1e3, "kB")
     return f"is cut short: {size / scale:.2f} of {end / scale:.2f} {unit}"
 
 
 def _as_kind(value, kind: type):
-    """Return a value of an HDF5 attribute as a str, int, float or int array. Raise an exception where it is none."""
+    """Return a value of an HDF5 attribute as a str, int, float or pair of ints. Raise an exception where it is none."""
     value = np.asarray(value)
     if kind is np.ndarray:
-        return value.astype(np.int64, casting="safe")
-    if kind is str:
-        value = value.item()
-        # h5py marks bytes that are no UTF-8 as surrogates.
-        return (
-            value.decode("utf-8", "replace")
-            if isinstance(value, bytes)
-            else str(value).encode("utf-8", "replace").decode()
-        )
-    if not math.isfinite(value := kind(value.item())):
-        raise ValueError(f"it is {value}")
-    return value
+        return value.astype(np.int64, casting="safe").reshape(2)
+    value = value.item()
+    if isinstance(value, str):
+        value = value.encode("utf-8", "surrogateescape")  # which is how h5py marks bytes that are no UTF-8
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if not isinstance(value, (str, int, float)) or kind is not str and not math.isfinite(float(value)):
+        raise ValueError(f"it is {value!r:.50}")
+    return kind(value)
 
 
 def printable(text: str, longest: int = 60) -> str:
