@@ -66,7 +66,16 @@ import numpy as np
 import yaml
 from tqdm import tqdm
 
-from renderme_360_reader_new import MODALITIES, NUM_CAMERAS, SMC_NAME, SMCError, SMCReader, printable, probe_picture
+from renderme_360_reader_new import (
+    MODALITIES,
+    NUM_CAMERAS,
+    SMC_NAME,
+    Picture,
+    SMCError,
+    SMCReader,
+    printable,
+    probe_picture,
+)
 
 SPEECH = ["s1_all", "s2_all", "s3_all", "s4_all", "s5_all", "s6_all"]
 S3_VIEWS = {0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27, 28, 29}  # of every subject seen
@@ -984,22 +993,13 @@ def open_reader(job: Job, config: Config) -> SMCReader:
 # ---------------------------------------------------------------------------------------------- extraction
 
 
-class StoredPicture(NamedTuple):
-    """A picture that was written: its name below the performance's folder, its size in pixels, whether it is whole."""
-
-    name: str
-    height: int
-    width: int
-    whole: bool
-
-
 class Extraction:
     """One performance being unpacked into its `.partial` folder: what the writers below share, and what they found.
 
     cameras: {modality: what `cameras_to_extract` returns}. pictures: {modality: {"25": {frame: (name below the folder,
     height, width)}}} of pictures by camera that are not damaged. missing, damaged: {modality: {"25": [frames]}}, or
-    {modality: [numbers]} where one folder holds all. unreadable: what else was left out, and why. sizes: {modality: the
-    (height, width) that pictures have}. progress: called with pictures=n for n more, total=n for all."""
+    {modality: [numbers]} where one folder holds all. unreadable: what else was left out. sizes: {modality: the (height,
+    width) of its pictures, one per camera}. progress: called with pictures=n for n more, total=n for all."""
 
     def __init__(self, job: Job, config: Config, reader: SMCReader, progress: Callable):
         self.job, self.config, self.reader, self.progress = job, config, reader, progress
@@ -1031,8 +1031,8 @@ class Extraction:
     def entries(self, modality: str, camera: int | None = None) -> Iterator[tuple[int | None, object]]:
         """Yield (number, content) of each frame or camera of a modality that can be read."""
         with self.collecting_damage(modality, camera):
+            by_camera = MODALITIES[modality].numbered == "cameras"
             for entry in self.reader.entries(modality, camera):
-                by_camera = MODALITIES[modality].numbered == "cameras"
                 with self.collecting_damage(modality, *((entry.number,) if by_camera else (camera, entry.number))):
                     yield entry.number, entry.read()
 
@@ -1059,8 +1059,7 @@ def cameras_to_extract(reader: SMCReader, modality: str, asked: set[int] | None)
 
 def write_pictures(extraction: Extraction, modality: str):
     """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes."""
-    stored: dict[str, dict[int, StoredPicture]] = {}
-    lost: dict[str, set[int | None]] = {}  # what `unreadable` has already
+    stored, lost = {}, {}
     for camera in extraction.cameras[modality]:
         name, before = f"{camera:02d}", len(extraction.unreadable)
         stored[name] = store_pictures(extraction, modality, f"{modality}/cam_{name}", camera)
@@ -1068,31 +1067,29 @@ def write_pictures(extraction: Extraction, modality: str):
     if modality == "images":
         extraction.frames = {camera: len(pictures) for camera, pictures in stored.items() if pictures}
     expected, usual = extraction.reader.expected_frames(stored.values()), usual_sizes(stored)
-    extraction.sizes[modality] = [size for size in usual.values() if size]
+    extraction.sizes[modality] = list(filter(None, usual.values()))
     for camera, pictures in stored.items():
-        good = extraction.pictures.setdefault(modality, {})[camera] = {
-            frame: (picture.name, picture.height, picture.width)
+        good = {
+            frame: (f"{modality}/cam_{camera}/frame_{frame:06d}.{picture.format}", picture.height, picture.width)
             for frame, picture in pictures.items()
             if picture.whole and (picture.height, picture.width) == usual[camera]
         }
-        if damaged := pictures.keys() - good:
-            extraction.damaged.setdefault(modality, {})[camera] = sorted(damaged)
-        missing = expected - pictures.keys() - lost[camera]
-        if missing and None not in lost[camera]:
-            extraction.missing.setdefault(modality, {})[camera] = sorted(missing)
+        extraction.pictures.setdefault(modality, {})[camera] = good
+        missing = set() if None in lost[camera] else expected - pictures.keys() - lost[camera]
+        for found, frames in ((extraction.damaged, pictures.keys() - good.keys()), (extraction.missing, missing)):
+            if frames:
+                found.setdefault(modality, {})[camera] = sorted(frames)
 
 
-def usual_sizes(stored: dict[str, dict[int, StoredPicture]]) -> dict[str, tuple[int, int] | None]:
+def usual_sizes(stored: dict[str, dict[int, Picture]]) -> dict[str, tuple[int, int] | None]:
     """Return the (height, width) that most of the whole pictures of each camera have; of several that are equally
     frequent, the one most frequent in the performance; None for a camera without whole pictures."""
-    sizes = {
-        camera: collections.Counter((each.height, each.width) for each in pictures.values() if each.whole)
-        for camera, pictures in stored.items()
-    }
-    overall = sum(sizes.values(), collections.Counter())
+    whole = {camera: [each for each in pictures.values() if each.whole] for camera, pictures in stored.items()}
+    counts = {camera: collections.Counter((each.height, each.width) for each in whole[camera]) for camera in whole}
+    overall = sum(counts.values(), collections.Counter())
     return {
-        camera: max(counts, key=lambda size: (counts[size], overall[size]), default=None)
-        for camera, counts in sizes.items()
+        camera: max(sizes, key=lambda size: (sizes[size], overall[size]), default=None)
+        for camera, sizes in counts.items()
     }
 
 
@@ -1118,12 +1115,10 @@ def write_numbered_pictures(extraction: Extraction, modality: str):
         extraction.damaged[modality] = damaged
 
 
-def store_pictures(
-    extraction: Extraction, modality: str, folder: str, camera: int | None = None
-) -> dict[int, StoredPicture]:
+def store_pictures(extraction: Extraction, modality: str, folder: str, camera: int | None = None) -> dict[int, Picture]:
     """Write the pictures of a modality (of a camera) to a folder and check what is there then. Return {number: picture},
-    damaged ones among them, which are written as they are; with `verify: full`, those that cannot be decoded are damaged
-    too. Empty ones are not written."""
+    with damaged ones, which are written as they are; with `verify: full`, those that cannot be decoded are damaged too.
+    Empty ones are not written."""
     by_camera = MODALITIES[modality].numbered == "cameras"
     name, usual = "cam_{:02d}.{}" if by_camera else "frame_{:06d}.{}", "jpg" if modality == "images" else "png"
     stored, sizes = {}, {}
@@ -1133,11 +1128,10 @@ def store_pictures(
             continue
         if not stored:
             (extraction.folder / folder).mkdir(parents=True, exist_ok=True)
-        picture = probe_picture(data)
+        picture = stored[number] = probe_picture(data)
         file = name.format(number, picture.format or usual)
         with open(f"{extraction.folder}/{folder}/{file}", "xb") as new:
             new.write(data)
-        stored[number] = StoredPicture(f"{folder}/{file}", picture.height, picture.width, picture.whole)
         sizes[file] = len(data)
         if len(sizes) % REPORTED_PICTURES == 0:
             extraction.report(pictures=REPORTED_PICTURES)
@@ -1148,7 +1142,7 @@ def store_pictures(
                 raise OSError(errno.EIO, "the files that are there are not those that were written", folder)
         extraction.bytes += sum(sizes.values())
     if extraction.config.verify == "full":
-        files = {number: extraction.folder / each.name for number, each in stored.items() if each.whole}
+        files = {number: extraction.folder / folder / file for number, file in zip(stored, sizes)}
         for number in undecodable(files, extraction.config.workers):
             stored[number] = stored[number]._replace(whole=False)
     return stored

@@ -53,9 +53,10 @@ MAX_CHANNELS = 32  # of sound; an array with more columns than that is stored th
 HEADER_CACHE_BYTES = 256 << 10  # that HDF5 keeps of the headers that it has read, each of which takes 5 kB of memory
 
 # The name of an SMC file, or of a copy of it: "Copy of 0018_s1_all_raw.smc", "0018_s1_all_raw (1).smc",
-# "0018_s1_all_raw.smc的副本". Names that a download in progress has ("….smc.partial", "….smc~") are none.
+# "0018_s1_all_raw.smc的副本". Names that a download in progress has ("….smc.partial", "….smc~") are none, nor
+# are those with control characters, or with the signs that rclone shows for them (U+2400 and on).
 SMC_NAME = re.compile(
-    r"(?s)(?!.*[\x00-\x1f\x7f-\x9f\u2028\u2029])(?:.*[^0-9A-Za-z_])?"
+    r"(?s)(?!.*[\x00-\x1f\x7f-\x9f\u2028\u2029\u2400-\u2421])(?:.*[^0-9A-Za-z_])?"
     r"(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)"
     r"(?:[^0-9A-Za-z_].*)?\.smc(?:[^!-'*-,.-\x7f][^.~]*)?"
 )

@@ -1033,6 +1033,7 @@ NAMES_OF_FILES = {
     "0018_s1_all_raw.smc.selected": False,
     "0018_s1_all_raw.smc~": False,
     "0018_s1_all_raw.smc\n": False,
+    "0018_s2_all_raw.smc␊0018_s1_all_raw.smc": False,
     "Copy\x1bof 0018_s1_all_raw.smc": False,
     "0018_s1_all_raw \x9b.smc": False,
     "0018_s1_all_raw.smc \n(1)": False,
