@@ -1651,7 +1651,7 @@ def content_of(reader: SMCReader, modality: str, damage: list[str]) -> tuple[dic
         frames[camera], first = [], row.pictures
         with collecting_damage(damage):
             frames[camera] = reader.frame_numbers(modality, camera)
-            size += reader.stored_bytes(modality, camera)
+            size += sum(end - start for _, start, end in reader.places(modality, camera))
             for entry in reader.entries(modality, camera):
                 with collecting_damage(damage):
                     # Pictures are many: only the first of them is read.

@@ -30,6 +30,7 @@ with OpenCV axes (x right, y down, z forward); key points of a picture are (x, y
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -62,6 +63,7 @@ SMC_NAME = re.compile(
 )
 CAMERA_NAME = re.compile(r"0{0,8}[0-5]?[0-9]")
 FRAME_NAME = re.compile(r"[0-9]{1,12}")
+USUAL_NAME = {CAMERA_NAME: "{:02d}", FRAME_NAME: "{}"}  # how the numbers of both are usually written
 PARAMETER_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 SOUND_TYPES = {("f", 2): "f4", ("f", 4): "f4", ("f", 8): "f8"}  # as what types of samples, (kind, bytes), are read
 SOUND_TYPES |= {("u", 1): "i2", ("i", 1): "i2", ("i", 2): "i2", ("i", 4): "i4"}
@@ -257,10 +259,6 @@ class SMCReader:
         path = MODALITIES[modality].path
         return bool(self.cameras(modality)) if "{}" in path else any(file.has(path) for file in self._files)
 
-    def stored_bytes(self, modality: str, camera: int | str | None = None) -> int:
-        """Return the bytes that a modality (of a camera) takes in the file, from its headers alone."""
-        return sum(end - start for _, start, end in self.places(modality, camera))
-
     def places(
         self, modality: str, camera: int | str | None = None, frames: Iterable[int] | None = None
     ) -> list[tuple[object, int, int]]:
@@ -337,12 +335,6 @@ class SMCReader:
         scan_masks (camera)."""
         file, group, name = self._find(modality, camera, frame)
         return file.encoded(group, name)
-
-    def iter_encoded(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[int, bytes]]:
-        """Yield (frame number, stored bytes) of every picture of a camera, in the order in which they lie in the file;
-        for scan_masks, (camera number, bytes). One picture is held at a time; nothing is decoded."""
-        for entry in self.entries(modality, camera):
-            yield entry.number, entry.read()
 
     # ---- the published reader's methods
 
@@ -565,15 +557,6 @@ class SMCReader:
         return pixels.max(axis=2) if modality in ("masks", "scan_masks") else pixels
 
 
-class _Extent(NamedTuple):
-    """Where a picture lies: `offset` in the file, or None where HDF5 has to put it together from `stored` bytes."""
-
-    name: str
-    offset: int | None
-    size: int
-    stored: int
-
-
 class _File:
     """An open HDF5 file of which only plain groups, data sets and attributes are read. The one place that knows h5py's
     low-level interface, which costs a quarter of the high-level one per data set."""
@@ -694,10 +677,13 @@ class _File:
                 continue
             number = int(link[0])
             if number in found:
-                usual = _usual_name(number, pattern)
+                usual = USUAL_NAME[pattern].format(number)
                 link, other = sorted((found[number], link), key=lambda each: (each[0] != usual, len(each[0])))
                 left_out.append(other[0])
             found[number] = link
+        for number, (name, _) in itertools.islice(found.items(), 1):
+            if name != USUAL_NAME[pattern].format(number):
+                self.note(f"numbers in names are padded, as in {name!r}")
         self.note_left_out(group, left_out)
         if left_out and not found:
             raise self.error(f"{self.where(group)} has no numbers for names, but {printable(left_out[0])!r}")
@@ -705,7 +691,7 @@ class _File:
 
     def name_of(self, group, number: int, pattern) -> str:
         """Return the name in a group that stands for a camera or frame: the usual one, or else one that is there."""
-        usual = _usual_name(number, pattern)
+        usual = USUAL_NAME[pattern].format(number)
         with self.reading(group, usual):
             if group is None or group.links.exists(usual.encode()):
                 return usual
@@ -817,23 +803,25 @@ class _File:
 
     def pictures(self, group, pattern) -> Iterator[Entry]:
         """Yield the pictures of a group, in the order in which they lie in the file."""
-        found: list[tuple[int, _Extent]] = []
-        for number, link in self.numbers_in(group, pattern).items():
+        found: list[tuple] = []  # (offset or 0, number, bytes in the file, what read_extent needs)
+        for number, (name, kind) in self.numbers_in(group, pattern).items():
             try:
-                self._refuse_soft(group, *link)
-                found.append((number, self._extent(group, link[0])))
+                self._refuse_soft(group, name, kind)
+                offset, size, stored = self._extent(group, name)
+                found.append((offset or 0, number, stored, name, offset, size))
             except SMCError as fault:
                 yield Entry(number, None, fault)
-        claimed, stored = (sum(getattr(extent, kind) for _, extent in found) for kind in ("size", "stored"))
+        claimed, stored = sum(extent[-1] for extent in found), sum(extent[2] for extent in found)
         if stored > self.bytes or claimed > MAX_EXPANSION * self.bytes:
             raise self.error(
                 f"the pictures of {self.where(group)} claim {claimed} bytes, which cannot be in {self.bytes}"
             )
-        found.sort(key=lambda item: (item[1].offset or 0, item[0]))
-        for number, extent in found:
-            yield Entry(number, partial(self.read_extent, group, extent))
+        for _, number, _, *extent in sorted(found):
+            yield Entry(number, partial(self._read_extent, group, *extent))
 
-    def _extent(self, group, name: str) -> _Extent:
+    def _extent(self, group, name: str) -> tuple[int | None, int, int]:
+        """Return where the bytes of a picture are, None where HDF5 has to put them together, how many they are, and how
+        many they are in the file."""
         with self.reading(group, name):
             data = h5d.open(group, name.encode())
             offset = data.get_offset()
@@ -844,38 +832,33 @@ class _File:
                 self._check_size(data, stored, MAX_PICTURE_BYTES)
                 if offset + stored > self.bytes:
                     raise ValueError("its place contradicts its size")
-                return _Extent(name, offset, stored, stored)
+                return offset, stored, stored
             dtype, count = data.dtype, -1 if shape is None else math.prod(shape)
             # One string, one opaque value or one list of bytes is as good as an array of bytes.
             if not (dtype.itemsize == 1 and count in (0, *shape)) and not (dtype.kind in "SVO" and count == 1):
                 raise ValueError("it is no list of bytes")
             self._check_size(data, count * dtype.itemsize, MAX_PICTURE_BYTES)
-            return _Extent(name, None if count else 0, count * dtype.itemsize, stored)
+            return None if count else 0, count * dtype.itemsize, stored
 
-    def read_extent(self, group, extent: _Extent) -> bytes:
+    def _read_extent(self, group, name: str, offset: int | None, size: int) -> bytes:
         """Return the bytes of one picture."""
-        if extent.offset is None:
-            array = self._read_whole(self.entry(group, extent.name), group, extent.name)
+        if offset is None:
+            array = self._read_whole(self.entry(group, name), group, name)
             return bytes(array.item()) if array.dtype.hasobject else array.tobytes()
         if self.descriptor is None:
-            self.source.seek(extent.offset)
-            data = self.source.read(extent.size)
+            self.source.seek(offset)
+            data = self.source.read(size)
         else:
-            data = os.pread(self.descriptor, extent.size, extent.offset)
-        if len(data) != extent.size:
-            raise self.error(f"{self.where(group, extent.name)} has {len(data)} of its {extent.size} bytes")
+            data = os.pread(self.descriptor, size, offset)
+        if len(data) != size:
+            raise self.error(f"{self.where(group, name)} has {len(data)} of its {size} bytes")
         return data
 
     def encoded(self, group, name: str) -> bytes:
         """Return the bytes of the picture of that name."""
         if self.entry(group, name) is None:
             raise self.error(f"there is no {self.where(group, name)}")
-        return self.read_extent(group, self._extent(group, name))
-
-
-def _usual_name(number: int, pattern) -> str:
-    """Return how a number of a camera or of a frame is usually written in a file."""
-    return f"{number:02d}" if pattern is CAMERA_NAME else str(number)
+        return self._read_extent(group, name, *self._extent(group, name)[:2])
 
 
 def _fit(found: tuple, shape: tuple) -> tuple | None:

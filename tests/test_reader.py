@@ -71,13 +71,19 @@ def error(path, read):
     return message
 
 
+def iter_encoded(reader, modality, camera=None):
+    """Yield (number, stored bytes) of the pictures of a modality, or raise the first error."""
+    for entry in reader.entries(modality, camera):
+        yield entry.number, entry.read()
+
+
 def read_everything(reader):
     """Ask for what the file has, as the extraction does."""
     for modality in ("images", "masks"):
         for camera in reader.cameras(modality):
-            list(reader.iter_encoded(modality, camera))
+            list(iter_encoded(reader, modality, camera))
     for modality in ("uv_textures", "scan_masks"):
-        list(reader.iter_encoded(modality))
+        list(iter_encoded(reader, modality))
     for get in (reader.get_audio, reader.get_Calibration_all, reader.get_Keypoints3d, reader.get_scanmesh):
         get()
 
@@ -193,7 +199,7 @@ def test_cameras_are_those_with_data_whatever_num_device_says(copy):
         assert reader.cameras() == reader.cameras("masks") == [3, 25]
         assert reader.cameras("keypoints2d") == [25, 30] and reader.cameras("scan_masks") == [0, 25]
         assert reader.frame_numbers("images", 40) == reader.frame_numbers("images", 0) == []
-        assert list(reader.iter_encoded("images", 40)) == []
+        assert list(iter_encoded(reader, "images", 40)) == []
 
 
 def test_has_and_unknown_groups_tell_what_there_is(copy):
@@ -248,11 +254,11 @@ def test_storage_and_shape_make_no_difference(tmp_path, smc, storage, column_sha
     synthetic.write_smc(path, "0018", "e0", **EVERYTHING, storage=storage, column_shape=column_shape)
     with SMCReader(path) as reader, SMCReader(smc) as plain:
         for modality in ("images", "masks"):
-            assert sorted(reader.iter_encoded(modality, 25)) == sorted(plain.iter_encoded(modality, 25))
+            assert sorted(iter_encoded(reader, modality, 25)) == sorted(iter_encoded(plain, modality, 25))
             assert reader.encoded(modality, "3", 10) == plain.encoded(modality, "3", 10)
-        assert dict(reader.iter_encoded("scan_masks")) == dict(plain.iter_encoded("scan_masks"))
+        assert dict(iter_encoded(reader, "scan_masks")) == dict(iter_encoded(plain, "scan_masks"))
         assert reader.encoded("scan_masks", 25) == plain.encoded("scan_masks", 25)
-        assert dict(reader.iter_encoded("uv_textures")) == dict(plain.iter_encoded("uv_textures"))
+        assert dict(iter_encoded(reader, "uv_textures")) == dict(iter_encoded(plain, "uv_textures"))
         assert np.array_equal(reader.get_audio()["audio"], plain.get_audio()["audio"])
         assert np.array_equal(reader.get_Calibration(59)["RT"], plain.get_Calibration(59)["RT"])
 
@@ -265,14 +271,14 @@ def test_pictures_come_in_stored_order_as_the_stored_bytes(tmp_path, options):
         for frame in order:
             file[f"Camera/25/color/{frame}"] = np.frombuffer(content[frame], np.uint8)
     with SMCReader(tmp_path / "shuffled.smc") as reader:
-        assert list(reader.iter_encoded("images", 25)) == [(frame, content[frame]) for frame in order]
+        assert list(iter_encoded(reader, "images", 25)) == [(frame, content[frame]) for frame in order]
         assert reader.frame_numbers("images", 25) == sorted(order)
         assert all(reader.encoded("images", 25, frame) == content[frame] for frame in order)
 
 
 def test_an_open_file_object_serves_as_well_as_a_path(smc):
     with open(smc, "rb") as source, SMCReader(source) as reader, SMCReader(smc) as plain:
-        assert list(reader.iter_encoded("images", 25)) == list(plain.iter_encoded("images", 25))
+        assert list(iter_encoded(reader, "images", 25)) == list(iter_encoded(plain, "images", 25))
         assert reader.oddities == []
 
 
@@ -287,7 +293,7 @@ def test_memory_stays_small_over_a_big_file_of_many_pictures(tmp_path):
         "before = used()\n"
         "with SMCReader(sys.argv[1]) as reader:\n"
         "    size = sum(len(data) for camera in reader.cameras()\n"
-        "               for _, data in reader.iter_encoded('images', camera))\n"
+        "               for data in (entry.read() for entry in reader.entries('images', camera)))\n"
         "print(size, used() - before)"
     )
     done = subprocess.run(
@@ -330,8 +336,8 @@ def pair(tmp_path):
 
 def test_a_pair_is_presented_as_one_performance(pair):
     with SMCReader(*pair) as reader, SMCReader(pair[0]) as raw, SMCReader(pair[1]) as anno:
-        assert list(reader.iter_encoded("images", 25)) == list(raw.iter_encoded("images", 25))
-        assert list(reader.iter_encoded("masks", 3)) == list(anno.iter_encoded("masks", 3))
+        assert list(iter_encoded(reader, "images", 25)) == list(iter_encoded(raw, "images", 25))
+        assert list(iter_encoded(reader, "masks", 3)) == list(iter_encoded(anno, "masks", 3))
         assert reader.cameras() == [3, 25] and reader.cameras("masks") == [3]
         assert (
             reader.has("audio") and reader.has("calibration") and reader.has("keypoints3d") and not reader.has("flame")
@@ -466,9 +472,9 @@ WRONG = {
     "Camera/00/audio/audio ": (np.zeros((50, 50), np.float32), lambda reader: reader.audio_info()),
     "Camera/00/audio/sample_rate": (np.nan, lambda reader: reader.audio_info()),
     "Camera/00/audio/sample_rate ": (44100.5, lambda reader: reader.get_audio()),
-    "Camera/25/color/0": (np.zeros(10, np.uint16), lambda reader: list(reader.iter_encoded("images", 25))),
+    "Camera/25/color/0": (np.zeros(10, np.uint16), lambda reader: list(iter_encoded(reader, "images", 25))),
     "Camera/25/color/2": (np.zeros((10, 2), np.uint8), lambda reader: reader.encoded("images", 25, 2)),
-    "Camera/25/mask/0": (h5py.Empty("u1"), lambda reader: list(reader.iter_encoded("masks", 25))),
+    "Camera/25/mask/0": (h5py.Empty("u1"), lambda reader: list(iter_encoded(reader, "masks", 25))),
     "Camera/25/mask": (np.zeros(3), lambda reader: reader.frame_numbers("masks", 25)),
     "Scan/vertex": (np.zeros(3), lambda reader: reader.get_scanmesh()),
     "Scan/vertex_indices": (np.zeros((3, 3)), lambda reader: reader.get_scanmesh()),
@@ -502,7 +508,7 @@ def test_a_group_and_a_data_set_are_not_the_same(copy, path):
         "Key": lambda r: r.get_Keypoints3d(),
         "FLA": lambda r: r.get_FLAME(),
     }
-    assert path in error(copy, read.get(path[:3], lambda reader: list(reader.iter_encoded("images", 25))))
+    assert path in error(copy, read.get(path[:3], lambda reader: list(iter_encoded(reader, "images", 25))))
 
 
 def test_entries_that_cannot_be_stacked_are_an_error(copy):
@@ -521,7 +527,7 @@ def test_a_picture_that_cannot_be_decoded_is_an_error_and_its_bytes_can_be_had(c
     with h5py.File(copy, "r+") as file:
         put(file, "Camera/25/color/0", content)
     with SMCReader(copy) as reader:
-        assert reader.encoded("images", 25, 0) == dict(reader.iter_encoded("images", 25))[0] == content
+        assert reader.encoded("images", 25, 0) == dict(iter_encoded(reader, "images", 25))[0] == content
     assert "Camera/25/color/0 cannot be decoded" in error(copy, lambda reader: reader.get_img(25, "color", 0))
     assert not probe_picture(content).whole
 
@@ -587,7 +593,7 @@ def test_only_what_lies_in_the_file_is_read(copy, secret, trick):
         del file["Camera/25/color/0"]
         trick(file, secret)
     for read in (
-        lambda reader: list(reader.iter_encoded("images", 25)),
+        lambda reader: list(iter_encoded(reader, "images", 25)),
         lambda reader: reader.encoded("images", 25, 0),
         lambda reader: reader.get_img(25, "color", 0),
     ):
@@ -615,7 +621,7 @@ def test_the_source_of_a_virtual_data_set_is_not_even_looked_at(tmp_path):
         h5py.h5d.create(file.create_group("Camera/25/color").id, b"0", h5py.h5t.STD_U8LE, space, properties)
     code = (
         "import sys; from renderme_360_reader_new import SMCReader\n"
-        "list(SMCReader(sys.argv[1]).iter_encoded('images', 25))"
+        "[entry.read() for entry in SMCReader(sys.argv[1]).entries('images', 25)]"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "virtual.smc"],
@@ -653,11 +659,11 @@ def test_odd_names_are_never_used_and_noted(copy):
     with SMCReader(copy) as reader:
         assert reader.cameras() == [3, 25] and reader.cameras("scan_masks") == [0, 25]
         assert (
-            [number for number, _ in sorted(reader.iter_encoded("images", 25))]
+            [number for number, _ in sorted(iter_encoded(reader, "images", 25))]
             == reader.frame_numbers("masks", 25)
             == FRAMES
         )
-        assert len(list(reader.iter_encoded("uv_textures"))) == 4 and len(reader.get_Calibration_all()) == 60
+        assert len(list(iter_encoded(reader, "uv_textures"))) == 4 and len(reader.get_Calibration_all()) == 60
         assert reader.get_Keypoints3d().shape == (4, 73, 3)
         for group in ("Camera has", "Camera/25/color has", "ScanMask has", "Keypoints3d has"):
             assert any(f"{group} entries that are left out" in oddity for oddity in reader.oddities)
@@ -741,7 +747,7 @@ def test_a_data_set_that_claims_more_than_it_has_is_an_error(copy, shape, option
         file["Camera/00/audio"].create_dataset("audio", (shape[0], 2), np.float32)
     assert copy.stat().st_size < 10_000_000
     for read in (
-        lambda reader: list(reader.iter_encoded("images", 25)),
+        lambda reader: list(iter_encoded(reader, "images", 25)),
         lambda reader: reader.get_img(25, "color", 0),
         lambda reader: reader.get_Calibration(25),
         lambda reader: reader.get_audio(),
@@ -757,7 +763,7 @@ def test_one_picture_linked_many_times_is_an_error(tmp_path, options):
         for frame in range(1, 2000):
             color[str(frame)] = picture
     assert "claim 600000000 bytes" in error(
-        tmp_path / "links.smc", lambda reader: list(reader.iter_encoded("images", 25))
+        tmp_path / "links.smc", lambda reader: list(iter_encoded(reader, "images", 25))
     )
 
 
@@ -768,7 +774,7 @@ def test_pictures_that_unpack_to_far_more_than_the_file_are_an_error(tmp_path):
                 f"Camera/25/color/{frame}", data=np.zeros(5_000_000, np.uint8), chunks=(1_000_000,), compression="gzip"
             )
     assert "claim 100000000 bytes" in error(
-        tmp_path / "bomb.smc", lambda reader: next(reader.iter_encoded("images", 25))
+        tmp_path / "bomb.smc", lambda reader: next(iter_encoded(reader, "images", 25))
     )
 
 
@@ -854,7 +860,7 @@ def test_padded_names_are_the_numbers_that_they_say(smc, copy, color, camera):
         for modality in ("images", "masks", "keypoints2d", "scan_masks"):
             assert reader.cameras(modality) == plain.cameras(modality)
         assert reader.frame_numbers("images", 25) == FRAMES
-        assert list(reader.iter_encoded("images", 3)) == list(plain.iter_encoded("images", 3))
+        assert list(iter_encoded(reader, "images", 3)) == list(iter_encoded(plain, "images", 3))
         assert len(reader.places("images", 25, [0, 5])) == 2
         assert reader.encoded("scan_masks", 25) == plain.encoded("scan_masks", 25)
         assert np.array_equal(reader.get_img("25", "color", 10), plain.get_img("25", "color", 10))
@@ -863,6 +869,8 @@ def test_padded_names_are_the_numbers_that_they_say(smc, copy, color, camera):
         assert np.array_equal(reader.get_Keypoints2d(30, 0), plain.get_Keypoints2d(30, 0))
         assert np.array_equal(reader.get_Keypoints3d(), plain.get_Keypoints3d())
         assert np.array_equal(reader.get_audio()["audio"], plain.get_audio()["audio"]) and reader.fps() == 30
+        usual = (camera.format(0), color.format(0)) == ("00", "0")
+        assert bool(reader.oddities) != usual and all("are padded" in oddity for oddity in reader.oddities)
 
 
 def test_of_two_names_for_one_number_the_usual_one_counts_and_the_other_is_noted(copy):
@@ -873,7 +881,7 @@ def test_of_two_names_for_one_number_the_usual_one_counts_and_the_other_is_noted
     with SMCReader(copy) as reader:
         assert reader.cameras() == [3, 7, 25] and reader.frame_numbers("images", 25) == FRAMES
         assert reader.encoded("images", 7, 0) == b"usual"
-        assert b"other" not in dict(reader.iter_encoded("images", 25)).values()
+        assert b"other" not in dict(iter_encoded(reader, "images", 25)).values()
         assert "Camera has entries that are left out: 7" in reader.oddities[0]
         assert "Camera/25/color has entries that are left out: 0002" in reader.oddities[1]
 
@@ -883,7 +891,7 @@ def test_a_group_without_a_name_that_is_understood_is_an_error_and_not_an_empty_
         for name in list(file["Camera/25/color"]):
             file.move(f"Camera/25/color/{name}", f"Camera/25/color/frame_{name}")
     assert "Camera/25/color has no numbers for names, but 'frame_0'" in error(
-        copy, lambda reader: list(reader.iter_encoded("images", 25))
+        copy, lambda reader: list(iter_encoded(reader, "images", 25))
     )
 
 
@@ -988,7 +996,7 @@ def test_pictures_may_be_stored_as_any_type_of_bytes(copy, form):
         del file["Camera/25/color/0"]
         file["Camera/25/color"].create_dataset("0", **form(picture))
     with SMCReader(copy) as reader:
-        assert dict(reader.iter_encoded("images", 25))[0] == reader.encoded("images", 25, 0) == picture
+        assert dict(iter_encoded(reader, "images", 25))[0] == reader.encoded("images", 25, 0) == picture
 
 
 def test_entries_that_cannot_be_read_cost_themselves_alone(copy):
