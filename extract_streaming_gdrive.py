@@ -998,14 +998,15 @@ class Extraction:
 
     cameras: {modality: what `cameras_to_extract` returns}. pictures: {modality: {"25": {frame: (name below the folder,
     height, width)}}} of pictures by camera that are not damaged. missing, damaged: {modality: {"25": [frames]}}, or
-    {modality: [numbers]} where one folder holds all. unreadable: what else was left out. sizes: {modality: the (height,
-    width) of its pictures, one per camera}. progress: called with pictures=n for n more, total=n for all."""
+    {modality: [numbers]} where one folder holds all. unreadable: {(modality, camera, frame): reason} of what else was
+    left out. sizes: {modality: the (height, width) of its pictures, one per camera}. progress: called with pictures=n
+    for n more, total=n for all."""
 
     def __init__(self, job: Job, config: Config, reader: SMCReader, progress: Callable):
         self.job, self.config, self.reader, self.progress = job, config, reader, progress
         self.folder = config.partial_of(job.subject, job.performance)
         self.bytes = 0
-        self.unreadable: list[dict] = []
+        self.unreadable: dict[tuple[str, int | None, int | None], str] = {}
         self.pictures: dict[str, dict] = {"images": {}, "masks": {}}
         self.sizes: dict[str, list[tuple[int, int]]] = {}
         self.frames: dict[str, int] = {}
@@ -1024,9 +1025,7 @@ class Extraction:
         try:
             yield
         except SMCError as error:
-            entry = {"modality": modality, "camera": camera, "frame": frame, "reason": str(error)}
-            if entry not in self.unreadable[-1:]:
-                self.unreadable.append(entry)
+            self.unreadable.setdefault((modality, camera, frame), str(error))
 
     def entries(self, modality: str, camera: int | None = None) -> Iterator[tuple[int | None, object]]:
         """Yield (number, content) of each frame or camera of a modality that can be read."""
@@ -1036,7 +1035,7 @@ class Extraction:
                 with self.collecting_damage(modality, *((entry.number,) if by_camera else (camera, entry.number))):
                     yield entry.number, entry.read()
 
-    def report(self, **news):
+    def report_progress(self, **news):
         """Report how far it is to the parent process. Raise OSError where the disk has no more room."""
         keep_free(self.config.output_dir, self.config)
         self.progress(**news)
@@ -1059,11 +1058,10 @@ def cameras_to_extract(reader: SMCReader, modality: str, asked: set[int] | None)
 
 def write_pictures(extraction: Extraction, modality: str):
     """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes."""
-    stored, lost = {}, {}
-    for camera in extraction.cameras[modality]:
-        name, before = f"{camera:02d}", len(extraction.unreadable)
-        stored[name] = store_pictures(extraction, modality, f"{modality}/cam_{name}", camera)
-        lost[name] = {entry["frame"] for entry in extraction.unreadable[before:]}
+    stored = {
+        f"{camera:02d}": store_pictures(extraction, modality, f"{modality}/cam_{camera:02d}", camera)
+        for camera in extraction.cameras[modality]
+    }
     if modality == "images":
         extraction.frames = {camera: len(pictures) for camera, pictures in stored.items() if pictures}
     expected, usual = extraction.reader.expected_frames(stored.values()), usual_sizes(stored)
@@ -1075,7 +1073,8 @@ def write_pictures(extraction: Extraction, modality: str):
             if picture.whole and (picture.height, picture.width) == usual[camera]
         }
         extraction.pictures.setdefault(modality, {})[camera] = good
-        missing = set() if None in lost[camera] else expected - pictures.keys() - lost[camera]
+        lost = {frame for kind, number, frame in extraction.unreadable if (kind, number) == (modality, int(camera))}
+        missing = set() if None in lost else expected - pictures.keys() - lost
         for found, frames in ((extraction.damaged, pictures.keys() - good.keys()), (extraction.missing, missing)):
             if frames:
                 found.setdefault(modality, {})[camera] = sorted(frames)
@@ -1134,8 +1133,8 @@ def store_pictures(extraction: Extraction, modality: str, folder: str, camera: i
             new.write(data)
         sizes[file] = len(data)
         if len(sizes) % REPORTED_PICTURES == 0:
-            extraction.report(pictures=REPORTED_PICTURES)
-    extraction.report(pictures=len(sizes) % REPORTED_PICTURES)
+            extraction.report_progress(pictures=REPORTED_PICTURES)
+    extraction.report_progress(pictures=len(sizes) % REPORTED_PICTURES)
     if stored:
         with os.scandir(extraction.folder / folder) as entries:
             if {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries} != sizes:
@@ -1214,23 +1213,14 @@ def write_calibration(extraction: Extraction, modality: str):
         extraction.save("calibration/cameras.json", json_bytes({"convention": convention, "cameras": cameras}))
 
 
-def write_keypoints2d(extraction: Extraction, modality: str):
-    """keypoints2d/cam_25.npz: frame_ids (F,) int, points (F, 106, 2) float64 pixels."""
+def write_keypoints(extraction: Extraction, modality: str):
+    """keypoints2d/cam_25.npz, keypoints3d/keypoints3d.npz: frame_ids (F,) int, points (F, 106, 2) or (F, 73, 3) float64."""
     for camera in extraction.cameras[modality]:
-        save_points(extraction, f"keypoints2d/cam_{camera:02d}.npz", modality, camera)
-
-
-def write_keypoints3d(extraction: Extraction, modality: str):
-    """keypoints3d/keypoints3d.npz: frame_ids (F,) int, points (F, 73, 3) float64."""
-    save_points(extraction, "keypoints3d/keypoints3d.npz", modality)
-
-
-def save_points(extraction: Extraction, name: str, modality: str, camera: int | None = None):
-    """Write the key points of all frames that have them."""
-    points = dict(extraction.entries(modality, camera))
-    if points:
-        frames = np.array(list(points), np.int64)
-        extraction.save(name, npz_bytes(frame_ids=frames, points=np.stack(list(points.values()))))
+        points = dict(extraction.entries(modality, camera))
+        if points:
+            name = f"{modality}/{modality if camera is None else f'cam_{camera:02d}'}.npz"
+            arrays = {"frame_ids": np.array(list(points), np.int64), "points": np.stack(list(points.values()))}
+            extraction.save(name, npz_bytes(**arrays))
 
 
 def write_flame(extraction: Extraction, modality: str):
@@ -1313,8 +1303,8 @@ WRITERS: dict[str, Callable[[Extraction, str], None]] = {
     "masks": write_pictures,
     "audio": write_audio,
     "calibration": write_calibration,
-    "keypoints2d": write_keypoints2d,
-    "keypoints3d": write_keypoints3d,
+    "keypoints2d": write_keypoints,
+    "keypoints3d": write_keypoints,
     "flame": write_flame,
     "uv_textures": write_numbered_pictures,
     "scan": write_scan,
@@ -1338,15 +1328,14 @@ def extract(job: Job, config: Config, progress: Callable) -> dict:
     with open_reader(job, config) as reader:
         extraction = Extraction(job, config, reader, progress)
         views = sum(len(cameras) for name, cameras in extraction.cameras.items() if name in extraction.pictures)
-        extraction.report(total=views * reader.num_frame)
+        extraction.report_progress(total=views * reader.num_frame)
         for modality in job.modalities:
             if extraction.cameras[modality]:
                 WRITERS[modality](extraction, modality)
         written = modalities_in(folder)
         if not written and not has_more(extraction):
-            reasons = [entry["reason"] for entry in extraction.unreadable]
             nothing = f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows"
-            raise SMCError(reasons[0] if reasons else nothing)
+            raise SMCError(next(iter(extraction.unreadable.values()), nothing))
         content = info(extraction, written)
         for source in reader.sources:
             if getattr(source, "missed", None):
@@ -1383,6 +1372,7 @@ def info(extraction: Extraction, written: list[str]) -> dict:
     usual = collections.Counter(sizes.get("images") or sizes.get("masks")).most_common(1)
     resolution = list(usual[0][0]) if usual else None if stated is None else stated.tolist()
     note_sizes(reader, sizes)
+    lost = [dict(zip(("modality", "camera", "frame", "reason"), (*e, why))) for e, why in extraction.unreadable.items()]
     return {
         "subject": job.subject,
         "performance": job.performance,
@@ -1396,7 +1386,7 @@ def info(extraction: Extraction, written: list[str]) -> dict:
         "frames": extraction.frames,
         "missing_frames": extraction.missing,
         "damaged_frames": extraction.damaged,
-        "unreadable": extraction.unreadable,
+        "unreadable": lost,
         "modalities": written,
         "modalities_asked": job.modalities,
         "oddities": reader.oddities,
@@ -1412,7 +1402,8 @@ def notes(extraction: Extraction, content: dict) -> list[str]:
     if not written and not unreadable:
         found.append(f"the file has none of what is asked for ({', '.join(asked)})")
     elif "images" in asked and not extraction.cameras["images"] and "images" not in unreadable:
-        has = f"the file, which has {format_numbers(available)}" if available else "the file: it has no pictures"
+        has = available and not extraction.cameras.get("masks")
+        has = f"the file, which has {format_numbers(available)}" if has else "the file: it has no pictures"
         found.append(f"none of the cameras asked for is in {has}")
     for kind, frames in (("damaged", extraction.damaged), ("missing", extraction.missing)):
         lists = [cameras.values() if isinstance(cameras, dict) else [cameras] for cameras in frames.values()]

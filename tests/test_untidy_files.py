@@ -136,6 +136,19 @@ def test_frames_without_readable_key_points_are_not_among_those_of_the_camera(tm
             assert np.array_equal(solid["points"][0], smc["Keypoints3d/1"][()], equal_nan=True)
 
 
+def test_each_thing_that_cannot_be_read_is_listed_once(tmp_path):
+    def spoil(file):
+        replace(file, "Camera/00/audio/audio", "text")
+        replace(file, "Camera/25/color/2", np.zeros((5, 5), np.uint8))
+        replace(file, "Calibration/25/K", np.zeros((3, 4)))
+
+    found = Untidy(tmp_path, spoil)
+    assert found.unreadable() == {("audio", None, None), ("images", 25, 2), ("calibration", 25, None)}
+    assert len(found.info["unreadable"]) == 3 and found.row["error"].startswith("3 entries could not be read")
+    assert found.info["missing_frames"] == {} and found.info["audio"] is None
+    assert {frame["camera_id"] for frame in found.load("transforms.json")["frames"]} == {"03"}
+
+
 def test_a_performance_fails_where_nothing_can_be_read(tmp_path):
     def spoil(file):
         for camera in ("03", "25"):
@@ -167,11 +180,11 @@ def test_a_full_disk_is_never_what_cannot_be_read(tmp_path):
             yield script.SMCReader.entries.__globals__["Entry"](0, lambda: b"picture")
 
     extraction = object.__new__(script.Extraction)
-    extraction.reader, extraction.unreadable = Reader(), []
+    extraction.reader, extraction.unreadable = Reader(), {}
     with pytest.raises(OSError, match="No space left"):
         for _ in extraction.entries("images", 25):
             raise OSError(28, "No space left on device")
-    assert extraction.unreadable == []
+    assert extraction.unreadable == {}
 
 
 def test_masks_without_pictures_have_their_cameras_in_the_manifest(tmp_path):
