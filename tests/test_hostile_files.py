@@ -82,7 +82,6 @@ class Place:
         for row in rows.values():
             assert row["status"] in ("completed", "failed", "absent"), row
             assert (row["status"] == "failed") <= bool(row["error"])
-            assert float(row["extract_s"]) < 20, row
         folders = {(path.parent.name, path.name) for path in self.output.glob("*/*") if not path.is_symlink()}
         assert folders == {key for key, row in rows.items() if row["status"] == "completed"}
         assert list((self.folder / "temp_smc").rglob("*.smc*")) == [] and self.memory < 1_000_000
