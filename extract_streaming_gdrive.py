@@ -1115,9 +1115,9 @@ def write_numbered_pictures(extraction: Extraction, modality: str):
 
 
 def store_pictures(extraction: Extraction, modality: str, folder: str, camera: int | None = None) -> dict[int, Picture]:
-    """Write the pictures of a modality (of a camera) to a folder and check what is there then. Return {number: picture},
-    with damaged ones, which are written as they are; with `verify: full`, those that cannot be decoded are damaged too.
-    Empty ones are not written."""
+    """Write the pictures of a modality (of a camera) to a folder and check what is there then; empty ones are left out.
+    Return {number: picture}. Damaged ones are written as they are, and not `whole`; with `verify: full`, those that
+    cannot be decoded are damaged too."""
     by_camera = MODALITIES[modality].numbered == "cameras"
     name, usual = "cam_{:02d}.{}" if by_camera else "frame_{:06d}.{}", "jpg" if modality == "images" else "png"
     stored, sizes = {}, {}
@@ -1177,7 +1177,7 @@ def undecodable(files: dict[int, Path], workers: int) -> set[int]:
 
 
 def write_audio(extraction: Extraction, modality: str):
-    """audio/audio.wav: integers as they are stored; else PCM_16, 32-bit or 64-bit float, the first that loses nothing."""
+    """audio/audio.wav: integers as they are stored, or else PCM_16, 32-bit or 64-bit float: the first without loss."""
     import soundfile
 
     for _, audio in extraction.entries(modality):
@@ -1214,7 +1214,7 @@ def write_calibration(extraction: Extraction, modality: str):
 
 
 def write_keypoints(extraction: Extraction, modality: str):
-    """keypoints2d/cam_25.npz, keypoints3d/keypoints3d.npz: frame_ids (F,) int, points (F, 106, 2) or (F, 73, 3) float64."""
+    """keypoints2d/cam_25.npz and keypoints3d/keypoints3d.npz: frame_ids (F,) int, points (F, 106 or 73, 2 or 3)."""
     for camera in extraction.cameras[modality]:
         points = dict(extraction.entries(modality, camera))
         if points:

@@ -30,6 +30,7 @@ with OpenCV axes (x right, y down, z forward); key points of a picture are (x, y
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import math
 import os
@@ -589,15 +590,16 @@ class _File:
 
     @contextlib.contextmanager
     def reading(self, *place, what="cannot be read"):
-        """Turn any exception, for HDF5 reports damage as almost any of them, into an SMCError about a place in the file.
-        Raise OSError where the disk could not be read, and MemoryError as it is."""
+        """Turn exceptions into an SMCError about a place in the file: HDF5 reports damage as almost any of them. Raise
+        OSError where the disk cannot be read, and MemoryError as it is."""
         try:
             yield
         except (SMCError, MemoryError):
             raise
         except Exception as error:
-            if disk := re.search(r"errno = ([1-9][0-9]*)", str(error)):
-                raise OSError(int(disk[1]), os.strerror(int(disk[1])), self.name) from error
+            said = re.search(r"errno = ([0-9]+)", str(error))
+            if said and int(said[1]) in (errno.EIO, errno.ESTALE):
+                raise OSError(int(said[1]), os.strerror(int(said[1])), self.name) from error
             reason = printable(" ".join(str(error).strip("'").split()) or type(error).__name__, 200)
             raise self.error(f"{self.where(*place)} {what}: {reason}") from error
 

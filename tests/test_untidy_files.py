@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
@@ -38,7 +37,7 @@ class Untidy:
         self.info = self.workspace.info("0018", "s1_all") if expect == 0 else None
 
     def unreadable(self):
-        """{(modality, camera, frame)} of what could not be read; each with a reason, counted, and named by --inspect."""
+        """{(modality, camera, frame)} of what cannot be read, each with its reason, counted, and named by --inspect."""
         found = self.info["unreadable"]
         assert all(entry.keys() == {"modality", "camera", "frame", "reason"} for entry in found)
         count = f"{len(found)} {'entry' if len(found) == 1 else 'entries'} could not be read, listed in info.json"
@@ -395,9 +394,7 @@ def test_a_modality_is_a_row_in_the_reader_and_a_line_in_the_script(tmp_path):
     assert len(list(folder.glob("depth/cam_25/*.png"))) == 4 and not (folder / "depth/cam_03").exists()
     assert np.load(folder / "hands/0.npz")["points"].tolist() == [0, 1, 2, 3, 4, 5]
     info = workspace.info("0018", "s1_all")
-    assert info["modalities"] == modalities[:2] + ["calibration", "hands", "transforms"] or set(
-        info["modalities"]
-    ) == set(modalities)
+    assert set(info["modalities"]) == set(modalities)
     assert [(entry["modality"], entry["frame"]) for entry in info["unreadable"]] == [("hands", 1)]
     inspected = subprocess.run(
         [sys.executable, tmp_path / "extract_streaming_gdrive.py", "--inspect", workspace.smc("0018", "s1_all")],
@@ -405,5 +402,4 @@ def test_a_modality_is_a_row_in_the_reader_and_a_line_in_the_script(tmp_path):
         capture_output=True,
         text=True,
     )
-    assert "depth" in rows(inspected.stdout) and "2 cameras with 4 frames: 3 25" in rows(inspected.stdout)["depth"]
-    shutil.rmtree(folder)
+    assert "2 cameras with 4 frames: 3 25" in rows(inspected.stdout)["depth"]
