@@ -7,6 +7,7 @@
     python extract_streaming_gdrive.py --inspect 0018_s1_all_raw.smc      what an SMC file has
     python extract_streaming_gdrive.py --camera-grid 0018/s3_all          every view, to choose cameras by eye
     python extract_streaming_gdrive.py --suggest-cameras 12               the 12 that cover 360 degrees best
+    python extract_streaming_gdrive.py --scene 0018/s3_all                one moment for Gaussian splatting
 
 For each subject: list its folder on the remote, download what is missing, extract each SMC file into
 <output_dir>/<subject>/<performance>/, check it, write a row to MANIFEST.csv, delete the SMC. While one subject is
@@ -1184,39 +1185,49 @@ def write_scan(task: Extraction, modality: str):
 
 
 def write_transforms(task: Extraction, modality: str):
-    """transforms.json: pose, intrinsics and mask of every undamaged picture, for NeRF and Gaussian-splatting tools.
+    """transforms.json: pose, intrinsics and masks of every undamaged picture, for NeRF and Gaussian-splatting tools.
 
-    Each picture has its own intrinsics: loaders would take some at the top for those of all cameras."""
+    Each picture has its own intrinsics: loaders would take some at the top for those of all cameras. A mask is the
+    picture's `fg_mask_path`; where every picture has one, it is also its `mask_path`, because nerfstudio refuses a
+    mixture."""
     images, masks, calibration = task.pictures["images"], task.pictures["masks"], task.reader.get_Calibration_all()
     for camera in images.keys() - calibration:
         task.reader.oddities.append(f"{task.job}: camera {camera} has no calibration and is not in transforms.json")
     cameras = [camera for camera in images if images[camera] and camera in calibration]
-    timesteps = sorted({frame for camera in cameras for frame in images[camera]})
     if not cameras:
         return
-    timestep_of, lines = {frame: index for index, frame in enumerate(timesteps)}, []
+    timesteps = sorted({frame for camera in cameras for frame in images[camera]})
+    timestep_of = {frame: index for index, frame in enumerate(timesteps)}
+    all_masked = all(images[camera].keys() <= masks.get(camera, {}).keys() for camera in cameras)
+    frames = []
     for index, camera in enumerate(cameras):
         for frame in sorted(images[camera]):
             name, height, width = images[camera][frame]
             entry = {"file_path": name}
-            if frame in masks.get(camera, ()):
-                entry["mask_path"] = entry["fg_mask_path"] = masks[camera][frame][0]
+            if all_masked:
+                entry["mask_path"] = masks[camera][frame][0]
+            if frame in masks.get(camera, {}):
+                entry["fg_mask_path"] = masks[camera][frame][0]
             entry.update(timestep_index=timestep_of[frame], timestep_id=f"{frame:06d}", camera_index=index)
-            entry.update(camera_id=camera, **view(calibration[camera], height, width))
-            lines.append(json.dumps(entry, allow_nan=False))
+            entry.update(camera_id=camera, **nerf_camera(calibration[camera], height, width))
+            frames.append(json.dumps(entry, allow_nan=False))
     top = {"camera_model": "OPENCV", "fps": task.reader.fps()}
     if (task.folder / "audio/audio.wav").is_file():
         top["audio_path"] = "audio/audio.wav"
     top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(timestep_of.values()))
-    frames = ",\n".join(lines)
-    task.save("transforms.json", f'{json.dumps(top, allow_nan=False)[:-1]}, "frames": [\n{frames}\n]}}\n'.encode())
+    lines = [f'"{name}": {json.dumps(value, allow_nan=False)}' for name, value in top.items()]
+    lines.append('"frames": [\n' + ",\n".join(frames) + "\n]")
+    task.save("transforms.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
-def view(camera: dict, height: int, width: int) -> dict:
-    """Return intrinsics and pose of a camera as NeRF loaders name them, with OpenGL's axes: x right, y up, z back."""
+def nerf_camera(camera: dict, height: int, width: int) -> dict:
+    """Return intrinsics and pose of a camera as NeRF loaders name them, with OpenGL's axes: x right, y up, z back.
+
+    cx and cy count from the corner of the first pixel, as in nerfstudio, instant-ngp and COLMAP; K, as in OpenCV,
+    counts from its middle."""
     K, pose = camera["K"], camera["RT"].copy()
     pose[:3, 1:3] *= -1
-    fields = {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2], "w": width, "h": height}
+    fields = {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2] + 0.5, "cy": K[1, 2] + 0.5, "w": width, "h": height}
     fields.update(zip(("k1", "k2", "p1", "p2", "k3"), camera["D"]))
     fields["camera_angle_x"] = 2 * math.atan(width / (2 * K[0, 0]))
     fields["camera_angle_y"] = 2 * math.atan(height / (2 * K[1, 1]))
@@ -1586,6 +1597,7 @@ class Rig(NamedTuple):
     """The cameras of a rig, seen from the point nearest to all optical axes: one entry per camera in each field."""
 
     ids: list[int]  # camera numbers, ascending
+    center: np.ndarray  # (3,) that point in the world, metres
     directions: np.ndarray  # (n, 3) unit vectors from that point to the cameras
     distances: np.ndarray  # (n,) metres from that point
     azimuth: np.ndarray  # (n,) degrees: 0 for the front camera, 0…180 on the person's left, -180…0 on the right
@@ -1610,7 +1622,8 @@ def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
         raise ValueError(f"the calibration has no camera {FRONT_CAMERA}, which would be the front")
     # Offsets from the mean of the centers keep the precision where the origin of the world is far away.
     offsets = centers - centers.mean(0)
-    offsets = offsets - np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, offsets))
+    nearest = np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, offsets))
+    offsets = offsets - nearest
     distances = np.linalg.norm(offsets, axis=1)
     directions = offsets / distances[:, None]
     up = -down.mean(0)
@@ -1623,7 +1636,8 @@ def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
     azimuth = np.degrees(np.arctan2(directions @ np.cross(up, front), directions @ (front - up * (front @ up))))
     # Straight behind is 180, whatever the rounding says.
     azimuth[azimuth < -180 + 1e-6] += 360
-    return Rig(ids, directions, distances, azimuth, np.degrees(np.arcsin(np.clip(directions @ up, -1, 1))))
+    elevation = np.degrees(np.arcsin(np.clip(directions @ up, -1, 1)))
+    return Rig(ids, centers.mean(0) + nearest, directions, distances, azimuth, elevation)
 
 
 def pairwise_angles(directions: np.ndarray) -> np.ndarray:
@@ -1659,7 +1673,7 @@ def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, al
         middle = (low + high) // 2
         near = angles <= radii[middle]
         uncovered = np.flatnonzero(~near[:, keep].any(1))
-        found = cover(near, uncovered, np.setdiff1d(available, keep), n - len(keep))
+        found = find_cover(near, uncovered, np.setdiff1d(available, keep), n - len(keep))
         if found is None:
             low = middle + 1
         else:
@@ -1670,7 +1684,7 @@ def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, al
     return sorted(chosen)
 
 
-def cover(near: np.ndarray, uncovered: np.ndarray, candidates: np.ndarray, n: int) -> list[int] | None:
+def find_cover(near: np.ndarray, uncovered: np.ndarray, candidates: np.ndarray, n: int) -> list[int] | None:
     """Return at most n of the candidates that together are near every uncovered direction; None where there are none.
 
     near (m, m) bool: near[direction, camera]; uncovered and candidates: rows and columns of it. This is a branch and
@@ -1690,7 +1704,7 @@ def cover(near: np.ndarray, uncovered: np.ndarray, candidates: np.ndarray, n: in
     for k in np.flatnonzero(hardest):
         # A branch does without the cameras of the branches before it.
         rest = candidates[~hardest | (np.arange(len(hardest)) > k)]
-        found = cover(near, uncovered[~gains[:, k]], rest, n - 1)
+        found = find_cover(near, uncovered[~gains[:, k]], rest, n - 1)
         if found is not None:
             return [int(candidates[k])] + found
     return None
@@ -1708,10 +1722,10 @@ def rig_layout(rig: Rig) -> dict[str, list]:
     ("x" to the right and "y" down from the middle; the front camera is at the bottom)."""
     around = pairwise_angles(rig.directions) < 45
     closer = rig.distances < [0.93 * np.median(rig.distances[near]) for near in around]
-    columns = groups(rig.azimuth, ~closer)
+    columns = split_at_gaps(rig.azimuth, ~closer)
     middles = [rig.azimuth[members].mean() for members in columns]
     slots = np.interp(rig.azimuth, middles, range(0, 2 * len(columns), 2)).round().astype(int).tolist()
-    rows = [("ring", members) for members in groups(rig.elevation, ~closer)]
+    rows = [("ring", members) for members in split_at_gaps(rig.elevation, ~closer)]
     rows += [("closer", np.flatnonzero(closer))] if closer.any() else []
     rows.sort(key=lambda row: -rig.elevation[row[1]].mean())
     inwards = sorted(range(len(rows)), key=lambda row: rows[row][0] == "closer")
@@ -1733,7 +1747,7 @@ def rig_layout(rig: Rig) -> dict[str, list]:
     }
 
 
-def groups(values: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
+def split_at_gaps(values: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
     """Return the indices of the wanted values (n,) bool in ascending order, split at each step of more than 8°."""
     members = np.argsort(values, kind="stable")
     members = members[wanted[members]]
@@ -1749,15 +1763,25 @@ TILE_SIZE = (400, 335)  # width and height in pixels, as of a picture of 2448 x 
 BLUE, DARK_GREY, LIGHT_GREY, WHITE = (178, 114, 0), (36, 31, 27), (226, 222, 219), (255, 255, 255)
 
 
+def read_picture(path: Path, flags: int) -> np.ndarray | None:
+    """Return a picture as cv2.imread does with these flags; None where it cannot be decoded."""
+    import cv2
+
+    try:
+        return cv2.imread(str(path), flags)
+    except cv2.error:  # it asks for too many pixels
+        return None
+
+
 def read_tile(path: Path) -> np.ndarray | None:
     """Return a picture made small, (335, 400, 3) uint8 BGR; None, with a warning, where it cannot be read."""
     import cv2
 
-    try:
-        return cv2.resize(cv2.imread(str(path)), TILE_SIZE, interpolation=cv2.INTER_AREA)
-    except cv2.error:
+    picture = read_picture(path, cv2.IMREAD_COLOR)
+    if picture is None:
         log.warning("%s cannot be read as a picture", path)
         return None
+    return cv2.resize(picture, TILE_SIZE, interpolation=cv2.INTER_AREA)
 
 
 def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str) -> np.ndarray:
@@ -1957,16 +1981,15 @@ show(selected);
 
 
 def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespace) -> int:
-    """Carry out --camera-grid and --suggest-cameras with what was extracted, without a download."""
+    """Carry out --camera-grid, --suggest-cameras and --scene with what was extracted, without a download."""
     try:
+        if arguments.scene:
+            write_scene(config, arguments.scene, arguments.frame)
         if arguments.camera_grid:
-            subject, _, performance = arguments.camera_grid.partition("/")
-            if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
-                raise ValueError(f"--camera-grid {printable(arguments.camera_grid)!r}: write it as 0018/s3_all")
-            folder, source = config.folder_of(subject, performance), f"{subject}/{performance}"
-            pictures, frame = pictures_of_frame(folder, arguments.frame)
-            cameras = set(pictures)
-        else:
+            folder, pictures, frame = extracted_views(config, "--camera-grid", arguments.camera_grid, arguments.frame)
+            subject, performance = folder.parts[-2:]
+            cameras, source = set(pictures), f"{subject}/{performance}"
+        elif arguments.suggest_cameras is not None:
             performance, source, rows = "s3_all", "what was extracted", manifest.completed.values()
             # The rig is the same for all.
             folders = (config.folder_of(*key) for key in sorted(manifest.completed, key=lambda key: key[1] != "s3_all"))
@@ -1975,9 +1998,9 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
                 missing = f"there is nothing extracted with its calibration in {config.output_dir}"
                 raise ValueError(f"{missing}: extract one subject with all cameras first")
             cameras = set().union(*(number_set(row.get("cameras_available")) for row in rows))
-        rig = rig_geometry(read_poses(folder))
-        if not cameras <= set(rig.ids):
-            raise ValueError(f"no calibration for camera {', '.join(map(str, sorted(cameras - set(rig.ids))))}")
+        else:
+            return 0
+        rig = rig_geometry({camera: entry["RT"] for camera, entry in read_calibration(folder, cameras).items()})
         available = [i for i, camera in enumerate(rig.ids) if camera in cameras]
         asked = config.asked_cameras(performance)
         chosen = [i for i in available if asked is None or rig.ids[i] in asked]
@@ -1991,28 +2014,41 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
     return 0
 
 
-def pictures_of_frame(folder: Path, frame: int | None) -> tuple[dict[int, Path], int]:
-    """Return the picture of each camera that has the frame, and the frame: by default the first that most have."""
+def extracted_views(config: Config, option: str, name: str, frame: int | None) -> tuple[Path, dict[int, Path], int]:
+    """Return the folder of an extracted performance that an option names, the picture of each camera that has the
+    frame, and the frame: by default the first that most cameras have."""
+    subject, _, performance = name.partition("/")
+    if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
+        raise ValueError(f"{option} {printable(name)!r}: write it as 0018/s3_all")
+    folder = config.folder_of(subject, performance)
     pictures: dict[int, dict[int, Path]] = collections.defaultdict(dict)
     for path in folder.glob("images/cam_[0-9][0-9]/frame_*.*"):
         pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
     if not pictures:
-        raise ValueError(f"{folder} has no pictures: extract {'/'.join(folder.parts[-2:])} first, with its images")
+        raise ValueError(f"{folder} has no pictures: extract {subject}/{performance} first, with its images")
     if frame is None:
         frame = min(pictures, key=lambda number: (-len(pictures[number]), number))
     if frame not in pictures:
         raise ValueError(f"{folder} has no frame {frame}; it has frames from {min(pictures)} to {max(pictures)}")
-    return pictures[frame], frame
+    return folder, dict(sorted(pictures[frame].items())), frame
 
 
-def read_poses(folder: Path) -> dict[int, np.ndarray]:
-    """Return the pose of each camera, (4, 4) camera to world, of an extracted performance."""
-    path = folder / "calibration" / "cameras.json"
+def read_calibration(folder: Path, cameras: Iterable[int]) -> dict[int, dict[str, np.ndarray]]:
+    """Return the calibration of an extracted performance: for each camera "K" (3, 3) in pixels, "D" (5,), "RT" (4, 4)
+    camera to world in metres. Raise ValueError where it cannot be read, or lacks one of these cameras."""
+    path, shapes = folder / "calibration" / "cameras.json", {"K": (3, 3), "D": (5,), "RT": (4, 4)}
     try:
-        cameras = json.loads(path.read_text())["cameras"]
-        return {int(camera): np.array(entry["RT"], float).reshape(4, 4) for camera, entry in cameras.items()}
+        stored = json.loads(path.read_text())["cameras"]
+        calibration = {
+            int(camera): {name: np.array(entry[name], float).reshape(shape) for name, shape in shapes.items()}
+            for camera, entry in stored.items()
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} cannot be read: extract the performance with calibration, or again") from None
+    missing = sorted(set(cameras) - set(calibration))
+    if missing:
+        raise ValueError(f"{path} has no calibration for camera {', '.join(map(str, missing))}")
+    return calibration
 
 
 def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[int], n: int, source: str) -> list[int]:
@@ -2048,6 +2084,87 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[
     log.info("%s of %s, frame %d, as the cameras stand; %d framed", count, title, frame, len(chosen))
     log.info("  picture  %s", jpg)
     log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", page)
+
+
+def write_scene(config: Config, name: str, frame: int | None):
+    """Write one moment of a performance into scenes/ beside the config, in COLMAP's text format.
+
+    name: such as "0018/s3_all"; frame: None for the first that most cameras have. Every view of it is warped to one
+    common pinhole camera: the mean focal length, the principal point in the middle, the size that most pictures have.
+    The points are random ones in the largest ball around the point nearest to all optical axes that every camera sees
+    in full. Raise ValueError where nothing is extracted, and where no picture can be read."""
+    folder, pictures, frame = extracted_views(config, "--scene", name, frame)
+    calibration = read_calibration(folder, pictures)
+    rig = rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})
+    headers = [probe_picture(path.read_bytes()) for path in pictures.values()]
+    sizes = collections.Counter((header.width, header.height) for header in headers if header.whole)
+    width, height = max(sizes, key=sizes.get, default=(0, 0))
+    focal = float(np.mean([calibration[camera]["K"][[0, 1], [0, 1]] for camera in pictures]))
+    K = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
+    cube = np.random.default_rng(360).uniform(-1, 1, (60_000, 3))
+    ball = cube[np.linalg.norm(cube, axis=1) < 1][:20_000]
+    points = rig.center + ball * rig.distances.min() * min(width, height) / (2 * focal)
+
+    scene = config.path.parent / "scenes" / f"{'_'.join(folder.parts[-2:])}_{frame:06d}"
+    unfinished = scene.with_name(f".{scene.name}.partial")
+    clear(unfinished)
+    try:
+        for subfolder in ("images", "sparse/0"):
+            (unfinished / subfolder).mkdir(parents=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            warp = partial(warp_view, unfinished, K, (width, height), points)
+            colors = pool.map(warp, pictures.values(), map(calibration.get, pictures))
+            colors = list(tqdm(colors, desc=scene.name, total=len(pictures), unit="view", disable=None, leave=False))
+        views = {camera: seen for camera, seen in zip(pictures, colors) if seen is not None}
+        if not views:
+            raise ValueError(f"{folder} has no picture of frame {frame} that can be read")
+        model, colors = unfinished / "sparse/0", np.median(list(views.values()), axis=0).astype(int)[:, ::-1]
+        # In COLMAP, the corner of the first pixel is (0, 0).
+        (model / "cameras.txt").write_text(f"1 PINHOLE {width} {height} {focal} {focal} {width / 2} {height / 2}\n")
+        images = [f"{colmap_pose(calibration[camera]['RT'])} 1 {camera:02d}.png\n\n" for camera in views]
+        (model / "images.txt").write_text("".join(f"{i} {line}" for i, line in enumerate(images, 1)))
+        table = np.column_stack([range(1, len(points) + 1), points, colors, np.zeros(len(points))])
+        np.savetxt(model / "points3D.txt", table, "%d %.6f %.6f %.6f %d %d %d %d")
+        put_in_place(unfinished, scene)
+    finally:
+        clear(unfinished)
+    log.info("%s %s, frame %d, %d view(s) as a scene: %s", *folder.parts[-2:], frame, len(views), scene)
+
+
+def warp_view(scene: Path, K: np.ndarray, size: tuple[int, int], points: np.ndarray, path: Path, camera: dict):
+    """Write a view and its mask, if there is one, into a scene as the pinhole camera K (3, 3) sees them, with 0 around.
+
+    size: width and height in pixels; points (n, 3): in the world; path, camera: the stored picture and the calibration
+    of its camera. Return the colors of the points in the view, (n, 3) uint8 BGR; None, with a warning, where the
+    picture is damaged."""
+    import cv2
+
+    picture = read_picture(path, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if picture is None or not probe_picture(path.read_bytes()).whole:
+        log.warning("%s is damaged: the scene goes without this view", path)
+        return None
+    maps = cv2.initUndistortRectifyMap(camera["K"], camera["D"], None, K, size, cv2.CV_32FC1)
+    view, png = cv2.remap(picture, *maps, cv2.INTER_LANCZOS4), f"{path.parent.name[4:]}.png"
+    (scene / "images" / png).write_bytes(cv2.imencode(".png", view)[1])
+    for mask_path in path.parents[2].glob(f"masks/{path.parent.name}/{path.stem}.*"):
+        mask = read_picture(mask_path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+        if mask is not None:
+            (scene / "masks").mkdir(exist_ok=True)
+            (scene / "masks" / png).write_bytes(cv2.imencode(".png", cv2.remap(mask, *maps, cv2.INTER_NEAREST))[1])
+    x, y, depth = K @ camera["RT"][:3, :3].T @ (points - camera["RT"][:3, 3]).T
+    columns, rows = np.round(x / depth).astype(int), np.round(y / depth).astype(int)
+    return view[rows.clip(0, size[1] - 1), columns.clip(0, size[0] - 1)]
+
+
+def colmap_pose(camera_to_world: np.ndarray) -> str:
+    """Return a pose (4, 4) as COLMAP writes it: world to camera, a unit quaternion w x y z and a translation x y z."""
+    import cv2
+
+    rotation = camera_to_world[:3, :3].T
+    vector = cv2.Rodrigues(rotation)[0].ravel()
+    angle = np.linalg.norm(vector)
+    axis = vector / 2 * np.sinc(angle / (2 * np.pi))  # of length sin(angle / 2), also where the angle is 0
+    return " ".join(map(repr, [math.cos(angle / 2), *axis.tolist(), *(-rotation @ camera_to_world[:3, 3]).tolist()]))
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -2437,7 +2554,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--status", action="store_true", help="progress from the manifest")
     add("--inspect", nargs="+", metavar="FILE.smc", help="what is inside SMC files; needs no config")
     add("--camera-grid", metavar="0018/s3_all", help="write a picture and a page of every view, as the cameras stand")
-    add("--frame", type=int, metavar="N", help="the frame for --camera-grid (default: the first)")
+    add("--scene", metavar="0018/s3_all", help="write one moment of all views as a scene for Gaussian splatting")
+    add("--frame", type=int, metavar="N", help="the frame for --camera-grid and --scene (default: the first)")
     add("--suggest-cameras", type=int, metavar="N", help="the N views that cover 360 degrees best")
     add("--verbose", action="store_true", help="debug messages on the console as well as in the log")
     return parser.parse_args(argv)
@@ -2466,7 +2584,7 @@ def main(argv: list[str] | None = None) -> int:
     manifest = Manifest(config)
     if arguments.status:
         return show_status(config, manifest)
-    if arguments.camera_grid or arguments.suggest_cameras is not None:
+    if arguments.camera_grid or arguments.scene or arguments.suggest_cameras is not None:
         return show_cameras(config, manifest, arguments)
     remote = Remote(config)
     if config.subjects is None or any(manifest.has_work(subject) for subject in config.subjects):

