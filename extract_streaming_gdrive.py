@@ -2103,7 +2103,8 @@ def write_scene(config: Config, name: str, frame: int | None):
     K = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
     cube = np.random.default_rng(360).uniform(-1, 1, (60_000, 3))
     ball = cube[np.linalg.norm(cube, axis=1) < 1][:20_000]
-    points = rig.center + ball * rig.distances.min() * min(width, height) / (2 * focal)
+    half = min(width, height) / 2
+    points = rig.center + ball * rig.distances.min() * half / math.hypot(focal, half)
 
     scene = config.path.parent / "scenes" / f"{'_'.join(folder.parts[-2:])}_{frame:06d}"
     unfinished = scene.with_name(f".{scene.name}.partial")
@@ -2150,7 +2151,7 @@ def warp_view(scene: Path, K: np.ndarray, size: tuple[int, int], points: np.ndar
         mask = read_picture(mask_path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
         if mask is not None:
             (scene / "masks").mkdir(exist_ok=True)
-            (scene / "masks" / png).write_bytes(cv2.imencode(".png", cv2.remap(mask, *maps, cv2.INTER_NEAREST))[1])
+            (scene / "masks" / png).write_bytes(cv2.imencode(".png", cv2.remap(mask, *maps, cv2.INTER_LINEAR))[1])
     x, y, depth = K @ camera["RT"][:3, :3].T @ (points - camera["RT"][:3, 3]).T
     columns, rows = np.round(x / depth).astype(int), np.round(y / depth).astype(int)
     return view[rows.clip(0, size[1] - 1), columns.clip(0, size[0] - 1)]

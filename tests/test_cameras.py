@@ -1,4 +1,4 @@
-"""Where the cameras stand, the best subset, the picture, and the page in a real browser."""
+"""Where the cameras stand, the best subset, the picture, the page in a real browser, and scenes."""
 
 import itertools
 import json
@@ -6,6 +6,7 @@ import re
 import shutil
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 import synthetic_release
@@ -388,6 +389,9 @@ def test_camera_grid_writes_a_picture_and_a_page_beside_the_config(extracted):
         (["--camera-grid", "0077/s3_all"], "extract 0077/s3_all first"),
         (["--camera-grid", "../s3_all"], "0018/s3_all"),
         (["--camera-grid", "0018/s3_all", "--frame", "9"], "from 0 to 1"),
+        (["--scene", "0018/s2_all"], "extract 0018/s2_all first"),
+        (["--scene", "s3_all"], "0018/s3_all"),
+        (["--scene", "0018/s3_all", "--frame", "9"], "from 0 to 1"),
         (["--suggest-cameras", "0"], "at least 1"),
         (["--suggest-cameras", "39"], "38 have pictures"),
         (["--suggest-cameras", "many"], "many"),
@@ -410,3 +414,148 @@ def test_suggest_cameras_prints_the_coverage_and_the_line_to_paste(extracted):
 def test_before_anything_is_extracted_there_is_nothing_to_suggest(tmp_path):
     workspace = Workspace(tmp_path / "work", tmp_path)
     assert "extract one subject" in workspace.run("--suggest-cameras", "4", expect=2).err
+
+
+# ---------------------------------------------------------------- scenes
+
+LENS = (-0.12, 0.09, 0.003, -0.002, 0.05)
+POINTS = synthetic_release.CENTRE + [(0, 0, 0), (0.05, 0.07, -0.01), (-0.04, -0.075, 0.02)]
+SCENE_VIEWS = (3, 4, 16, 25, 48, 53)
+
+
+def put_picture(smc, path, picture):
+    del smc[path]
+    smc[path] = cv2.imencode(".png", picture)[1].ravel()
+
+
+@pytest.fixture
+def with_points(tmp_path):
+    """A workspace with an s3_all extracted whose pictures show POINTS as blobs, through the rig's lenses; the masks show
+    the first as a disc."""
+    release, size = tmp_path / "release", (256, 306)
+    options = {"cameras": SCENE_VIEWS, "frames": 2, "size": size, "distortion": LENS, "everything": True}
+    (path,) = synthetic_release.write_subject(release, "0018", performances=["s3_all"], **options)
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    with h5py.File(path, "r+") as smc:
+        for n in SCENE_VIEWS:
+            pixels = synthetic_release.project(POINTS, synthetic_release.rig(size, LENS)[f"{n:02d}"])
+            squares = [(columns - x) ** 2 + (rows - y) ** 2 for x, y in pixels]
+            blobs = sum(130 * np.exp(-square / 18) for square in squares)
+            picture = (blobs[..., None] + (40, 60, 90)).clip(0, 255).round().astype(np.uint8)
+            put_picture(smc, f"Camera/{n:02d}/color/0", picture)
+            put_picture(smc, f"Camera/{n:02d}/mask/0", np.where(squares[0] < 400, 255, 0).astype(np.uint8))
+    workspace = Workspace(tmp_path / "work", release)
+    modalities = ["images", "masks", "calibration", "transforms"]
+    workspace.write_config(extraction={"performances": ["s3_all"], "modalities": modalities})
+    workspace.run()
+    return workspace
+
+
+def read_colmap(model):
+    """What COLMAP's text format says: f, cx, cy, (width, height), {image: (3, 4) world to camera}, points (n, 7)."""
+    lines = [line for line in (model / "cameras.txt").read_text().splitlines() if not line.startswith("#")]
+    (number, kind, width, height, fx, fy, cx, cy), lines_left = lines[0].split(), lines[1:]
+    assert kind == "PINHOLE" and fx == fy and not lines_left
+    poses = {}
+    for line in (model / "images.txt").read_text().splitlines()[::2]:
+        _, *pose, camera, name = line.split()
+        assert camera == number
+        w, x, y, z, *translation = map(float, pose)
+        rotation = [
+            [w * w + x * x - y * y - z * z, 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), w * w - x * x + y * y - z * z, 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), w * w - x * x - y * y + z * z],
+        ]
+        assert np.linalg.det(rotation) == pytest.approx(1)
+        poses[name] = np.column_stack([rotation, translation])
+    points = np.loadtxt(model / "points3D.txt")
+    assert points.shape[1] == 8 and len(set(points[:, 0])) == len(points)
+    return float(fx), float(cx), float(cy), (int(width), int(height)), poses, points[:, 1:7]
+
+
+def seen_in_scene(points, f, cx, cy, pose):
+    """World points (n, 3) to pixels (n, 2), where the corner of the first pixel is (0, 0)."""
+    x, y, z = pose @ np.column_stack([points, np.ones(len(points))]).T
+    return np.column_stack([f * x / z + cx, f * y / z + cy])
+
+
+def middle(weights):
+    """The centre of mass (x, y), where the corner of the first pixel is (0, 0)."""
+    rows, columns = np.indices(weights.shape) + 0.5
+    return np.array([(weights * columns).sum(), (weights * rows).sum()]) / weights.sum()
+
+
+def middle_of_blob(picture, near):
+    left, top = np.floor(near).astype(int) - 9
+    return (left, top) + middle((picture[top : top + 19, left : left + 19, 0].astype(float) - 60).clip(0))
+
+
+def test_a_world_point_lies_on_its_detail_in_every_view_of_a_scene(with_points):
+    with_points.run("--scene", "0018/s3_all")
+    scene = with_points.folder / "scenes" / "0018_s3_all_000000"
+    f, cx, cy, size, poses, points = read_colmap(scene / "sparse/0")
+    assert (cx, cy) == (153, 128) and size == (306, 256)
+    calibration = synthetic_release.rig((256, 306))
+    assert f == pytest.approx(np.mean([calibration[f"{n:02d}"]["K"][[0, 1], [0, 1]] for n in SCENE_VIEWS]))
+    assert list(poses) == [f"{n:02d}.png" for n in SCENE_VIEWS]
+    for name, pose in poses.items():
+        picture, mask = cv2.imread(str(scene / "images" / name)), cv2.imread(str(scene / "masks" / name), -1)
+        assert picture.shape == (256, 306, 3) and mask.shape == (256, 306)
+        pixels = seen_in_scene(POINTS, f, cx, cy, pose)
+        for pixel in pixels:
+            assert np.hypot(*(middle_of_blob(picture, pixel) - pixel)) < 0.1
+        assert np.hypot(*(middle(mask) - pixels[0])) < 0.1
+        seen = seen_in_scene(points[:, :3], f, cx, cy, pose)
+        assert (seen > 0).all() and (seen < size).all()
+    assert len(points) == 20_000 and np.linalg.norm(points[:, :3].mean(0) - synthetic_release.CENTRE) < 0.01
+    assert np.median(points[:, 3:], axis=0).tolist() == [90, 60, 40]  # red, green, blue
+
+
+def test_a_world_point_lies_on_its_detail_in_every_picture_of_transforms_json(with_points):
+    folder = with_points.path("0018", "s3_all")
+    frames = json.loads((folder / "transforms.json").read_text())["frames"]
+    for frame in (frame for frame in frames if frame["timestep_id"] == "000000"):
+        camera = {"RT": np.array(frame["transform_matrix"]) * [1, -1, -1, 1]}
+        camera["K"] = np.array([[frame["fl_x"], 0, frame["cx"]], [0, frame["fl_y"], frame["cy"]], [0, 0, 1]])
+        camera["D"] = [frame[name] for name in ("k1", "k2", "p1", "p2", "k3")]
+        picture = cv2.imread(str(folder / frame["file_path"]))
+        for pixel in synthetic_release.project(POINTS, camera):
+            assert np.hypot(*(middle_of_blob(picture, pixel) - pixel)) < 0.1
+
+
+def test_a_scene_goes_without_damaged_pictures_and_replaces_the_one_before(with_points):
+    folder, scenes = with_points.path("0018", "s3_all"), with_points.folder / "scenes"
+    with_points.run("--scene", "0018/s3_all")
+    path = {n: folder / f"images/cam_{n:02d}/frame_000000.png" for n in SCENE_VIEWS}
+    path[3].write_bytes(path[3].read_bytes()[:-500])
+    path[4].write_bytes(path[4].read_bytes()[:60] + b"x" * 5000 + path[4].read_bytes()[-12:])
+    cv2.imwrite(str(path[16]), np.zeros((300, 400, 3), np.uint8))  # of another size: it is warped to the common one
+    (folder / "masks/cam_25/frame_000000.png").write_bytes(b"no picture")
+    run = with_points.run("--scene", "0018/s3_all")
+    assert str(path[3]) in run.err and str(path[4]) in run.err and "4 view" in run.out
+    assert [path.name for path in scenes.iterdir()] == ["0018_s3_all_000000"]
+    scene = scenes / "0018_s3_all_000000"
+    left = ["16.png", "25.png", "48.png", "53.png"]
+    assert sorted(path.name for path in scene.glob("images/*")) == left == list(read_colmap(scene / "sparse/0")[4])
+    assert {cv2.imread(str(path)).shape for path in scene.glob("images/*")} == {(256, 306, 3)}
+    assert sorted(path.name for path in scene.glob("masks/*")) == ["16.png", "48.png", "53.png"]
+    for n in SCENE_VIEWS:
+        path[n].write_bytes(b"")
+    assert "no picture of frame 0 that can be read" in with_points.run("--scene", "0018/s3_all", expect=2).err
+    assert sorted(path.name for path in scene.glob("images/*")) == left and len(list(scenes.iterdir())) == 1
+
+
+def test_a_scene_of_a_camera_without_calibration_is_refused(with_points):
+    path = with_points.path("0018", "s3_all", "calibration", "cameras.json")
+    content = json.loads(path.read_text())
+    del content["cameras"]["48"]
+    path.write_text(json.dumps(content))
+    assert "no calibration for camera 48" in with_points.run("--scene", "0018/s3_all", expect=2).err
+    assert not (with_points.folder / "scenes").exists()
+
+
+def test_a_scene_takes_the_frame_that_is_asked_for(extracted):
+    assert "37 view" in extracted.run("--scene", "0018/s3_all", "--frame", "1").out  # camera 3 has none
+    scene = extracted.folder / "scenes" / "0018_s3_all_000001"
+    assert sorted(path.stem for path in scene.glob("images/*")) == [f"{n:02d}" for n in VIEWS_38 if n != 3]
+    assert not (scene / "masks").exists()
