@@ -1656,28 +1656,24 @@ def coverage(directions: np.ndarray, chosen: list[int]) -> tuple[float, float]:
 
 
 def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, always: int) -> list[int]:
-    """Return the n available cameras with the smallest coverage angle, sorted.
+    """Return the n available cameras that leave the smallest largest gap, sorted.
 
     directions (m, 3): unit vectors to all cameras of the rig; available: rows of it that have pictures; always: the row
-    that is kept if it is available. Raise ValueError for n < 1 or n > len(available). The result is exact: a bisection
-    over all angles between cameras finds the smallest within which n cameras cover the rig."""
+    that is kept if it is available. Raise ValueError for n < 1 or n > len(available). The result is exact: it tries
+    all angles between cameras, from the smallest, until n cameras are within that angle of every one."""
     available = sorted(set(available))
     if not 1 <= n <= len(available):
         raise ValueError(f"cannot choose {n} cameras: at least 1 is needed, and {len(available)} have pictures")
     # Rounded angles keep ties independent of the world's axes.
     angles = np.round(pairwise_angles(directions), 6)
     keep = [always] if always in available else []
-    radii = np.unique(angles[:, available])
-    low, high, chosen = 0, len(radii) - 1, keep or available[:1]
-    while low < high:
-        middle = (low + high) // 2
-        near = angles <= radii[middle]
+    for radius in np.unique(angles[:, available]):
+        near = angles <= radius
         uncovered = np.flatnonzero(~near[:, keep].any(1))
         found = find_cover(near, uncovered, np.setdiff1d(available, keep), n - len(keep))
-        if found is None:
-            low = middle + 1
-        else:
-            high, chosen = middle, keep + found
+        if found is not None:
+            break
+    chosen = keep + found
     while len(chosen) < n:
         others = [camera for camera in available if camera not in chosen]
         chosen = chosen + [min(others, key=lambda camera: angles[:, chosen + [camera]].min(1).mean())]
@@ -1700,38 +1696,36 @@ def find_cover(near: np.ndarray, uncovered: np.ndarray, candidates: np.ndarray, 
     within = (gains[:, :, None] <= gains[:, None, :]).all(0)
     useful = ~np.tril(within, -1).any(1)
     candidates, gains = candidates[useful], gains[:, useful]
-    hardest = gains[gains.sum(1).argmin()]
-    for k in np.flatnonzero(hardest):
-        # A branch does without the cameras of the branches before it.
-        rest = candidates[~hardest | (np.arange(len(hardest)) > k)]
-        found = find_cover(near, uncovered[~gains[:, k]], rest, n - 1)
+    for k in np.flatnonzero(gains[gains.sum(1).argmin()]):
+        found = find_cover(near, uncovered[~gains[:, k]], candidates, n - 1)
         if found is not None:
             return [int(candidates[k])] + found
     return None
 
 
 def rig_layout(rig: Rig) -> dict[str, list]:
-    """Return the rig unrolled, as seen from outside: where the view of each camera stands in the picture and the page.
+    """Return the rig unrolled, as seen from outside: where each camera stands in the picture, the page and its map.
 
     Columns go by azimuth, growing to the right, and rows by elevation, from the top down. Cameras that stand closer to
-    the person than those around them have a row of their own and may stand between two columns. On the page's map, seen
-    from above, each row is a circle: the closer cameras' is the innermost, then the rows from the top down.
+    the person than those around them have a row of their own, between the columns, and the innermost circle of the map.
 
-    "rows" and "columns" are their labels. "cameras" has for each camera its number ("id"), azimuth and elevation in
-    words ("label"), "row" and "slot" (left edge in half columns) in the grid, and its place on the map of radius 100
-    ("x" to the right and "y" down from the middle; the front camera is at the bottom)."""
+    "rows" and "columns": their labels. "cameras": for each its number ("id"), its direction in words ("label"), "row"
+    and "slot" (left edge in half columns), and its place on the map, which has the radius 100 and the front at the
+    bottom ("x" to the right and "y" down from the middle)."""
     around = pairwise_angles(rig.directions) < 45
     closer = rig.distances < [0.93 * np.median(rig.distances[near]) for near in around]
     columns = split_at_gaps(rig.azimuth, ~closer)
     middles = [rig.azimuth[members].mean() for members in columns]
     slots = np.interp(rig.azimuth, middles, range(0, 2 * len(columns), 2)).round().astype(int).tolist()
-    rows = [("ring", members) for members in split_at_gaps(rig.elevation, ~closer)]
-    rows += [("closer", np.flatnonzero(closer))] if closer.any() else []
-    rows.sort(key=lambda row: -rig.elevation[row[1]].mean())
-    inwards = sorted(range(len(rows)), key=lambda row: rows[row][0] == "closer")
+    rows = split_at_gaps(rig.elevation, ~closer)
+    rows += [np.flatnonzero(closer)] if closer.any() else []
+    rows.sort(key=lambda members: -rig.elevation[members].mean())
+    levels = np.searchsorted([-15, 15], [rig.elevation[members].mean() for members in rows])
+    names = [("below", "eye level", "above")[level] for level in levels]
+    inwards = sorted(range(len(rows)), key=lambda row: closer[rows[row][0]])
     radius = dict(zip(inwards, np.linspace(100, 40, max(4, len(rows)))))
     cameras: list[dict] = [{} for _ in rig.ids]
-    for row, (_, members) in enumerate(rows):
+    for row, members in enumerate(rows):
         free = 0
         for i in sorted(members, key=lambda i: rig.azimuth[i]):
             label = f"azimuth {degrees(rig.azimuth[i])}, elevation {degrees(rig.elevation[i])}"
@@ -1742,7 +1736,7 @@ def rig_layout(rig: Rig) -> dict[str, list]:
     front = rig.ids.index(FRONT_CAMERA)
     return {
         "cameras": cameras,
-        "rows": [f"{name} {degrees(rig.elevation[members].mean())}" for name, members in rows],
+        "rows": ["close" if closer[members[0]] else name for name, members in zip(names, rows)],
         "columns": ["front" if front in members else degrees(middle) for members, middle in zip(columns, middles)],
     }
 
@@ -1763,32 +1757,23 @@ TILE_SIZE = (400, 335)  # width and height in pixels, as of a picture of 2448 x 
 BLUE, DARK_GREY, LIGHT_GREY, WHITE = (178, 114, 0), (36, 31, 27), (226, 222, 219), (255, 255, 255)
 
 
-def read_picture(path: Path, flags: int) -> np.ndarray | None:
-    """Return a picture as cv2.imread does with these flags; None where it cannot be decoded."""
+def read_picture(path: Path, flags: int = 1, size: tuple[int, int] | None = None) -> np.ndarray | None:
+    """Return a picture as cv2.imread does with these flags, by default (h, w, 3) uint8 BGR, made smaller if `size`
+    (width, height) says so; None, with a warning, where it is damaged."""
     import cv2
 
-    try:
-        return cv2.imread(str(path), flags)
-    except cv2.error:  # it asks for too many pixels
-        return None
-
-
-def read_tile(path: Path) -> np.ndarray | None:
-    """Return a picture made small, (335, 400, 3) uint8 BGR; None, with a warning, where it cannot be read."""
-    import cv2
-
-    picture = read_picture(path, cv2.IMREAD_COLOR)
-    if picture is None:
-        log.warning("%s cannot be read as a picture", path)
-        return None
-    return cv2.resize(picture, TILE_SIZE, interpolation=cv2.INTER_AREA)
+    with contextlib.suppress(cv2.error):  # a header that asks for too many pixels
+        if probe_picture(path.read_bytes()).whole and (picture := cv2.imread(str(path), flags)) is not None:
+            return picture if size is None else cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    log.warning("%s is damaged and left out", path)
+    return None
 
 
 def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str) -> np.ndarray:
     """Return a contact sheet of the views as the cameras stand, (h, w, 3) uint8 BGR.
 
-    tiles: pictures as of read_tile, by index in the rig; a camera without a picture is a grey field. chosen: indices of
-    those to be framed. Below stand a line with the title and the coverage, and the line for the config."""
+    tiles: pictures of TILE_SIZE, by index in the rig; a camera without a picture is a grey field. chosen: indices of
+    those to be framed. Below stand a line with the title and the largest gap, and the line for the config."""
     import cv2
 
     layout = rig_layout(rig)
@@ -1802,25 +1787,30 @@ def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
         field[:] = LIGHT_GREY
         if i in tiles:
             field[:] = cv2.resize(tiles[i], (width, height), interpolation=cv2.INTER_AREA)
-            field[:40, : 16 + 24 * len(number)] = BLUE if i in chosen else WHITE
+            field[-40:, : 16 + 24 * len(number)] = BLUE if i in chosen else WHITE  # below the heads
         ink = WHITE if i in chosen else DARK_GREY
-        cv2.putText(field, number, (8, 31), cv2.FONT_HERSHEY_SIMPLEX, 1.1, ink, 2, cv2.LINE_AA)
+        cv2.putText(field, number, (8, height - 9), cv2.FONT_HERSHEY_SIMPLEX, 1.1, ink, 2, cv2.LINE_AA)
         if i in chosen:
             cv2.rectangle(sheet, (x - 3, y - 3), (x + width + 2, y + height + 2), BLUE, 8)
     facts = f"{title}: {len(chosen)} of {len(tiles)} views selected, "
-    facts += "largest hole {:.1f} degrees, mean {:.1f} degrees".format(*coverage(rig.directions, chosen))
-    for y, line in ((bottom + 60, facts), (bottom + 130, f"cameras: {[rig.ids[i] for i in chosen]}")):
+    facts += "largest gap {:.1f} degrees, mean {:.1f} degrees".format(*coverage(rig.directions, chosen))
+    for y, line in ((bottom + 60, facts), (bottom + 130, cameras_line(rig, chosen, len(tiles)))):
         room = sheet.shape[1] - 2 * margin
         scale = 1.6 * min(1, room / cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 1.6, 3)[0][0])
         cv2.putText(sheet, line, (margin, y), cv2.FONT_HERSHEY_SIMPLEX, scale, DARK_GREY, 3, cv2.LINE_AA)
     return sheet
 
 
+def cameras_line(rig: Rig, chosen: list[int], views: int) -> str:
+    """Return the line for the config that chooses these indices in the rig, out of so many views."""
+    return "cameras: all" if 1 < len(chosen) == views else f"cameras: {[rig.ids[i] for i in chosen]}"
+
+
 def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str, frame: int) -> str:
     """Return an HTML page with the same layout as camera_grid to choose views in, without network or libraries.
 
     rig, tiles, chosen: as for camera_grid; title: subject and performance, which are plain names. The page computes
-    coverages from the angles in it, which have four decimals; the suggestions are those of suggest_cameras."""
+    gaps from the angles in it, which have four decimals; the suggestions are those of suggest_cameras."""
     import cv2
 
     layout, views, front = rig_layout(rig), sorted(tiles), rig.ids.index(FRONT_CAMERA)
@@ -1828,7 +1818,8 @@ def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
         jpeg = cv2.imencode(".jpg", tiles[i], [cv2.IMWRITE_JPEG_QUALITY, 75])[1]
         layout["cameras"][i]["image"] = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
     suggested = [suggest_cameras(rig.directions, views, n, front) for n in (4, 8, 12, 16, 20) if n < len(views)]
-    presets = [(f"{len(best)} ({coverage(rig.directions, best)[0]:.1f}°)", best) for best in suggested]
+    label = "{} · {:.1f}° · mean {:.1f}°"
+    presets = [(label.format(len(best), *coverage(rig.directions, best)), best) for best in suggested]
     data = {
         **layout,
         "angles": pairwise_angles(rig.directions).round(4).tolist(),
@@ -1846,37 +1837,37 @@ PAGE = r"""<!doctype html>
 <title>@TITLE@: choose the cameras</title>
 <style>
   :root { color-scheme: light dark; --back: #fff; --bar: #f3f4f6; --ink: #1b1f24; --quiet: #5b636e; --line: #c9ced6;
-          --faint: #e3e6ea; --chosen: #0072b2; --on-chosen: #fff; --hole: #c24f00; }
+          --faint: #e3e6ea; --chosen: #0072b2; --on-chosen: #fff; --gap: #c24f00; }
   @media (prefers-color-scheme: dark) {
     :root { --back: #15181c; --bar: #20252b; --ink: #eceff3; --quiet: #a3adb9; --line: #4a525c;
-            --faint: #2b3138; --chosen: #56b4e9; --on-chosen: #06202f; --hole: #ff9448; } }
+            --faint: #2b3138; --chosen: #56b4e9; --on-chosen: #06202f; --gap: #ff9448; } }
   body { margin: 0; background: var(--back); color: var(--ink); font: 14px/1.4 system-ui, sans-serif; }
   .quiet { color: var(--quiet); }
   header { position: sticky; top: 0; z-index: 2; padding: 8px 16px; background: var(--bar);
            border-bottom: 1px solid var(--line); }
-  header div, #presets, main { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
+  header div, main { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
   header div { margin: 3px 0; }
   h1 { font-size: 17px; margin: 0 8px 0 0; }
   #status { margin-left: auto; font-size: 16px; font-variant-numeric: tabular-nums; }
-  #coverage { color: var(--hole); }
+  #largest, #warning { margin: 0; color: var(--gap); }
   button, .view { cursor: pointer; }
   header button, input { font: inherit; color: inherit; background: var(--back); padding: 3px 9px;
                          border: 1px solid var(--line); border-radius: 5px; }
   #line { flex: 1; min-width: 12em; font-family: ui-monospace, monospace; }
   :focus-visible { outline: 3px solid var(--ink); outline-offset: 2px; }
-  #grid { display: grid; grid: auto / 70px; grid-auto-columns: minmax(24px, 72px); gap: 4px; padding: 8px 16px;
+  #grid { display: grid; grid: auto / 54px; grid-auto-columns: minmax(15px, 72px); gap: 4px 3px; padding: 8px 16px;
           overflow-x: auto; align-items: center; justify-content: safe center; text-align: center; font-size: 11px; }
   #grid span { color: var(--quiet); white-space: nowrap; }
   #grid .row { text-align: right; padding-right: 6px; }
   .tile { position: relative; display: grid; align-content: center; place-self: stretch; min-height: 44px; padding: 0;
           overflow: hidden; border: 0; border-radius: 4px; background: var(--faint); color: var(--quiet); font: inherit;
           line-height: 1.2; }
-  .tile b { position: absolute; padding: 0 5px; background: var(--back); color: var(--ink);
-            border-bottom-right-radius: 4px; font-size: 12px; line-height: 17px; }
+  .tile b { position: absolute; left: 0; bottom: 0; padding: 0 4px; background: var(--back); color: var(--ink);
+            border-top-right-radius: 4px; font-size: 11px; line-height: 15px; }
   .tile[aria-pressed=true] { box-shadow: 0 0 0 3px var(--chosen); }
   .tile[aria-pressed=true] b::after { content: " ✓"; }
   #presets [aria-pressed=true], [aria-pressed=true] b { background: var(--chosen); color: var(--on-chosen); }
-  main { gap: 8px 32px; justify-content: center; padding: 0 16px 12px; }
+  main { gap: 8px 32px; justify-content: center; padding: 8px 16px 12px; }
   svg, figure { width: clamp(280px, min(30vw, 100vh - 24vw - 60px), 560px); margin: 0; }
   svg { font-size: 8px; text-anchor: middle; fill: var(--quiet); }
   text { dominant-baseline: central; }
@@ -1884,21 +1875,22 @@ PAGE = r"""<!doctype html>
   #dots circle { fill: var(--disc, var(--faint)); stroke: var(--edge); }
   .view { --disc: var(--back); --edge: var(--quiet); fill: var(--ink); }
   .on { --disc: var(--chosen); --edge: var(--chosen); fill: var(--on-chosen); font-weight: bold; }
-  #gap { fill: none; stroke: var(--hole); stroke-width: 2.5; }
-  #hole { fill: var(--hole); stroke: none; opacity: .3; }
+  #gap { fill: none; stroke: var(--gap); stroke-width: 2.5; }
   img { display: block; width: 100%; border-radius: 4px; }
-  .help { max-width: 19em; }
+  .tile img { min-height: 44px; object-fit: cover; }
+  .help { flex: 1; min-width: 19em; max-width: 60em; }
 </style>
 <header>
   <div><h1>@TITLE@</h1><span class="quiet">frame @FRAME@</span>
-    <span id="status" role="status"><b id="count"></b> <span id="of"></span> · coverage <b id="coverage"></b>
+    <span id="status" role="status"><b id="count"></b> <span id="of"></span> · largest gap <b id="largest"></b>
       <span id="where" class="quiet"></span></span></div>
-  <div><span id="presets">Suggested </span>
-    <input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy">Copy</button></div>
+  <div id="presets">Suggested </div>
+  <div><input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy">Copy</button></div>
+  <p id="warning" role="alert">Without camera 25: five of the six speech performances have only this camera.</p>
 </header>
 <section id="grid" aria-label="views, as the cameras stand"></section>
 <main>
-  <svg viewBox="-124 -124 248 248" role="img" aria-label="the rig from above">
+  <svg class="map" viewBox="-124 -124 248 248" role="img" aria-label="the rig from above">
     <g id="rings"></g><g id="gap"></g>
     <path d="M-4 13 L0 21 L4 13Z"/><ellipse rx="12" ry="15"/><circle cx="-12" r="3"/><circle cx="12" r="3"/>
     <g id="dots"></g>
@@ -1908,9 +1900,10 @@ PAGE = r"""<!doctype html>
   </svg>
   <figure><img id="large" alt=""><figcaption id="caption"></figcaption></figure>
   <div class="help quiet">
-    <p>Click a view, here or on the map, to choose it or not. Keys: <kbd>Tab</kbd> and <kbd>Space</kbd>.</p>
-    <p>Coverage is the largest angle between any camera of the rig and the nearest chosen view: smaller is better.
-       Orange on the map: the camera that is worst off, those nearer to it than any chosen view, and the way there.</p>
+    <p>Click a view to choose it or not. Keys: <kbd>Tab</kbd> and <kbd>Space</kbd>. Then copy the line above.</p>
+    <p>The largest gap is the largest angle, seen from the person, between any camera of the rig and the nearest chosen
+       view; the mean is over all cameras. Smaller is better.</p>
+    <p class="map">Orange on the map: the camera with the largest gap, and the way to its nearest chosen view.</p>
   </div>
 </main>
 <script>
@@ -1937,23 +1930,29 @@ const [tiles, dots, buttons] = [".tile", ".dot", "#presets button"].map(all => [
 
 function show(list) {
   chosen = list;
+  const ids = list.map(i => cameras[i].id), all = list.length > 1 && list.length === views.length;
   const gaps = angles.map(row => Math.min(180, ...list.map(j => row[j])));
-  const coverage = Math.max(...gaps), worst = gaps.indexOf(coverage);
+  const largest = Math.max(...gaps), worst = gaps.indexOf(largest);
+  const mean = gaps.reduce((sum, gap) => sum + gap) / gaps.length;
   for (const i of views) {
     tiles[i].setAttribute("aria-pressed", list.includes(i));
     dots[i].classList.toggle("on", list.includes(i));
   }
   buttons.forEach((button, k) => button.setAttribute("aria-pressed", `${presets[k][1]}` === `${list}`));
   $("count").textContent = list.length;
-  $("line").value = `cameras: [${list.map(i => cameras[i].id).join(", ")}]`;
-  $("coverage").textContent = list.length ? coverage.toFixed(1) + "°" : "none";
+  $("line").value = all ? "cameras: all" : list.length ? `cameras: [${ids.join(", ")}]` : "";
+  $("copy").disabled = !list.length;
+  $("warning").hidden = !list.length || list.includes(front) || !views.includes(front);
+  $("largest").textContent = list.length ? largest.toFixed(1) + "°" : "–";
   $("where").textContent = $("gap").innerHTML = "";
-  if (!list.length || !coverage) return;
-  const {x, y} = cameras[list.find(j => angles[worst][j] === coverage)];
-  const nearer = cameras.map((camera, i) => angles[worst][i] < coverage ? disc(i, 14) : "");
-  $("where").textContent = `(hole at camera ${cameras[worst].id})`;
-  $("gap").innerHTML = `<g id="hole">${nearer.join("")}</g>${disc(worst, 9)}
-    <path stroke-dasharray="4 3" d="M${cameras[worst].x} ${cameras[worst].y} L${x} ${y}"/>`;
+  if (!list.length || !largest) return;
+  const {x, y} = cameras[list.find(j => angles[worst][j] === largest)];
+  $("where").textContent = `at camera ${cameras[worst].id} · mean ${mean.toFixed(1)}°`;
+  $("gap").innerHTML = `${disc(worst, 9)}<path stroke-dasharray="4 3" d="M${cameras[worst].x} ${cameras[worst].y} L${x} ${y}"/>`;
+}
+function choose(list) {
+  show(list);
+  history.replaceState(null, "", "#" + (list.map(i => cameras[i].id).join() || "none"));  // a reload keeps the choice
 }
 function enlarge({id, label, image}) {
   $("large").src = image;
@@ -1962,11 +1961,11 @@ function enlarge({id, label, image}) {
 
 for (const i of views) {
   for (const element of [tiles[i], dots[i]]) {
-    element.onclick = () => show(views.filter(j => (j === i) !== chosen.includes(j)));
+    element.onclick = () => choose(views.filter(j => (j === i) !== chosen.includes(j)));
     element.onmouseenter = element.onfocus = () => enlarge(cameras[i]);
   }
 }
-buttons.forEach((button, k) => { button.onclick = () => show(presets[k][1]); });
+buttons.forEach((button, k) => { button.onclick = () => choose(presets[k][1]); });
 $("of").textContent = `of ${views.length} view${views.length === 1 ? "" : "s"}`;
 $("copy").onclick = () => {
   $("line").select();
@@ -1975,7 +1974,9 @@ $("copy").onclick = () => {
   setTimeout(() => { $("copy").textContent = "Copy"; }, 1500);
 };
 if (views.length) enlarge(cameras[views.includes(front) ? front : views[0]]);
-show(selected);
+if (views.length < 2) document.querySelectorAll(".map").forEach(element => { element.style.display = "none"; });
+const kept = location.hash.slice(1).split(",");
+show(location.hash ? views.filter(i => kept.includes(`${cameras[i].id}`)) : selected);
 </script>
 """
 
@@ -1990,13 +1991,14 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
             subject, performance = folder.parts[-2:]
             cameras, source = set(pictures), f"{subject}/{performance}"
         elif arguments.suggest_cameras is not None:
-            performance, source, rows = "s3_all", "what was extracted", manifest.completed.values()
+            performance, source = "s3_all", "what was extracted"
             # The rig is the same for all.
             folders = (config.folder_of(*key) for key in sorted(manifest.completed, key=lambda key: key[1] != "s3_all"))
             folder = next((folder for folder in folders if (folder / "calibration").is_dir()), None)
             if folder is None:
                 missing = f"there is nothing extracted with its calibration in {config.output_dir}"
                 raise ValueError(f"{missing}: extract one subject with all cameras first")
+            rows = manifest.completed.values()
             cameras = set().union(*(number_set(row.get("cameras_available")) for row in rows))
         else:
             return 0
@@ -2058,11 +2060,11 @@ def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[in
     log.info("%d of the %d cameras with pictures in %s:", n, len(available), source)
     for title, cameras in (("suggested", chosen), (f"{config.path.name} now", now)):
         largest, mean = coverage(rig.directions, cameras)
-        log.info("  %-16s %2d cameras, largest hole %5.1f°, mean %4.1f°", title, len(cameras), largest, mean)
+        log.info("  %-16s %2d cameras, largest gap %5.1f°, mean %4.1f°", title, len(cameras), largest, mean)
     if front not in chosen:
         log.warning("camera %d, which faces the person, has no pictures here", FRONT_CAMERA)
     log.info("The line for %s:", config.path.name)
-    log.info("  cameras: %s", [rig.ids[i] for i in chosen])
+    log.info("  %s", cameras_line(rig, chosen, len(available)))
     return chosen
 
 
@@ -2071,7 +2073,7 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[
     import cv2
 
     with ThreadPoolExecutor() as pool:
-        tiles = dict(zip(pictures, pool.map(read_tile, pictures.values())))
+        tiles = dict(zip(pictures, pool.map(partial(read_picture, size=TILE_SIZE), pictures.values())))
     tiles = {i: tile for i, tile in tiles.items() if tile is not None}
     chosen = [i for i in wanted if i in tiles]
     picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
@@ -2141,8 +2143,7 @@ def warp_view(scene: Path, K: np.ndarray, size: tuple[int, int], points: np.ndar
     import cv2
 
     picture = read_picture(path, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if picture is None or not probe_picture(path.read_bytes()).whole:
-        log.warning("%s is damaged: the scene goes without this view", path)
+    if picture is None:
         return None
     maps = cv2.initUndistortRectifyMap(camera["K"], camera["D"], None, K, size, cv2.CV_32FC1)
     view, png = cv2.remap(picture, *maps, cv2.INTER_LANCZOS4), f"{path.parent.name[4:]}.png"

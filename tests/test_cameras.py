@@ -16,6 +16,7 @@ import extract_streaming_gdrive as c
 
 VIEWS_38 = sorted(c.S3_VIEWS)
 UNREADABLE = [55, 57, 59]
+READABLE = [n for n in VIEWS_38 if n not in UNREADABLE]
 
 
 def data_of(page):
@@ -154,7 +155,7 @@ def tiles(tmp_path_factory):
     size = huge.index(b"\xff\xc0") + 5
     huge[size : size + 4] = b"\xff" * 4  # 65535 x 65535 pixels
     views[55].write_bytes(huge)
-    tiles = {n: c.read_tile(path) for n, path in views.items()}
+    tiles = {n: c.read_picture(path, size=c.TILE_SIZE) for n, path in views.items()}
     assert [n for n, tile in tiles.items() if tile is None] == UNREADABLE
     return {n: tile for n, tile in tiles.items() if tile is not None}
 
@@ -162,7 +163,7 @@ def tiles(tmp_path_factory):
 def test_the_layout_has_the_front_in_the_middle_rings_downward_and_the_closer_cameras_apart():
     layout = c.rig_layout(rig())
     row, slot = ([camera[key] for camera in layout["cameras"]] for key in ("row", "slot"))
-    assert layout["rows"] == ["ring +30°", "ring +3°", "closer -3°", "ring -24°"]
+    assert layout["rows"] == ["above", "eye level", "close", "below"]
     assert [i for i in range(60) if row[i] == 2] == list(range(52, 60))
     assert [i for i in range(60) if row[i] == 0] == list(range(0, 51, 3)) + [51]
     assert slot[24] == slot[25] == slot[26] == 16 and len(layout["columns"]) == 18
@@ -180,6 +181,8 @@ def test_the_picture_shows_the_views_as_they_stand_and_frames_the_selected_ones(
         x, y = left + camera["slot"] * width // 2, top + camera["row"] * height
         assert abs(sheet[y + 100, x + 100] - ((4 * i, 90, 250 - 4 * i) if i in tiles else c.LIGHT_GREY)).max() < 9
         assert (tuple(sheet[y + 100, x - 2]) == c.BLUE) == (i in (0, 25))
+        if i in tiles:  # the number is at the bottom left, below the heads
+            assert tuple(sheet[y + 165, x + 3]) == (c.BLUE if i in (0, 25) else c.WHITE)
     below = sheet[top + 4 * height :]
     assert (below < 100).any(2).sum() > 5000
 
@@ -195,7 +198,7 @@ def test_the_picture_and_the_page_work_with_one_view_and_with_none(tiles, camera
 def test_views_of_full_size_make_a_small_page_that_loads_nothing(tmp_path):
     noise = np.random.default_rng(0).normal(120, 8, (2048, 2448, 1)).clip(0, 255).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "view.jpg"), noise, [cv2.IMWRITE_JPEG_QUALITY, 60])
-    full = dict.fromkeys(VIEWS_38, c.read_tile(tmp_path / "view.jpg"))
+    full = dict.fromkeys(VIEWS_38, c.read_picture(tmp_path / "view.jpg", size=c.TILE_SIZE))
     page = c.camera_page(rig(), full, VIEWS_38, "0018 s3_all", 0)
     assert len(page) < 3_000_000
     assert not re.search(r"(src|href)=.?(https?:|//)|url\(|@[A-Z]+@", page)
@@ -250,7 +253,7 @@ def tile(page, camera):
 
 
 def expect(page, chosen):
-    """The page shows this selection, with the coverage that Python computes."""
+    """The page shows this selection, with the largest gap and the mean that Python computes."""
 
     def read(name):
         return page.find_element("id", name)
@@ -258,16 +261,19 @@ def expect(page, chosen):
     pressed = page.find_elements("css selector", '.tile[aria-pressed="true"]')
     assert sorted(int(element.get_attribute("data-camera")) for element in pressed) == sorted(chosen)
     assert read("count").text == str(len(chosen))
-    assert read("line").get_attribute("value") == f"cameras: {sorted(chosen)}"
-    directions = rig().directions
-    assert read("coverage").text == (f"{c.coverage(directions, chosen)[0]:.1f}°" if chosen else "none")
+    line = "" if not chosen else "cameras: all" if len(chosen) == len(READABLE) else f"cameras: {sorted(chosen)}"
+    assert read("line").get_attribute("value") == line
+    assert read("copy").is_enabled() == bool(chosen)
+    assert read("warning").is_displayed() == (bool(chosen) and 25 not in chosen)
     assert len(page.find_elements("css selector", ".dot.on")) == len(chosen)
     if chosen:
-        angles = c.pairwise_angles(directions).round(4)
-        nearest = angles[:, chosen].min(1)
-        worst = int(nearest.argmax())
-        assert len(page.find_elements("css selector", "#hole circle")) == (angles[worst] < nearest[worst]).sum()
-        assert read("where").text == f"(hole at camera {worst})"
+        largest, mean = c.coverage(rig().directions, chosen)
+        worst = int(c.pairwise_angles(rig().directions).round(4)[:, chosen].min(1).argmax())
+        assert read("largest").text == f"{largest:.1f}°"
+        assert read("where").text == f"at camera {worst} · mean {mean:.1f}°"
+        assert len(page.find_elements("css selector", "#gap circle")) == 1
+    else:
+        assert read("largest").text == "–"
 
 
 def test_a_click_on_a_view_toggles_it(page):
@@ -282,16 +288,39 @@ def test_a_click_on_a_view_toggles_it(page):
 
 def test_the_buttons_choose_all_none_and_the_scripts_suggestions(page):
     directions = rig().directions
-    readable = [n for n in VIEWS_38 if n not in UNREADABLE]
     buttons = page.find_elements("css selector", "#presets button")
-    choices = [c.suggest_cameras(directions, readable, n, 25) for n in (4, 8, 12, 16, 20)] + [readable, []]
-    labels = [f"{len(best)} ({c.coverage(directions, best)[0]:.1f}°)" for best in choices[:-2]]
+    choices = [c.suggest_cameras(directions, READABLE, n, 25) for n in (4, 8, 12, 16, 20)] + [READABLE, []]
+    gaps = [(len(best), *c.coverage(directions, best)) for best in choices[:-2]]
+    labels = ["{} · {:.1f}° · mean {:.1f}°".format(*gap) for gap in gaps]
     assert [button.text for button in buttons] == labels + ["all", "none"]
     for button, choice in zip(buttons, choices):
         button.click()
         expect(page, choice)
         assert button.get_attribute("aria-pressed") == "true"
     assert not page.find_elements("css selector", "#gap *")
+
+
+def test_without_camera_25_there_is_a_warning(page):
+    tile(page, 25).click()
+    expect(page, [0])
+    assert "five of the six" in page.find_element("id", "warning").text
+
+
+def test_a_reload_keeps_the_choice(page):
+    tile(page, 40).click()
+    page.refresh()
+    expect(page, [0, 25, 40])
+    page.find_elements("css selector", "#presets button")[-1].click()  # none
+    page.refresh()
+    expect(page, [])
+
+
+def test_with_one_view_there_is_no_map(browser, tiles, tmp_path):
+    path = tmp_path / "0018_s1_all.html"
+    path.write_text(c.camera_page(rig(), {25: tiles[25]}, [25], "0018 s1_all", 0), encoding="utf-8")
+    browser.get(path.as_uri())
+    assert not browser.find_element("tag name", "svg").is_displayed()
+    assert browser.find_element("id", "line").get_attribute("value") == "cameras: [25]"
 
 
 def test_the_keyboard_is_enough(page):
@@ -334,13 +363,16 @@ def test_the_line_is_copied(page):
     assert page.find_element("id", "copy").text == "Copied"
 
 
-def test_it_fits_on_a_laptop_screen_and_nothing_scrolls_sideways(page):
-    page.set_window_size(1366, 768)
+@pytest.mark.parametrize("width, height", [(1366, 768), (800, 900)])
+def test_it_fits_on_a_small_screen_and_nothing_scrolls_sideways(page, width, height):
+    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     size = page.execute_script(
         "return [document.documentElement.scrollWidth, innerWidth, grid.scrollWidth - grid.clientWidth,"
         " grid.getBoundingClientRect().bottom, innerHeight]"
     )
-    assert size[0] <= size[1] and size[2] == 0 and size[3] < size[4]
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert size[0] <= size[1] == width and size[2] == 0 and size[3] < size[4]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
