@@ -1946,9 +1946,9 @@ function show(list) {
   $("largest").textContent = list.length ? largest.toFixed(1) + "°" : "–";
   $("where").textContent = $("gap").innerHTML = "";
   if (!list.length || !largest) return;
-  const {x, y} = cameras[list.find(j => angles[worst][j] === largest)];
-  $("where").textContent = `at camera ${cameras[worst].id} · mean ${mean.toFixed(1)}°`;
-  $("gap").innerHTML = `${disc(worst, 9)}<path stroke-dasharray="4 3" d="M${cameras[worst].x} ${cameras[worst].y} L${x} ${y}"/>`;
+  const from = cameras[worst], to = cameras[list.find(j => angles[worst][j] === largest)];
+  $("where").textContent = `at camera ${from.id} · mean ${mean.toFixed(1)}°`;
+  $("gap").innerHTML = `${disc(worst, 9)}<path stroke-dasharray="4 3" d="M${from.x} ${from.y} L${to.x} ${to.y}"/>`;
 }
 function choose(list) {
   show(list);
@@ -2038,13 +2038,10 @@ def extracted_views(config: Config, option: str, name: str, frame: int | None) -
 def read_calibration(folder: Path, cameras: Iterable[int]) -> dict[int, dict[str, np.ndarray]]:
     """Return the calibration of an extracted performance: for each camera "K" (3, 3) in pixels, "D" (5,), "RT" (4, 4)
     camera to world in metres. Raise ValueError where it cannot be read, or lacks one of these cameras."""
-    path, shapes = folder / "calibration" / "cameras.json", {"K": (3, 3), "D": (5,), "RT": (4, 4)}
+    path = folder / "calibration" / "cameras.json"
     try:
-        stored = json.loads(path.read_text())["cameras"]
-        calibration = {
-            int(camera): {name: np.array(entry[name], float).reshape(shape) for name, shape in shapes.items()}
-            for camera, entry in stored.items()
-        }
+        stored = json.loads(path.read_text())["cameras"].items()
+        calibration = {int(n): {name: np.array(camera[name]) for name in ("K", "D", "RT")} for n, camera in stored}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} cannot be read: extract the performance with calibration, or again") from None
     missing = sorted(set(cameras) - set(calibration))
@@ -2105,33 +2102,32 @@ def write_scene(config: Config, name: str, frame: int | None):
     K = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
     cube = np.random.default_rng(360).uniform(-1, 1, (60_000, 3))
     ball = cube[np.linalg.norm(cube, axis=1) < 1][:20_000]
-    half = min(width, height) / 2
-    points = rig.center + ball * rig.distances.min() * half / math.hypot(focal, half)
+    radius = rig.distances.min() * math.sin(math.atan(min(width, height) / (2 * focal)))
+    points = rig.center + radius * ball
 
     scene = config.path.parent / "scenes" / f"{'_'.join(folder.parts[-2:])}_{frame:06d}"
     unfinished = scene.with_name(f".{scene.name}.partial")
+    model, warp = unfinished / "sparse" / "0", partial(warp_view, unfinished, K, (width, height), points)
     clear(unfinished)
     try:
-        for subfolder in ("images", "sparse/0"):
-            (unfinished / subfolder).mkdir(parents=True)
+        model.mkdir(parents=True)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            warp = partial(warp_view, unfinished, K, (width, height), points)
-            colors = pool.map(warp, pictures.values(), map(calibration.get, pictures))
-            colors = list(tqdm(colors, desc=scene.name, total=len(pictures), unit="view", disable=None, leave=False))
-        views = {camera: seen for camera, seen in zip(pictures, colors) if seen is not None}
-        if not views:
+            warped = pool.map(warp, pictures.values(), map(calibration.get, pictures))
+            warped = list(tqdm(warped, desc=scene.name, total=len(pictures), unit="view", disable=None, leave=False))
+        colors = {camera: seen for camera, seen in zip(pictures, warped) if seen is not None}
+        if not colors:
             raise ValueError(f"{folder} has no picture of frame {frame} that can be read")
-        model, colors = unfinished / "sparse/0", np.median(list(views.values()), axis=0).astype(int)[:, ::-1]
         # In COLMAP, the corner of the first pixel is (0, 0).
         (model / "cameras.txt").write_text(f"1 PINHOLE {width} {height} {focal} {focal} {width / 2} {height / 2}\n")
-        images = [f"{colmap_pose(calibration[camera]['RT'])} 1 {camera:02d}.png\n\n" for camera in views]
+        images = [f"{colmap_pose(calibration[camera]['RT'])} 1 {camera:02d}.png\n\n" for camera in colors]
         (model / "images.txt").write_text("".join(f"{i} {line}" for i, line in enumerate(images, 1)))
-        table = np.column_stack([range(1, len(points) + 1), points, colors, np.zeros(len(points))])
+        color = np.median(list(colors.values()), axis=0)[:, ::-1]
+        table = np.column_stack([np.arange(len(points)) + 1, points, color, np.zeros(len(points))])
         np.savetxt(model / "points3D.txt", table, "%d %.6f %.6f %.6f %d %d %d %d")
         put_in_place(unfinished, scene)
     finally:
         clear(unfinished)
-    log.info("%s %s, frame %d, %d view(s) as a scene: %s", *folder.parts[-2:], frame, len(views), scene)
+    log.info("%s %s, frame %d, %d view(s) as a scene: %s", *folder.parts[-2:], frame, len(colors), scene)
 
 
 def warp_view(scene: Path, K: np.ndarray, size: tuple[int, int], points: np.ndarray, path: Path, camera: dict):
@@ -2147,6 +2143,7 @@ def warp_view(scene: Path, K: np.ndarray, size: tuple[int, int], points: np.ndar
         return None
     maps = cv2.initUndistortRectifyMap(camera["K"], camera["D"], None, K, size, cv2.CV_32FC1)
     view, png = cv2.remap(picture, *maps, cv2.INTER_LANCZOS4), f"{path.parent.name[4:]}.png"
+    (scene / "images").mkdir(exist_ok=True)
     (scene / "images" / png).write_bytes(cv2.imencode(".png", view)[1])
     for mask_path in path.parents[2].glob(f"masks/{path.parent.name}/{path.stem}.*"):
         mask = read_picture(mask_path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
