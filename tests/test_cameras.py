@@ -559,7 +559,7 @@ def test_a_scene_goes_without_damaged_pictures_and_replaces_the_one_before(with_
     folder, scenes = with_points.path("0018", "s3_all"), with_points.folder / "scenes"
     with_points.run("--scene", "0018/s3_all")
     path = {n: folder / f"images/cam_{n:02d}/frame_000000.png" for n in SCENE_VIEWS}
-    path[3].write_bytes(path[3].read_bytes()[:-500])
+    path[3].write_bytes(cv2.imencode(".jpg", cv2.imread(str(path[3])))[1].tobytes()[:-500])  # shows its upper part
     path[4].write_bytes(path[4].read_bytes()[:60] + b"x" * 5000 + path[4].read_bytes()[-12:])
     cv2.imwrite(str(path[16]), np.zeros((300, 400, 3), np.uint8))  # of another size: it is warped to the common one
     (folder / "masks/cam_25/frame_000000.png").write_bytes(b"no picture")
@@ -571,6 +571,10 @@ def test_a_scene_goes_without_damaged_pictures_and_replaces_the_one_before(with_
     assert sorted(path.name for path in scene.glob("images/*")) == left == list(read_colmap(scene / "sparse/0")[4])
     assert {cv2.imread(str(path)).shape for path in scene.glob("images/*")} == {(256, 306, 3)}
     assert sorted(path.name for path in scene.glob("masks/*")) == ["16.png", "48.png", "53.png"]
+    for n in (3, 4, 48, 53):
+        path[n].write_bytes(b"")
+    assert "2 view" in with_points.run("--scene", "0018/s3_all").out
+    left = ["16.png", "25.png"]
     for n in SCENE_VIEWS:
         path[n].write_bytes(b"")
     assert "no picture of frame 0 that can be read" in with_points.run("--scene", "0018/s3_all", expect=2).err

@@ -142,8 +142,8 @@ def test_only_whole_pictures_that_exist_are_listed_each_with_its_mask_if_it_has_
         del smc["Camera/25/mask/1"], smc["Camera/03/mask/2"]
         smc["Camera/03/mask/2"] = np.zeros(500, np.uint8)
 
-    options = {"gaps": {3: [1], 25: [0, 2]}, "damaged": {(3, 0): "cut", (4, 1): "empty"}, "masks": (3, 25)}
-    _, folder = extracted(tmp_path, frames=8, cameras=(3, 4, 25), change=spoil_two_masks, **options)
+    options = {"gaps": {3: [1], 25: [0, 2]}, "damaged": {(3, 0): "cut", (4, 1): "empty"}, "masks": (3, 16, 25)}
+    _, folder = extracted(tmp_path, frames=8, cameras=(3, 4, 16, 25), change=spoil_two_masks, **options)
     found = {frame["file_path"]: frame.get("fg_mask_path") for frame in load(folder)["frames"]}
     assert found == {
         "images/cam_03/frame_000002.jpg": None,
@@ -151,6 +151,7 @@ def test_only_whole_pictures_that_exist_are_listed_each_with_its_mask_if_it_has_
         "images/cam_04/frame_000000.jpg": None,
         "images/cam_04/frame_000002.jpg": None,
         "images/cam_04/frame_000003.jpg": None,
+        **{f"images/cam_16/frame_00000{n}.jpg": f"masks/cam_16/frame_00000{n}.png" for n in range(4)},
         "images/cam_25/frame_000001.jpg": None,
         "images/cam_25/frame_000003.jpg": "masks/cam_25/frame_000003.png",
     }
