@@ -83,8 +83,16 @@ try:
     import yaml
     from tqdm import tqdm
 
-    from renderme_360_reader_new import MODALITIES, NUM_CAMERAS, SMC_NAME, Picture, SMCError, SMCReader, printable
-    from renderme_360_reader_new import probe_picture
+    from renderme_360_reader_new import (
+        MODALITIES,
+        NUM_CAMERAS,
+        SMC_NAME,
+        Picture,
+        SMCError,
+        SMCReader,
+        printable,
+        probe_picture,
+    )
 except ImportError as missing:
     print(f"{missing}: install what is missing with `pip install -r requirements.txt`", file=sys.stderr)
     sys.exit(2)
