@@ -2855,12 +2855,7 @@ def make_plan(config: Config, manifest: Manifest, remote: Remote) -> tuple[Confi
     if config.subjects is None:
         config = replace(config, subjects=sorted(listing.subjects))
         manifest.adopt_folders(config.subjects)
-    found = listing.subjects
-    return (
-        config,
-        listing,
-        {name: plan_subject(config, manifest, name, found.get(name, {})) for name in config.subjects},
-    )
+    return config, listing, {name: plan_subject(config, manifest, name, listing) for name in config.subjects}
 
 
 def announce(config: Config, plan: dict[str, list[Job]], listing: Listing) -> list[str]:
