@@ -2,36 +2,36 @@
 """Fetch RenderMe-360 performances from Google Drive and unpack them into files.
 
     python extract_streaming_gdrive.py --config config.yaml    run, or go on
-    python extract_streaming_gdrive.py --dry-run       what a run would download
-    python extract_streaming_gdrive.py --status        how far the run is
+    python extract_streaming_gdrive.py --dry-run      what a run would download
+    python extract_streaming_gdrive.py --status       how far it is
     python extract_streaming_gdrive.py --inspect 0018_s1_all_raw.smc
-                                                       what an SMC file has
+                                                      what an SMC file has
     python extract_streaming_gdrive.py --camera-grid 0018/s3_all
-                                                       all views, to choose from
+                                                      all views, to choose from
     python extract_streaming_gdrive.py --suggest-cameras 12
-                                                       the 12 that cover 360° best
+                                                      the 12 that cover best
     python extract_streaming_gdrive.py --scene 0018/s3_all
-                                                       a scene for splatting
+                                                      one moment for splatting
 
-A run lists the remote once. Then, subject by subject, it downloads the SMC files
-with rclone, extracts each into <output_dir>/<subject>/<performance>/, writes a row
-to MANIFEST.csv and deletes the SMC. While one subject is extracted, the next one
-downloads. The stored pictures are copied as they are, never decoded.
+A run lists the remote once. Then, subject by subject, it downloads the SMC
+files with rclone, extracts each into <output_dir>/<subject>/<performance>/,
+writes a row to MANIFEST.csv and deletes the SMC. While one subject is
+extracted, the next one downloads. The stored pictures are copied as they are.
 
-Exit codes: 0 all is extracted (or absent from the remote) · 1 something failed, see
-the summary · 2 the config, the command line or the set-up is wrong · 3 stopped for a
-cause that passes (quota, login, network, disk): run it again later · 129, 130, 143
-interrupted.
+Exit codes: 0 all is extracted, or absent from the remote · 1 something failed,
+see the summary · 2 the config, the command line or the set-up is wrong ·
+3 stopped for a cause that passes (quota, login, network, disk): run it again
+later · 129, 130, 143 interrupted.
 
-Why a kill at any moment loses nothing: the next run finds one of these.
+Why a kill at any moment loses nothing. The next run finds one of these:
 
-    while a file downloads    rclone's own file beside the final name: `clean_up` removes it
-    downloaded                the whole SMC in temp_dir: `is_downloaded`, it is used
-    during the extraction     .s1_all.partial/: `clean_up` removes it; the SMC is whole
-    s1_all is being replaced  .s1_all.old/ without s1_all/: `clean_up` renames it back
-    renamed, no row           s1_all/ with its info.json: `adopt_folders` writes the row
-    half a row                a line without an end: `Manifest.append` writes over it
-    row, SMC not deleted      the performance is done: `clean_up` removes the SMC
+    rclone's unfinished file in temp_dir    removed by `clean_up`
+    a whole SMC in temp_dir                 used, see `is_downloaded`
+    .s1_all.partial/                        removed by `clean_up`
+    .s1_all.old/ without s1_all/            renamed back by `clean_up`
+    s1_all/ without a row                   `adopt_folders` takes it for done
+    half a row at the end of the manifest   overwritten by `Manifest.append`
+    a row, and the SMC                      SMC removed by `clean_up`
 """
 
 from __future__ import annotations
@@ -889,13 +889,15 @@ class Remote:
             process.kill()
             process.wait()
 
-    def start_rclone(self, verb: str, *options: str, places: list, secret: dict | None = None, stdin: bytes = b""):
+    def start_rclone(
+        self, verb: str, *options: str, places: list, secret: dict | None = None, stdin: bytes = b"", stdout=None
+    ):
         """Return the process of an rclone in the config's folder: paths in rclone_flags are relative to it too. Times
         come in UTC. An rclone whose reader has gone ends when it next writes to its log."""
         root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
         call = [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *options, *self.config.rclone_flags, "--", *places]
         log.debug("running %s", printable(" ".join(call), 3000))
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        pipes = {"stdin": subprocess.PIPE, "stdout": stdout or subprocess.PIPE, "stderr": subprocess.PIPE}
         environment = {**self.environment, **(secret or {})}
         process = subprocess.Popen(call, cwd=self.config.path.parent, env=environment, **pipes)
         self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
@@ -950,13 +952,11 @@ class Remote:
         """Return the entries below the root. Raise ConfigError for the set-up, StopEarly where one of the folders
         cannot be listed: then rclone's answer is not whole, whatever it says."""
         with tempfile.TemporaryFile() as answer:
-            with self.messages("lsjson", *RCLONE_LISTING, *options, places=[self.root]) as (process, messages):
-                reader = threading.Thread(target=shutil.copyfileobj, args=(process.stdout, answer), daemon=True)
-                reader.start()
+            arguments = {"places": [self.root], "stdout": answer}
+            with self.messages("lsjson", *RCLONE_LISTING, *options, **arguments) as (process, messages):
                 for message in messages:
                     if message["level"] in ERROR_LEVELS:  # rclone would go on with the other folders, each for as long
                         raise self.describe_listing_error(message["msg"], message["object"])
-                reader.join()
             if process.returncode:
                 raise self.describe_listing_error("rclone does not say why")
             answer.seek(0)
@@ -1095,9 +1095,10 @@ def note_twins(listing: Listing, path: str, taken: int, sizes: list[int], entrie
     """Note that two files or folders have one name; refuse them where rclone would not take the largest."""
     both = ", ".join(f"{format_size(size)} of {entry['ModTime'][:10]}" for size, entry in zip(sizes, entries))
     said = f"two on the remote are called {printable(path)} ({both}); rclone takes the one of {format_size(taken)}"
-    listing.oddities.append(said)
     if taken < max(sizes):
-        listing.refused[which] = f"{said}. Rename or remove the other"
+        said += ". Rename or remove the other"
+        listing.refused[which] = said
+    listing.oddities.append(said)
 
 
 def parse_message(line: bytes) -> dict:
@@ -1261,7 +1262,7 @@ class Selection:
         while waiting:
             lacking = {}
             for case in waiting:
-                self.missed.remove()
+                self.missed.clear()
                 try:
                     found[case] = question(*case)
                 except SMCError:
@@ -1956,8 +1957,8 @@ def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
     """--dry-run: show a line for each subject, or each performance where they differ, and the totals. Return the exit
     code; raise what a run would raise at its start."""
     config.check_folders()
-    config, listing, plan = make_plan(config, manifest, remote)
-    for subject, jobs in plan.items():
+    plan = make_plan(config, manifest, remote)
+    for subject, jobs in plan.subjects.items():
         alike: dict[str, list[Job]] = {}
         for job in jobs:
             alike.setdefault(describe_state(config, job), []).append(job)
@@ -1966,15 +1967,15 @@ def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
         ]:
             names, size = " ".join(job.performance for job in group), sum(job.bytes for job in group)
             log.info("%s  %-10s %10s   %s", subject, names, format_size(size) if size else "-", state)
-    announce(config, plan, listing)
-    waiting = [job for job in itertools.chain(*plan.values()) if job.state == "to do"]
+    announce(plan)
+    waiting = plan.jobs("to do")
     size = sum(job.temp_bytes for job in waiting if not is_downloaded(config, job))
-    output, hours = expected_output(config, waiting), size / 20e6 / 3600
-    total = f"{format_size(size)} to be downloaded ({hours:.1f} hours at 20 MB/s)"
-    log.info("%s; about %s of output; %d performances are done", total, format_size(output), count_done(plan))
-    if waiting and (lack := lack_of_room(config, waiting[:1], ())):
+    total = f"{format_size(size)} to be downloaded ({size / 20e6 / 3600:.1f} hours at 20 MB/s)"
+    done = len(plan.jobs("done"))
+    log.info("%s; about %s of output; %d performances are done", total, format_size(plan.output_bytes()), done)
+    if waiting and (lack := lack_of_room(config, waiting[:1])):
         raise StopEarly(lack)
-    return int(any(job.state in ("failed", "refused") for job in itertools.chain(*plan.values())))
+    return int(bool(plan.jobs("failed", "refused")))
 
 
 def describe_state(config: Config, job: Job) -> str:
@@ -1986,10 +1987,6 @@ def describe_state(config: Config, job: Job) -> str:
         return f"downloaded already, to be extracted{reason}"
     selection = f", about {format_size(job.selection)} of it" if job.selection else ""
     return f"to be downloaded{selection}{reason}"
-
-
-def count_done(plan: dict[str, list[Job]]) -> int:
-    return sum(job.state == "done" for job in itertools.chain(*plan.values()))
 
 
 def show_status(config: Config, manifest: Manifest) -> int:
@@ -2842,49 +2839,53 @@ def has_size(path: Path, size: int) -> bool:
     return False
 
 
-def make_plan(config: Config, manifest: Manifest, remote: Remote) -> tuple[Config, Listing, dict[str, list[Job]]]:
-    """Return the config with its subjects named, what the remote has, and {subject: its jobs}, from one look at the
-    remote at most. Raise ConfigError where the set-up is wrong."""
-    listing, work = Listing({}, [], {}), config.subjects
-    manifest.adopt_folders(work or [])
-    if work is not None:
-        work = [subject for subject in work if manifest.has_work(subject)]
-    if work is None or work:
-        listing = remote.list_release(work)
+class Plan(NamedTuple):
+    """What is asked for, from one look at the remote: {subject: its jobs in the order of the config}."""
+
+    config: Config  # with its subjects named
+    listing: Listing
+    subjects: dict[str, list[Job]]
+
+    def jobs(self, *states: str) -> list[Job]:
+        """Return the jobs of all subjects that are in one of the states; without any, all of them."""
+        return [job for job in itertools.chain(*self.subjects.values()) if not states or job.state in states]
+
+    def output_bytes(self) -> int:
+        """Return about how many bytes the run will write to output_dir."""
+        return sum(expected_bytes(self.config, job) for job in self.jobs("to do"))
+
+
+def make_plan(config: Config, manifest: Manifest, remote: Remote) -> Plan:
+    """Return the whole plan. Raise ConfigError where the set-up is wrong, StopEarly where the remote does not answer."""
+    listing, subjects = Listing({}, [], {}), config.subjects
+    manifest.adopt_folders(subjects or [])
+    if subjects is None or any(map(manifest.has_work, subjects)):
+        listing = remote.list_release(subjects and [subject for subject in subjects if manifest.has_work(subject)])
         check_setup(config, remote, listing)
-    if config.subjects is None:
+    if subjects is None:
         config = replace(config, subjects=sorted(listing.subjects))
         manifest.adopt_folders(config.subjects)
-    return config, listing, {name: plan_subject(config, manifest, name, listing) for name in config.subjects}
-
-
-def announce(config: Config, plan: dict[str, list[Job]], listing: Listing) -> list[str]:
-    """Say what a run has before it. Return the warnings."""
-    log.info("%s", describe_plan(config, plan))
-    doubts = find_doubts(config, plan, listing)
-    for number, doubt in enumerate(doubts):
-        log.log(logging.WARNING if number < 10 else logging.DEBUG, "warning: %s", doubt)
-    return doubts
+    return Plan(config, listing, {name: plan_subject(config, manifest, name, listing) for name in config.subjects})
 
 
 def check_setup(config: Config, remote: Remote, listing: Listing):
     """Raise ConfigError where nothing that is asked for can be there, with what is there instead."""
-    place = f"{config.path}: google_drive.root_folder_id: the folder"
     if not listing.subjects:
         names = remote.list_root()
-        shown = ", ".join(map(printable, names[:8])) + (" …" if len(names) > 8 else "") or "nothing"
         subjects = [name[:-1] for name in names if SUBJECT.fullmatch(name[:-1])]
         cure = "take the id of the folder that holds 0018, 0019, …"
         if config.layout == "single" and {"raw/", "anno/"} & set(names):
             cure = "google_drive.layout: pair?"
         elif config.layout == "pair" and subjects:
             cure = "google_drive.layout: single?"
-        elif any(SMC_NAME.fullmatch(name) for name in names):
+        elif any(map(SMC_NAME.fullmatch, names)):
             cure = "this is the folder of one subject; take the id of the folder above"
         elif subjects:
             near = difflib.get_close_matches(config.subjects[0], subjects, 1, 0.5) or subjects[:1]
             cure = f"no subject {' '.join(config.subjects[:5])}; did you mean {near[0]}?"
-        raise ConfigError(f"{place} has none of the asked-for subjects. It has {shown}: {cure}")
+        has = textwrap.shorten(printable(", ".join(names), 1000), 90, placeholder=" …") or "nothing"
+        place = f"{config.path}: google_drive.root_folder_id: the folder"
+        raise ConfigError(f"{place} has none of the asked-for subjects. It has {has}: {cure}")
     known = {*KNOWN_PERFORMANCES, *itertools.chain(*listing.subjects.values())}
     for name in config.performances or ():
         if name not in known and not is_known_performance(name):
@@ -2892,64 +2893,47 @@ def check_setup(config: Config, remote: Remote, listing: Listing):
             raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
 
 
-def find_doubts(config: Config, plan: dict[str, list[Job]], listing: Listing) -> list[str]:
+def announce(plan: Plan) -> list[str]:
+    """Say what a run has before it, and return the warnings."""
+    config, waiting = plan.config, plan.jobs("to do")
+    states = collections.Counter(job.state for job in plan.jobs())
+    counts = [f"{states[state]} {state}" for state in ("done", "to do", "absent", "failed", "refused") if states[state]]
+    whole = f"{count_of(len(plan.subjects), 'subject')}, {count_of(len(plan.jobs()), 'performance')}"
+    if waiting:
+        size = sum(job.temp_bytes for job in waiting if not is_downloaded(config, job))
+        subjects = len({job.subject for job in waiting})
+        room = max(0, measure_free(config.output_dir) - config.min_free_gb * GB)
+        fits = int(room * subjects / max(1, plan.output_bytes()))
+        fits = f"about {count_of(fits, 'subject')}" if fits < subjects else "all of it"
+        free = [format_size(measure_free(folder)) for folder in (config.output_dir, config.temp_dir)]
+        counts[-1] += f"; {format_size(size)} to download; output_dir has {free[0]} free, room for {fits}, "
+        counts[-1] += f"and temp_dir {free[1]}"
+    log.info("%s: %s", whole, ", ".join(counts))
+    doubts = find_doubts(plan)
+    for number, doubt in enumerate(doubts):
+        log.log(logging.WARNING if number < 10 else logging.DEBUG, "warning: %s", doubt)
+    return doubts
+
+
+def find_doubts(plan: Plan) -> list[str]:
     """Return what may not be meant in a set-up that can be carried out."""
-    jobs = list(itertools.chain(*plan.values()))
-    missing = [subject for subject, each in plan.items() if subject not in listing.subjects and is_open(each)]
-    doubts = [f"subject {subject} has no folder on the remote" for subject in missing]
-    doubts += listing.oddities
-    doubts += [
-        f"{job}: {job.reason}" for job in jobs if job.state == "refused" and job.reason not in listing.refused.values()
-    ]
-    without: dict[tuple[str, str], dict[str, None]] = {}
-    for job in jobs:
-        views = expected_views(config, job.performance)
-        asked = job.state == "to do" and job.cameras is not None and "images" in job.modalities
-        if asked and (not views & job.cameras or (job.performance == "s3_all" and job.cameras - views)):
-            key = format_numbers(job.cameras - views), format_numbers(views)
-            without.setdefault(key, {})[job.performance] = None
-    for (cameras, views), performances in without.items():
-        doubts.append(
-            f"{', '.join(performances)}: no pictures of camera {cameras}, which is asked for; only of {views}"
-        )
-    total, selected = sum(job.bytes for job in jobs if job.state == "to do"), expected_output(config, jobs)
+    config, waiting, doubts = plan.config, plan.jobs("to do"), list(plan.listing.oddities)
+    for subject, jobs in plan.subjects.items():
+        if subject not in plan.listing.subjects and {job.state for job in jobs} == {"absent"}:
+            doubts.append(f"subject {subject} has no folder on the remote")
+    twins = plan.listing.refused.values()  # said already
+    doubts += [f"{job}: {job.reason}" for job in plan.jobs("refused") if job.reason not in twins]
+    for name in dict.fromkeys(job.performance for job in waiting):
+        asked, views = config.asked_cameras(name), expected_views(config, name)
+        blind = set() if asked is None or "images" not in config.modalities else asked - views
+        if blind and (blind == asked or name == "s3_all"):
+            cameras = f"camera {format_numbers(blind)}, which is asked for; only of {format_numbers(views)}"
+            doubts.append(f"{name} has no pictures of {cameras}")
+    total, selected = sum(job.bytes for job in waiting), plan.output_bytes()
     if config.download == "full" and selected < 0.8 * total:
         sizes = f"{format_size(selected)} instead of {format_size(total)}"
         doubts.append(f"google_drive.download: selective would download about {sizes} for these choices")
     return doubts
-
-
-def is_open(jobs: list[Job]) -> bool:
-    """Return whether something of a subject is neither extracted nor known to have failed."""
-    return any(job.state not in ("done", "failed") for job in jobs)
-
-
-def expected_output(config: Config, jobs: Iterable[Job]) -> int:
-    """Return about how many bytes the jobs that are to be done will write to output_dir."""
-    return sum(expected_bytes(config, job) for job in jobs if job.state == "to do")
-
-
-def describe_plan(config: Config, plan: dict[str, list[Job]]) -> str:
-    """Return the whole of a run in a sentence: what is asked for, done, to be done, and whether it fits."""
-    jobs = list(itertools.chain(*plan.values()))
-    states = collections.Counter(job.state for job in jobs)
-    counts = ", ".join(
-        f"{states[state]} {state}"
-        for state in ("done", "to do", "absent", "failed", "refused")
-        if states[state] or state in ("done", "to do")
-    )
-    text = f"{count_of(len(plan), 'subject')}, {count_of(len(jobs), 'performance')}: {counts}"
-    if not states["to do"]:
-        return text
-    size = sum(job.temp_bytes for job in jobs if not is_downloaded(config, job))
-    subjects = sum(any(job.state == "to do" for job in each) for each in plan.values())
-    room = max(0, measure_free(config.output_dir) - config.min_free_gb * GB)
-    fits = int(room * subjects / max(1, expected_output(config, jobs)))
-    disks = f"{config.output_dir} has {format_size(measure_free(config.output_dir))} free, room for about "
-    disks += count_of(fits, "subject") if fits < subjects else f"all {subjects}" if subjects > 1 else "it"
-    if measure_free(config.temp_dir) != measure_free(config.output_dir):
-        disks += f"; {config.temp_dir} has {format_size(measure_free(config.temp_dir))} free"
-    return f"{text}; {format_size(size)} to download; {disks}"
 
 
 def measure_free(folder: Path) -> int:
@@ -2960,9 +2944,7 @@ def measure_free(folder: Path) -> int:
 class Console(logging.Handler):
     """Messages as plain lines: on stdout, warnings and errors on stderr, above the bars if there are any."""
 
-    def __init__(self, level: int):
-        super().__init__(level)
-        self.last, self.bars = time.monotonic(), False  # when the last message was; whether bars are shown
+    last, bars = time.monotonic(), False  # when the last message was; whether bars are shown
 
     def emit(self, record):
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
@@ -2980,43 +2962,44 @@ class Progress:
     and a line a minute while nothing else is said."""
 
     def __init__(self, console: Console):
-        self.console, self.begin, self.state, self.trouble = console, time.monotonic(), "listing the remote", ""
-        self.total = self.over = self.fetched = self.subjects = self.subject = 0
-        self.bars: list[tqdm] = []
+        self.console, self.state, self.trouble = console, "listing the remote", ""
+        self.total = self.over = self.fetched = self.finished = 0  # bytes; subjects
         threading.Thread(target=self.say_each_minute, daemon=True).start()
 
     def say_each_minute(self):
         while True:
             time.sleep(1)
             if time.monotonic() - self.console.last > MINUTE_S:
-                trouble, self.trouble = self.trouble, ""
-                log.info("%s%s", self.state, f"; rclone: {trouble}" if trouble else "")
+                log.info("%s%s", self.state, f"; rclone: {self.trouble}" if self.trouble else "")
+                self.trouble = ""
 
-    def start_run(self, plan: dict[str, list[Job]]):
-        """Show the bars of a run."""
-        self.begin, self.subjects = time.monotonic(), len(plan)
-        self.total = sum(job.temp_bytes for job in itertools.chain(*plan.values()))
-        options = {"leave": False, "disable": None, "dynamic_ncols": True, "mininterval": 0.2}
+    @contextlib.contextmanager
+    def run(self, plan: Plan) -> Iterator[None]:
+        """Show a run."""
+        self.begin, self.subjects = time.monotonic(), len(plan.subjects)
+        self.total = sum(job.temp_bytes for job in plan.jobs())
+        options = {"leave": False, "disable": None, "dynamic_ncols": True, "mininterval": 0.2, "unit_scale": True}
         whole = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
+        titles = [("download", "{desc}", "B"), ("extraction", "{desc}", " pictures"), ("run", whole, "B")]
         self.bars = [
-            tqdm(position=0, unit="B", unit_scale=True, bar_format="{desc}", desc="download: waiting", **options),
-            tqdm(position=1, unit=" pictures", bar_format="{desc}", desc="extraction: waiting", **options),
-            tqdm(position=2, total=self.total, unit_scale=True, bar_format=whole, desc="run", **options),
+            tqdm(desc=title, bar_format=form, unit=unit, total=self.total, position=position, **options)
+            for position, (title, form, unit) in enumerate(titles)
         ]
+        for shown in self.bars:
+            shown.dynamic_ncols = narrow_shape
         self.console.bars = not self.bars[0].disable
         if not self.console.bars:
             self.console.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%a %H:%M:%S"))
+        try:
+            yield
+        finally:
+            for shown in reversed(self.bars):
+                shown.close()
+            print(end="\r\x1b[J" if self.console.bars else "", file=sys.stderr, flush=True)
+            self.console.bars = False
+            self.console.setFormatter(None)
 
-    def end_run(self):
-        """Take the bars away."""
-        self.console.setFormatter(None)
-        for shown in reversed(self.bars):
-            shown.close()
-        if self.console.bars:
-            print(end="\r\x1b[J", file=sys.stderr, flush=True)
-        self.bars, self.console.bars = [], False
-
-    def restart_bar(self, shown: tqdm, title: str, total: int | None):
+    def restart_bar(self, shown: tqdm, title: str, total: int):
         shown.bar_format = None
         shown.set_description(title, refresh=False)
         shown.reset(total)
@@ -3024,22 +3007,21 @@ class Progress:
     @contextlib.contextmanager
     def download(self, jobs: list[Job]) -> Iterator[Callable]:
         """Show a download. Give what to call with done=n for n bytes that have come of it."""
-        subject, total, begin = jobs[0].subject, sum(job.temp_bytes for job in jobs), time.monotonic()
-        before = self.fetched
+        subject, total = jobs[0].subject, sum(job.temp_bytes for job in jobs)
+        begin, before = time.monotonic(), self.fetched
         log.info("%s: downloading %s, %s", subject, " ".join(job.performance for job in jobs), format_size(total))
         self.restart_bar(self.bars[0], f"{subject} download", total)
 
         def update(done: int):
             self.fetched = before + done
             self.bars[0].update(min(done, total) - self.bars[0].n)
-            self.state = f"{subject}: {format_size(done)} of {format_size(total)} downloaded"
-            self.state += f", {format_size(done / (time.monotonic() - begin))}/s"
+            seconds = max(time.monotonic() - begin, 0.001)
+            speed = f"in {format_duration(seconds)} ({format_size(done / seconds)}/s)"
+            self.state = f"{subject}: downloaded {format_size(done)} of {format_size(total)} {speed}"
             self.show_whole(done)
 
         yield update
-        seconds, came = max(time.monotonic() - begin, 0.001), self.fetched - before
-        rate = format_size(came / seconds)
-        log.info("%s: downloaded %s in %s (%s/s)", subject, format_size(came), format_duration(seconds), rate)
+        log.info("%s", self.state)
 
     def extraction(self, job: Job) -> Callable:
         """Show an extraction. Return what to call with pictures=n for n more, total=n for all."""
@@ -3051,51 +3033,51 @@ class Progress:
 
         return update
 
-    def show_whole(self, done: int = 0):
-        """Show the whole run: what is over, and what has come of what is not."""
-        self.bars[2].set_postfix_str(self.describe(done), refresh=False)
+    def show_whole(self, done: int = 0) -> str:
+        """Show the whole run, given the bytes that have come of a subject. Return subjects, rate and end in words."""
+        rate, text = self.fetched / (time.monotonic() - self.begin), f"subject {self.finished} of {self.subjects}"
+        if rate:
+            end = datetime.now() + timedelta(seconds=max(0, self.total - self.over - done) / rate)
+            text += f", {format_size(rate)}/s, ends {end:%a %d %b %H:%M}"
+        self.bars[2].set_postfix_str(text, refresh=False)
         self.bars[2].update(min(self.over + done, self.total) - self.bars[2].n)
-
-    def describe(self, done: int = 0) -> str:
-        """Return the subject, the rate and when it ends, in words."""
-        rate = self.fetched / (time.monotonic() - self.begin)
-        text = f"subject {self.subject} of {self.subjects}"
-        if not rate:
-            return text
-        end = datetime.now() + timedelta(seconds=max(0, self.total - self.over - done) / rate)
-        return f"{text}, {format_size(rate)}/s, ends {end:%a %d %b %H:%M}"
+        return text
 
     def finish_subject(self, subject: str, planned: list[Job]):
         """Count a subject as over, whatever became of it, and say so where there are no bars."""
         size = sum(job.temp_bytes for job in planned)
-        self.subject, self.over = self.subject + 1, self.over + size
-        self.show_whole()
-        if self.bars[0].disable and size:
+        self.finished, self.over = self.finished + 1, self.over + size
+        text = self.show_whole()
+        if size and not self.console.bars:
             share = f"{100 * self.over / self.total:.0f} %, {format_size(self.over)} of {format_size(self.total)}"
-            log.info("%s: finished; %s, %s", subject, share, self.describe())
+            log.info("%s: finished; %s, %s", subject, share, text)
+
+
+def narrow_shape(stream) -> tuple[int, int]:
+    """Return the columns and lines for bars on a terminal: so many that a ^C beside them wraps no line."""
+    columns, lines = shutil.get_terminal_size()
+    return columns - 4, lines
 
 
 class Summary:
     """What a run did, for its end. `totals` counts the performances of each status, and adds up what they took."""
 
-    def __init__(self, doubts: list[str], plan: dict[str, list[Job]]):
+    def __init__(self, plan: Plan, doubts: list[str]):
         self.begin = time.monotonic()
         self.totals: collections.Counter[str] = collections.Counter()
         again = "failed before, and the file is the same (--redo tries it again): "
-        jobs = itertools.chain(*plan.values())
-        self.failures = [f"{job}: {again}{job.reason}" for job in jobs if job.state == "failed"]
+        self.failures = [f"{job}: {again}{job.reason}" for job in plan.jobs("failed")]
         self.warnings = dict.fromkeys(doubts)
 
     def include(self, job: Job, download: Download, row: dict, info: dict | None):
         """Count a performance and say how it went."""
         self.totals.update({row["status"]: 1, "fetched": download.bytes, "download_s": download.seconds})
         if info:
-            seconds, number = row["extract_s"], len(info["cameras"])
-            self.totals.update(frames=row["frames"], bytes=info["bytes"], extract_s=seconds)
-            size = f"{format_size(info['bytes'])} in {format_duration(seconds)}"
-            log.info("%s: %s frames of %s, %s", job, row["frames"], count_of(number, "camera"), size)
-            absent = (job.cameras or set()) - set(info["cameras_available"])
-            if absent and "images" in job.modalities:
+            self.totals.update(frames=row["frames"], bytes=info["bytes"], extract_s=row["extract_s"])
+            frames = f"{row['frames']} frames of {count_of(len(info['cameras']), 'camera')}"
+            size, duration = format_size(info["bytes"]), format_duration(row["extract_s"])
+            log.info("%s: %s, %s in %s", job, frames, size, duration)
+            if absent := (job.cameras or set()) - set(info["cameras_available"]):
                 log.debug("%s: the file has no pictures of the cameras %s", job, format_numbers(absent))
             for message in [f"{job}: {note}" for note in info["notes"]] + info["oddities"]:
                 if message not in self.warnings:
@@ -3110,18 +3092,16 @@ class Summary:
     def write(self, config: Config, manifest: Manifest):
         """Say at the end of a run: counts, sizes, times, and each warning once."""
         manifest.refresh()
-        totals = self.totals
-        asked = [(s, p) for s in config.subjects for p in manifest.asked_performances(s)]
+        totals, size = self.totals, format_size(self.totals["bytes"])
+        asked = [(subject, name) for subject in config.subjects for name in manifest.asked_performances(subject)]
         done = [key for key in asked if manifest.is_done(*key)]
         gone = sum(not config.folder_of(*key).exists() for key in done)
         lines = ["", f"Summary after {format_duration(time.monotonic() - self.begin)}"]
-        lines.append(
-            f"  completed   {totals['completed']:5d}   {totals['frames']} frames, {format_size(totals['bytes'])}"
-        )
+        lines.append(f"  completed   {totals['completed']:5d}   {totals['frames']} frames, {size}")
         lines.append(f"  failed      {len(self.failures):5d}")
         lines.append(f"  absent      {totals['absent']:5d}")
         lines.append(f"  downloaded  {format_size(totals['fetched'])} in {format_duration(totals['download_s'])}")
-        lines.append(f"  extracted   {format_size(totals['bytes'])} in {format_duration(totals['extract_s'])}")
+        lines.append(f"  extracted   {size} in {format_duration(totals['extract_s'])}")
         lines.append(f"  done        {len(done):5d} of {len(asked)} asked for")
         lines += [f"                    {gone} of them no longer in {config.output_dir.name}"] if gone else []
         for title, messages in (("Failed", self.failures), ("Warnings", list(self.warnings))):
@@ -3131,29 +3111,21 @@ class Summary:
             log.info("%s", line)
 
 
-def take_subjects(config: Config, manifest: Manifest, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
+def take_subjects(config: Config, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
     """Yield each subject once it is ours. Those that another process holds come last: when it has let go of them, there
     is nothing left to do, or else it died."""
     passed: list[str] = []
     for subject in itertools.chain(config.subjects, passed):
-        while not locks.take(subject):
-            if subject not in passed:
-                log.info("%s: another process is working on it", subject)
-                passed.append(subject)
-                break
-            if remote.stopped:
-                return
+        while not (ours := locks.take(subject)) and subject in passed and not remote.stopped:
             time.sleep(0.5)
-        else:
+        if ours:
             yield subject
+        elif subject not in passed:
+            log.info("%s: another process is working on it", subject)
+            passed.append(subject)
 
 
-def count_that_fits(config: Config, jobs: list[Job], in_temp: set[Job]) -> int:
-    """Return for how many of the first jobs there is room beside those in temp_dir."""
-    return next((n for n in range(len(jobs), 0, -1) if not lack_of_room(config, jobs[:n], in_temp)), 0)
-
-
-def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job]) -> str | None:
+def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job] = ()) -> str | None:
     """Return why these jobs are too much beside those in temp_dir, or None."""
     coming = sum(job.temp_bytes for job in jobs if not is_downloaded(config, job))
     total = sum(job.temp_bytes for job in itertools.chain(jobs, in_temp))
@@ -3163,13 +3135,11 @@ def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job]) -> str
     if nearest_folder(config.temp_dir).stat().st_dev == nearest_folder(config.output_dir).stat().st_dev:
         needs = {config.output_dir: coming + total}
     for folder, need in needs.items():
-        free = measure_free(folder)
-        if need and free - need < config.min_free_gb * GB:
-            return (
-                f"the disk of {folder} has {format_size(free)} free: {jobs[-1]} would need {format_size(need)} of "
-                f"them, and storage.min_free_gb keeps {config.min_free_gb:g} GB free. Move finished subjects away, "
-                "then run the same command again"
-            )
+        if need and measure_free(folder) - need < config.min_free_gb * GB:
+            disk = f"the disk of {folder} has {format_size(measure_free(folder))} free"
+            keeps = f"storage.min_free_gb keeps {config.min_free_gb:g} GB free"
+            advice = "Move finished subjects away, then run the same command again"
+            return f"{disk}: {jobs[-1]} would need {format_size(need)} of them, and {keeps}. {advice}"
     return None
 
 
@@ -3177,102 +3147,94 @@ def wait_for_room(config: Config, remote: Remote, jobs: list[Job], in_temp: set[
     """Return the first of some jobs, as many as there is room for: where there is none, after an extraction."""
     while not remote.stopped:
         extracting = set(in_temp)  # asked first: what is deleted from now on makes room
-        if count := count_that_fits(config, jobs, extracting):
-            return jobs[:count]
+        for count in range(len(jobs), 0, -1):
+            if not lack_of_room(config, jobs[:count], extracting):
+                return jobs[:count]
         if not extracting:
-            raise StopEarly(lack_of_room(config, jobs[:1], ()))
+            raise StopEarly(lack_of_room(config, jobs[:1]))
         time.sleep(0.1)
     return jobs
 
 
-def download(config: Config, remote: Remote, jobs: list[Job], progress: Progress) -> dict[Job, Download]:
+def download(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
     """Bring the files of some jobs to temp_dir. Return what became of each, as it is on the remote now; those that were
-    not tried because the remote refuses all are left out. Raise StopEarly for what is no file's fault."""
-    found = {job: Download(job.files, RemoteError(job.reason, "absent")) for job in jobs if job.state == "absent"}
-    found.update({job: Download(job.files, RemoteError(job.reason)) for job in jobs if job.state == "refused"})
-    found.update({job: Download(job.files) for job in jobs if job not in found and is_downloaded(config, job)})
+    not tried because the remote refuses all are left out. Raise StopEarly or OSError for what is no file's fault."""
+    found = {}
+    for job in jobs:
+        if job.state != "to do":
+            status = "absent" if job.state == "absent" else "download_failed"
+            found[job] = Download(job.files, RemoteError(job.reason, status))
+        elif is_downloaded(remote.config, job):
+            found[job] = Download(job.files)
     if waiting := [job for job in jobs if job not in found]:
-        with progress.download(waiting) as update:
+        with remote.progress.download(waiting) as update:
 
             def update_all(done: int):
-                update(done + sum(download.bytes for download in found.values()))
+                update(done + sum(each.bytes for each in found.values()))
 
-            while (
-                whole := [job for job in waiting if not (job.selection or job in found)]
-            ) and not remote.refuses_all():
-                found.update(copy_whole(config, remote, whole, update_all))
-            for job in waiting:
-                if job.selection and not remote.stopped and not remote.refuses_all():
+            whole, selective = ([job for job in waiting if bool(job.selection) == chosen] for chosen in (False, True))
+            while whole and not remote.refuses_all():
+                found.update(copy_whole(remote, whole, update_all))
+                whole = [job for job in whole if job not in found]
+            for job in selective:
+                if not remote.stopped and not remote.refuses_all():
                     found[job] = fetch_selected(remote, job, update_all)
             update_all(0)
     return {replace(job, files=found[job].files): found[job] for job in jobs if job in found}
 
 
-def copy_whole(config: Config, remote: Remote, jobs: list[Job], progress: Callable) -> dict[Job, Download]:
+def copy_whole(remote: Remote, jobs: list[Job], progress: Callable) -> dict[Job, Download]:
     """Copy the files of some jobs with one call of rclone. A used-up quota ends it for all files: the jobs that were not
     tried are left out then."""
     begin, found, refused = time.monotonic(), {}, []
-    pairs = {job: list(zip(job.temp_paths(config), job.files)) for job in jobs}
-    missing = [(path, file) for path, file in itertools.chain(*pairs.values()) if not has_size(path, file.bytes)]
-    for path, _ in missing:
-        remove(path)
-    sums, errors = remote.copy([file for _, file in missing], progress)
-    seconds = (time.monotonic() - begin) / max(1, sum(file.bytes for _, file in missing))
-    for job, pair in pairs.items():
-        absent = [file for path, file in pair if not path.is_file()]
-        if not absent:  # the listing may be days old
-            files = tuple(update_file(file, path.stat().st_size, sums.get(file.path)) for path, file in pair)
-            size = sum(file.bytes for path, file in missing if path in job.temp_paths(config))
-            found[job] = Download(files, None, size, size * seconds)
-    came, quota_ended_it = bool(found), any("downloadQuotaExceeded" in error for error in errors.values())
-    for job, pair in pairs.items():
-        absent = [file for path, file in pair if not path.is_file()]
-        named = [file for file in absent if file.path in errors]
-        refused_now = any("downloadQuotaExceeded" in errors[file.path] for file in named)
-        if absent and (refused_now or not quota_ended_it):
-            file = (named or absent)[0]
-            reason = errors.get(file.path) or errors.get("") or "rclone did not bring it, and did not say why"
-            error = remote.explain(file, reason)
-            found[job] = Download(job.files, error)
+    paths = {file: remote.config.temp_dir / file.path for job in jobs for file in job.files}
+    missing = [file for file, path in paths.items() if not has_size(path, file.bytes)]
+    for file in missing:
+        remove(paths[file])
+    md5s, errors = remote.copy(missing, progress)
+    quota = {path for path, error in errors.items() if re.search(MESSAGES["quota"], error)}
+    for job in jobs:
+        absent = [file for file in job.files if not paths[file].is_file()]
+        absent.sort(key=lambda file: file.path not in errors)
+        if not absent:
+            files = tuple(update_file(file, paths[file].stat().st_size, md5s.get(file.path)) for file in job.files)
+            came = sum(file.bytes for file in job.files if file in missing)
+            seconds = (time.monotonic() - begin) * came / max(1, sum(file.bytes for file in missing))
+            found[job] = Download(files, None, came, seconds)
+        elif not quota or absent[0].path in quota:
+            reason = errors.get(absent[0].path) or errors.get("") or "rclone did not bring it, and did not say why"
+            error = remote.explain(absent[0], reason)
             refused += [error] if error.status == "quota_exceeded" or "googleapi: Error 5" in str(error) else []
-    remote.note_refusals(refused, came)
+            found[job] = Download(job.files, error)
+    remote.note_refusals(refused, came=any(each.error is None for each in found.values()))
     return found
 
 
 def update_file(file: RemoteFile, size: int, md5: str | None) -> RemoteFile:
-    """Return a file as it was downloaded. md5: None if it was there already."""
+    """Return a file as it was downloaded: the listing may be days old. md5: None if it was there already."""
     return file._replace(bytes=size, md5=md5, id=md5) if file.md5 and md5 else file._replace(bytes=size)
 
 
-def download_in_turns(
-    config: Config,
-    manifest: Manifest,
-    remote: Remote,
-    locks: SubjectLocks,
-    plan: dict[str, list[Job]],
-    listing: Listing,
-    in_temp: set[Job],
-    progress: Progress,
-) -> Iterator[tuple[str, dict[Job, Download], bool]]:
+def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: SubjectLocks, in_temp: set) -> Iterator:
     """Yield (subject, {job: its download}, whether these are its last), for as many jobs of a subject at a time as there
     is room for. Raise StopEarly where going on makes no sense.
 
     in_temp: the jobs that were yielded and are not extracted yet; who takes them removes them."""
-    for subject in take_subjects(config, manifest, remote, locks):
+    config = plan.config
+    for subject in take_subjects(config, remote, locks):
         for row in [row for key, row in manifest.found.items() if key[0] == subject]:
             log.info("%s %s: taken over from its folder", subject, row["performance"])
             manifest.append(row)
-        jobs = plan_subject(config, manifest, subject, listing)
+        jobs = plan_subject(config, manifest, subject, plan.listing)
         jobs = [job for job in jobs if job.state not in ("done", "failed")]
         if not jobs:
             locks.release(subject)
-            progress.finish_subject(subject, plan[subject])
+            remote.progress.finish_subject(subject, plan.subjects[subject])
         while jobs:
-            downloads = download(config, remote, wait_for_room(config, remote, jobs, in_temp), progress)
+            downloads = download(remote, wait_for_room(config, remote, jobs, in_temp))
             in_temp.update(downloads)
             jobs = [job for job in jobs if job.performance not in {each.performance for each in downloads}]
-            if downloads:
-                yield subject, downloads, not jobs
+            yield subject, downloads, not jobs
             if remote.refuses_all():
                 raise StopEarly(remote.describe_refusals())
 
@@ -3286,34 +3248,33 @@ def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
         yield item
 
 
-def extract_job(
-    job: Job, download: Download, config: Config, children: ForkServer, progress: Progress
-) -> tuple[dict, dict | None]:
-    """Extract a job and put its folder in place. Return its row for the manifest, and its info.json with what it tells
-    the run (None where it failed). Raise OSError or StopEarly for what is not the file's fault: the SMC stays then."""
+def extract_job(config: Config, job: Job, download: Download, children: ForkServer, progress: Progress) -> tuple:
+    """Extract a job and put its folder in place. Return its row for the manifest, and its info.json (None where it
+    failed). Raise OSError or StopEarly for what is not the file's fault: there is no row then, and the SMC stays."""
     begin, error, info = time.monotonic(), download.error, None
     partial, folder = config.partial_of(job.subject, job.performance), config.folder_of(job.subject, job.performance)
-    if error is None:
-        try:
+    try:
+        if error is None:
             info = extract_in_child(job, config, download.blocks, children, progress)
-            if config.layout == "pair" and len(job.files) == 1:
-                half = {"raw", "anno"} - {SMC_NAME.fullmatch(file.name)["half"] for file in job.files}
-                info["notes"].append(f"absent from the remote, and looked for again: the file {half.pop()}")
             put_in_place(partial, folder)
-        except SMCError as failure:
-            error = failure
-        except FetchError as failure:
-            error = RemoteError(str(failure))
-    row = completed_row(info, config.modalities) if error is None else {"error": str(error)}
-    if error is not None:
+    except SMCError as failure:
+        error = failure
+    except FetchError as failure:
+        error = RemoteError(str(failure))
+    if error is None:
+        absent = {"raw", "anno"} - {file.path.partition("/")[0] for file in job.files}
+        if config.layout == "pair" and absent:
+            info["notes"].append(f"absent from the remote, and looked for again: the file {absent.pop()}")
+        row = completed_row(info, config.modalities)
+    else:
         remove(partial)
-        row["status"] = getattr(error, "status", "failed")
+        row = {"status": getattr(error, "status", "failed"), "error": str(error)}
     row.update(subject=job.subject, performance=job.performance, modalities=" ".join(job.modalities))
     row.update(smc_bytes=job.bytes, smc_id=job.smc_id, download_s=round(download.seconds, 2))
-    return {**row, "extract_s": round(time.monotonic() - begin, 2)}, info if error is None else None
+    return {**row, "extract_s": round(time.monotonic() - begin, 2)}, info
 
 
-def delete_smc(job: Job, config: Config):
+def delete_smc(config: Config, job: Job):
     for path in job.temp_paths(config):  # and what else begins with its name: see SelectedFile
         for each in list_paths(path.parent, f"{glob.escape(path.name)}*"):
             remove(each)
@@ -3329,37 +3290,34 @@ def open_log(config: Config) -> Path:
     return path
 
 
-def run(config: Config, manifest: Manifest, remote: Remote, children: ForkServer, progress: Progress) -> int:
+def run(config: Config, manifest: Manifest, remote: Remote, children: ForkServer) -> int:
     """Download, extract, note and delete, subject by subject. Return the exit code."""
     config.check_folders()
-    config, listing, plan = make_plan(config, manifest, remote)
+    plan, progress = make_plan(config, manifest, remote), remote.progress
     for folder in (config.temp_dir, config.output_dir, config.log_dir, manifest.path.parent):
         folder.mkdir(parents=True, exist_ok=True)
     log_file = open_log(config)
     manifest.upgrade()
-    summary = Summary(announce(config, plan, listing), plan)
-    locks, in_temp = SubjectLocks(config, manifest), set()
-    turns = download_in_turns(config, manifest, remote, locks, plan, listing, in_temp, progress)
-    progress.start_run(plan)
+    summary, locks, in_temp = Summary(plan, announce(plan)), SubjectLocks(config, manifest), set()
     try:
-        with ThreadPoolExecutor(1) as thread, remote:
+        with progress.run(plan), ThreadPoolExecutor(1) as thread, remote:
+            turns = download_in_turns(plan, manifest, remote, locks, in_temp)
             for subject, downloads, last in one_ahead(turns, thread):
                 for job, download in downloads.items():
-                    row, info = extract_job(job, download, config, children, progress)
+                    row, info = extract_job(config, job, download, children, progress)
                     manifest.append(row)
-                    if not isinstance(download.error, RemoteError):  # else one of two files may have come
-                        delete_smc(job, config)
+                    if not isinstance(download.error, RemoteError):  # else one file of a pair may have come
+                        delete_smc(config, job)
                     in_temp.discard(job)
                     summary.include(job, download, row, info)
                 if last:
                     locks.release(subject)
-                    progress.finish_subject(subject, plan[subject])
+                    progress.finish_subject(subject, plan.subjects[subject])
     finally:
         for subject in list(locks.held):
             with contextlib.suppress(OSError):  # what ends the run is said already
                 locks.release(subject)
-        progress.end_run()
-        summary.write(config, manifest)
+        summary.write(plan.config, manifest)
         log.info("The log is %s", log_file)
     return 1 if summary.failures else 0
 
@@ -3388,7 +3346,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    manual = __doc__.partition("\nWhy a kill")[0]
+    manual = __doc__.partition("Why a kill")[0]
     usage = "%(prog)s [--config FILE] [options]"
     parser = ArgumentParser(usage=usage, description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="the settings (default: config.yaml)")
@@ -3439,11 +3397,10 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.camera_grid or arguments.scene or arguments.suggest_cameras is not None:
         return show_cameras(config, manifest, arguments)
     with ForkServer() as children, ForkServer() as fetching:
-        progress = Progress(console)
-        remote = Remote(config, progress, fetching)
+        remote = Remote(config, Progress(console), fetching)
         if arguments.dry_run:
             return show_plan(config, manifest, remote)
-        return run(config, manifest, remote, children, progress)
+        return run(config, manifest, remote, children)
 
 
 def run_cli(argv: list[str] | None = None) -> int:

@@ -141,8 +141,8 @@ def test_an_outage_in_the_middle_is_waited_out(workspace, drive):
 
 def test_a_remote_that_is_gone_is_one_clear_message(workspace, drive):
     drive.stop()
-    run = workspace.run(expect=1)
-    assert "cannot be listed" in run.err and len(run.err.splitlines()) == 1
+    run = workspace.run(expect=3)
+    assert "does not answer" in run.err and len(run.err.splitlines()) == 1
     assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
 
 
@@ -157,21 +157,21 @@ def test_a_wrong_folder_id_is_one_clear_message(workspace, drive):
 def test_an_expired_token_is_one_clear_message(tmp_path, drive_release):
     with FakeDrive(drive_release, short_tokens=True) as drive:
         drive.expire_login()
-        run = ThreeSubjects(tmp_path / "work", drive, drive_release).run(expect=1)
+        run = ThreeSubjects(tmp_path / "work", drive, drive_release).run(expect=3)
     assert "token" in run.err and "reconnect" in run.err and len(run.err.splitlines()) == 1
 
 
-def test_a_subject_that_is_not_shared_fails_alone(workspace, drive):
+def test_a_subject_that_cannot_be_listed_stops_the_start_with_its_name(workspace, drive):
     drive.fault("0018", "404", on="list")
     workspace.write_config(extraction={"subjects": ["0018", "0019"], "performances": ["s1_all"]})
-    run = workspace.run(expect=1)
-    assert workspace.states == {("0018", "s1_all"): "download_failed", ("0019", "s1_all"): "completed"}, run.err
+    run = workspace.run(expect=3)
+    assert "0018" in run.err and not workspace.manifest.exists() and drive.count(kind="media") == 0
 
 
-def test_a_subject_that_is_not_on_drive_is_absent(workspace):
+def test_a_subject_that_is_not_on_drive_is_refused_with_the_nearest(workspace):
     workspace.write_config(extraction={"subjects": ["0077"], "performances": ["s1_all"]})
-    workspace.run()
-    assert workspace.states == {("0077", "s1_all"): "absent"}
+    run = workspace.run(expect=2)
+    assert "0077" in run.err and "did you mean" in run.err and not workspace.manifest.exists()
 
 
 def test_copies_are_extracted_like_the_plain_ones_and_the_plain_one_wins(tmp_path, drive_release):
