@@ -1362,9 +1362,9 @@ def expected_views(config: Config, performance: str) -> set[int]:
 
 def takes_all_views(config: Config, job: Job) -> bool:
     """Return whether a copy of the whole file costs no more than a selection of it: and a copy has its md5 checked."""
-    return "images" in job.modalities and (
-        job.cameras is None or expected_views(config, job.performance) <= job.cameras
-    )
+    pictures = {"images", "masks"} if config.layout == "pair" else {"images"}
+    views = expected_views(config, job.performance)
+    return pictures <= set(job.modalities) and (job.cameras is None or views <= job.cameras)
 
 
 def open_reader(job: Job, config: Config, blocks: tuple | None) -> SMCReader:
@@ -3052,7 +3052,7 @@ def copy_whole(config: Config, remote: Remote, jobs: list[Job], progress: Callab
 
 def update_file(file: RemoteFile, size: int, md5: str | None) -> RemoteFile:
     """Return a file as it was downloaded. md5: None if it was there already."""
-    return file._replace(bytes=size, md5=md5 or file.md5, id=md5 if md5 and file.id == file.md5 else file.id)
+    return file._replace(bytes=size, md5=md5, id=md5) if file.md5 and md5 else file._replace(bytes=size)
 
 
 def download_in_turns(

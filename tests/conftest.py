@@ -110,6 +110,8 @@ def mounted_disk(folder, megabytes, options):
 class Workspace:
     """A folder with a config.yaml and an rclone.conf whose remote "demo" is an alias of a local release."""
 
+    python = sys.executable
+
     def __init__(self, folder, release):
         self.folder, self.release = Path(folder), Path(release)
         self.folder.mkdir(parents=True)
@@ -129,7 +131,7 @@ class Workspace:
         (self.folder / "config.yaml").write_text(yaml.safe_dump(self.settings))
 
     def command(self, *arguments):
-        return [sys.executable, str(SCRIPT), "--config", str(self.folder / "config.yaml"), *arguments]
+        return [self.python, str(SCRIPT), "--config", str(self.folder / "config.yaml"), *arguments]
 
     def run(self, *arguments, expect=0, environment=None, timeout=300, before=(), **options):
         """Run the script; its exit code has to be `expect`, or one of them. Gives what it printed: `out`, `err`, `said`."""

@@ -1,8 +1,9 @@
 """--inspect: what is inside SMC files, in 100 columns, whatever state they are in."""
 
+import os
 import re
-import resource
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,7 +13,9 @@ import pytest
 import synthetic_release
 from conftest import SCRIPT  # first of ours: it puts the project on the path
 
-from renderme_360_reader_new import SMCReader
+import extract_streaming_gdrive
+from extract_streaming_gdrive import StopEarly
+from renderme_360_reader_new import SMCError, SMCReader
 
 
 def inspect(*paths, expect=0, folder=None):
@@ -197,13 +200,50 @@ def test_a_group_that_holds_itself_is_no_endless_descent(tmp_path):
     assert "scan" in rows(inspect(tmp_path / "loop.smc", expect=(0, 1)).stdout)
 
 
-def test_a_lower_limit_on_memory_that_holds_already_is_no_error(release):
-    limit = (650 << 20, 650 << 20)
-    run = subprocess.run(
-        [sys.executable, SCRIPT, "--inspect", release / "0018/0018_s1_all_raw.smc"],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, limit),
-        capture_output=True,
-        check=False,
-        text=True,
-    )
-    assert run.returncode == 0 and "0018 s1_all" in run.stdout, run.stderr
+def crash(progress):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def spin(progress):
+    while True:
+        pass
+
+
+def end_without_an_answer(progress):
+    os._exit(1)
+
+
+def be_killed(progress):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ask_for_memory(progress):
+    bytearray(2 << 30)
+
+
+@pytest.mark.parametrize(
+    "work, error, message",
+    [
+        (crash, SMCError, "crashed"),
+        (spin, SMCError, "does not come to an end"),
+        (ask_for_memory, SMCError, "memory"),
+        (be_killed, StopEarly, "killed twice.*memory"),
+        (end_without_an_answer, StopEarly, "code 1"),
+    ],
+)
+def test_how_a_child_ends_tells_the_fault_of_the_file_from_that_of_the_machine(work, error, message):
+    options = {"name": "x.smc", "limits": (700 << 20, 2), "progress": print}
+    with extract_streaming_gdrive.ForkServer() as children, pytest.raises(error, match=f"x.smc.*{message}"):
+        children.run(work, **options)
+
+
+def test_a_lower_limit_on_memory_that_holds_already_is_no_error(monkeypatch):
+    script = extract_streaming_gdrive
+
+    def set_limit(which, limits):
+        if which == script.resource.RLIMIT_DATA:
+            raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(script.resource, "setrlimit", set_limit)
+    monkeypatch.setattr(script.threading, "stack_size", lambda size: None)
+    script.limit_resources(1 << 30, 60)
