@@ -28,6 +28,7 @@ S3_VIEWS = "0 1 3 4 5 7 9 11 13 15 16 17 19 20 21 23 24 25 27 28 29 31 32 33 35 
 S3_VIEWS = tuple(map(int, S3_VIEWS.split()))
 ALL_VIEWS = tuple(range(60))
 KEYPOINT_VIEWS = tuple(range(18, 33))  # the cameras in front of the face
+MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d", "flame", "uv_textures", "scan", "scan_masks"]
 SAMPLE_RATE = 48000
 MOUTH_STEPS = 4  # the files have the mouth in 0, 1/4 ... 1, so that few pictures need rendering
 

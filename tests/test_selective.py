@@ -171,20 +171,6 @@ def test_with_all_cameras_that_the_release_has_the_file_is_copied_and_its_md5_ch
     assert large.drive.count("media") == 1
 
 
-MODALITIES = [
-    "images",
-    "masks",
-    "audio",
-    "calibration",
-    "keypoints2d",
-    "keypoints3d",
-    "flame",
-    "uv_textures",
-    "scan",
-    "scan_masks",
-]
-
-
 def test_room_for_one_file_at_a_time_is_enough(tmp_path):
     names = ["s1_all", "s2_all", "s4_all"]
     synthetic_release.write_subject(
@@ -240,7 +226,11 @@ def test_every_modality_is_the_same_as_in_a_full_download(tmp_path, storage):
     with FakeDrive(release) as drive:
         workspace = SelectiveWorkspace(tmp_path / "work", drive, release)
         workspace.write_config(
-            extraction={"performances": ["e0", "s1_all"], "cameras": [18, 25, 33], "modalities": MODALITIES}
+            extraction={
+                "performances": ["e0", "s1_all"],
+                "cameras": [18, 25, 33],
+                "modalities": synthetic_release.MODALITIES,
+            }
         )
         workspace.run()
         assert workspace.tree() == full_tree(workspace, tmp_path)
