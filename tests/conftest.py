@@ -298,17 +298,19 @@ def wait_for(condition, seconds=120):
 
 def stored_pictures(*smcs):
     """What plain h5py reads of the pictures and masks in SMC files: {"images/cam_25/frame_000000": bytes}, without
-    empty ones and odd names."""
+    empty ones, damaged ones and odd names."""
     is_camera, is_frame = re.compile("[0-5][0-9]").fullmatch, re.compile("0|[1-9][0-9]*").fullmatch
     found = {}
     for smc in smcs:
         with h5py.File(smc, "r") as file:
             for camera in filter(is_camera, file.get("Camera", ())):
                 for group, modality in (("color", "images"), ("mask", "masks")):
-                    pictures = file[f"Camera/{camera}"].get(group, {})
-                    for frame in filter(is_frame, pictures):
-                        if content := pictures[frame][()].tobytes():
-                            found[f"{modality}/cam_{camera}/frame_{int(frame):06d}"] = content
+                    with contextlib.suppress(KeyError, RuntimeError, OSError, AttributeError):  # it is damaged
+                        pictures = file[f"Camera/{camera}"].get(group, {})
+                        for frame in filter(is_frame, pictures):
+                            with contextlib.suppress(KeyError, RuntimeError, OSError, AttributeError):
+                                if content := pictures[frame][()].tobytes():
+                                    found[f"{modality}/cam_{camera}/frame_{int(frame):06d}"] = content
     return found
 
 

@@ -1,4 +1,4 @@
-"""Where the cameras stand, the best subset, the picture, and the page in a real browser."""
+"""Where the cameras stand, the best subset, the picture, the page in a real browser, and scenes."""
 
 import itertools
 import json
@@ -6,15 +6,17 @@ import re
 import shutil
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 import synthetic_release
-from conftest import Workspace, count_calls
+from conftest import Workspace
 
 import extract_streaming_gdrive as c
 
 VIEWS_38 = sorted(c.S3_VIEWS)
 UNREADABLE = [55, 57, 59]
+READABLE = [n for n in VIEWS_38 if n not in UNREADABLE]
 
 
 def data_of(page):
@@ -70,6 +72,7 @@ def test_azimuth_elevation_and_distance_of_a_known_rig_in_any_world_frame(world)
     found = rig(world=world)
     assert found.ids == list(range(60))
     assert np.allclose(np.column_stack([found.azimuth, found.elevation, found.distances]), places(), atol=1e-6)
+    assert np.allclose(found.center, world[:3, 3])
 
 
 def test_cameras_to_the_viewers_right_see_the_persons_left_ear():
@@ -119,14 +122,10 @@ def test_suggestions_are_the_optimum_that_brute_force_finds(seed):
 
 
 @pytest.mark.parametrize("views", [VIEWS_38, range(60)], ids=["38 views", "60 views"])
-def test_no_size_takes_many_calls_or_is_worse_than_a_smaller_one(views):
+def test_every_size_is_found_and_never_worse_than_a_smaller_one(views):
     directions, last = rig().directions, 180.0
     for n in range(1, len(views) + 1):
-        if n % 8:
-            found = c.suggest_cameras(directions, views, n, 25)
-        else:
-            calls, found = count_calls(c.suggest_cameras, directions, views, n, 25)
-            assert calls < 400_000
+        found = c.suggest_cameras(directions, views, n, 25)
         assert len(set(found)) == n and 25 in found and set(found) <= set(views)
         largest, _ = c.coverage(directions, found)
         assert largest <= last + 1e-5
@@ -156,7 +155,7 @@ def tiles(tmp_path_factory):
     size = huge.index(b"\xff\xc0") + 5
     huge[size : size + 4] = b"\xff" * 4  # 65535 x 65535 pixels
     views[55].write_bytes(huge)
-    tiles = {n: c.read_tile(path) for n, path in views.items()}
+    tiles = {n: c.read_picture(path, size=c.TILE_SIZE) for n, path in views.items()}
     assert [n for n, tile in tiles.items() if tile is None] == UNREADABLE
     return {n: tile for n, tile in tiles.items() if tile is not None}
 
@@ -164,7 +163,7 @@ def tiles(tmp_path_factory):
 def test_the_layout_has_the_front_in_the_middle_rings_downward_and_the_closer_cameras_apart():
     layout = c.rig_layout(rig())
     row, slot = ([camera[key] for camera in layout["cameras"]] for key in ("row", "slot"))
-    assert layout["rows"] == ["ring +30°", "ring +3°", "closer -3°", "ring -24°"]
+    assert layout["rows"] == ["above", "eye level", "close", "below"]
     assert [i for i in range(60) if row[i] == 2] == list(range(52, 60))
     assert [i for i in range(60) if row[i] == 0] == list(range(0, 51, 3)) + [51]
     assert slot[24] == slot[25] == slot[26] == 16 and len(layout["columns"]) == 18
@@ -182,6 +181,8 @@ def test_the_picture_shows_the_views_as_they_stand_and_frames_the_selected_ones(
         x, y = left + camera["slot"] * width // 2, top + camera["row"] * height
         assert abs(sheet[y + 100, x + 100] - ((4 * i, 90, 250 - 4 * i) if i in tiles else c.LIGHT_GREY)).max() < 9
         assert (tuple(sheet[y + 100, x - 2]) == c.BLUE) == (i in (0, 25))
+        if i in tiles:  # the number is at the bottom left, below the heads
+            assert tuple(sheet[y + 165, x + 3]) == (c.BLUE if i in (0, 25) else c.WHITE)
     below = sheet[top + 4 * height :]
     assert (below < 100).any(2).sum() > 5000
 
@@ -197,7 +198,7 @@ def test_the_picture_and_the_page_work_with_one_view_and_with_none(tiles, camera
 def test_views_of_full_size_make_a_small_page_that_loads_nothing(tmp_path):
     noise = np.random.default_rng(0).normal(120, 8, (2048, 2448, 1)).clip(0, 255).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "view.jpg"), noise, [cv2.IMWRITE_JPEG_QUALITY, 60])
-    full = dict.fromkeys(VIEWS_38, c.read_tile(tmp_path / "view.jpg"))
+    full = dict.fromkeys(VIEWS_38, c.read_picture(tmp_path / "view.jpg", size=c.TILE_SIZE))
     page = c.camera_page(rig(), full, VIEWS_38, "0018 s3_all", 0)
     assert len(page) < 3_000_000
     assert not re.search(r"(src|href)=.?(https?:|//)|url\(|@[A-Z]+@", page)
@@ -252,7 +253,7 @@ def tile(page, camera):
 
 
 def expect(page, chosen):
-    """The page shows this selection, with the coverage that Python computes."""
+    """The page shows this selection, with the largest gap and the mean that Python computes."""
 
     def read(name):
         return page.find_element("id", name)
@@ -260,16 +261,19 @@ def expect(page, chosen):
     pressed = page.find_elements("css selector", '.tile[aria-pressed="true"]')
     assert sorted(int(element.get_attribute("data-camera")) for element in pressed) == sorted(chosen)
     assert read("count").text == str(len(chosen))
-    assert read("line").get_attribute("value") == f"cameras: {sorted(chosen)}"
-    directions = rig().directions
-    assert read("coverage").text == (f"{c.coverage(directions, chosen)[0]:.1f}°" if chosen else "none")
+    line = "" if not chosen else "cameras: all" if len(chosen) == len(READABLE) else f"cameras: {sorted(chosen)}"
+    assert read("line").get_attribute("value") == line
+    assert read("copy").is_enabled() == bool(chosen)
+    assert read("warning").is_displayed() == (bool(chosen) and 25 not in chosen)
     assert len(page.find_elements("css selector", ".dot.on")) == len(chosen)
     if chosen:
-        angles = c.pairwise_angles(directions).round(4)
-        nearest = angles[:, chosen].min(1)
-        worst = int(nearest.argmax())
-        assert len(page.find_elements("css selector", "#hole circle")) == (angles[worst] < nearest[worst]).sum()
-        assert read("where").text == f"(hole at camera {worst})"
+        largest, mean = c.coverage(rig().directions, chosen)
+        worst = int(c.pairwise_angles(rig().directions).round(4)[:, chosen].min(1).argmax())
+        assert read("largest").text == f"{largest:.1f}°"
+        assert read("where").text == f"at camera {worst} · mean {mean:.1f}°"
+        assert len(page.find_elements("css selector", "#gap circle")) == 1
+    else:
+        assert read("largest").text == "–"
 
 
 def test_a_click_on_a_view_toggles_it(page):
@@ -284,16 +288,39 @@ def test_a_click_on_a_view_toggles_it(page):
 
 def test_the_buttons_choose_all_none_and_the_scripts_suggestions(page):
     directions = rig().directions
-    readable = [n for n in VIEWS_38 if n not in UNREADABLE]
     buttons = page.find_elements("css selector", "#presets button")
-    choices = [c.suggest_cameras(directions, readable, n, 25) for n in (4, 8, 12, 16, 20)] + [readable, []]
-    labels = [f"{len(best)} ({c.coverage(directions, best)[0]:.1f}°)" for best in choices[:-2]]
+    choices = [c.suggest_cameras(directions, READABLE, n, 25) for n in (4, 8, 12, 16, 20)] + [READABLE, []]
+    gaps = [(len(best), *c.coverage(directions, best)) for best in choices[:-2]]
+    labels = ["{} · {:.1f}° · mean {:.1f}°".format(*gap) for gap in gaps]
     assert [button.text for button in buttons] == labels + ["all", "none"]
     for button, choice in zip(buttons, choices):
         button.click()
         expect(page, choice)
         assert button.get_attribute("aria-pressed") == "true"
     assert not page.find_elements("css selector", "#gap *")
+
+
+def test_without_camera_25_there_is_a_warning(page):
+    tile(page, 25).click()
+    expect(page, [0])
+    assert "five of the six" in page.find_element("id", "warning").text
+
+
+def test_a_reload_keeps_the_choice(page):
+    tile(page, 40).click()
+    page.refresh()
+    expect(page, [0, 25, 40])
+    page.find_elements("css selector", "#presets button")[-1].click()  # none
+    page.refresh()
+    expect(page, [])
+
+
+def test_with_one_view_there_is_no_map(browser, tiles, tmp_path):
+    path = tmp_path / "0018_s1_all.html"
+    path.write_text(c.camera_page(rig(), {25: tiles[25]}, [25], "0018 s1_all", 0), encoding="utf-8")
+    browser.get(path.as_uri())
+    assert not browser.find_element("tag name", "svg").is_displayed()
+    assert browser.find_element("id", "line").get_attribute("value") == "cameras: [25]"
 
 
 def test_the_keyboard_is_enough(page):
@@ -336,13 +363,16 @@ def test_the_line_is_copied(page):
     assert page.find_element("id", "copy").text == "Copied"
 
 
-def test_it_fits_on_a_laptop_screen_and_nothing_scrolls_sideways(page):
-    page.set_window_size(1366, 768)
+@pytest.mark.parametrize("width, height", [(1366, 768), (800, 900)])
+def test_it_fits_on_a_small_screen_and_nothing_scrolls_sideways(page, width, height):
+    screen = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     size = page.execute_script(
         "return [document.documentElement.scrollWidth, innerWidth, grid.scrollWidth - grid.clientWidth,"
         " grid.getBoundingClientRect().bottom, innerHeight]"
     )
-    assert size[0] <= size[1] and size[2] == 0 and size[3] < size[4]
+    page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert size[0] <= size[1] == width and size[2] == 0 and size[3] < size[4]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -391,6 +421,9 @@ def test_camera_grid_writes_a_picture_and_a_page_beside_the_config(extracted):
         (["--camera-grid", "0077/s3_all"], "extract 0077/s3_all first"),
         (["--camera-grid", "../s3_all"], "0018/s3_all"),
         (["--camera-grid", "0018/s3_all", "--frame", "9"], "from 0 to 1"),
+        (["--scene", "0018/s2_all"], "extract 0018/s2_all first"),
+        (["--scene", "s3_all"], "0018/s3_all"),
+        (["--scene", "0018/s3_all", "--frame", "9"], "from 0 to 1"),
         (["--suggest-cameras", "0"], "at least 1"),
         (["--suggest-cameras", "39"], "38 have pictures"),
         (["--suggest-cameras", "many"], "many"),
@@ -403,7 +436,9 @@ def test_what_cannot_be_shown_is_a_clear_message(extracted, arguments, expected)
 def test_suggest_cameras_prints_the_coverage_and_the_line_to_paste(extracted):
     run = extracted.run("--suggest-cameras", "8")
     line = [int(n) for n in re.search(r"cameras: \[(.*)\]", run.out)[1].split(",")]
-    largest, mean = c.coverage(c.rig_geometry(c.read_poses(extracted.path("0018", "s3_all"))).directions, line)
+    calibration = c.read_calibration(extracted.path("0018", "s3_all"), VIEWS_38)
+    rig = c.rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})
+    largest, mean = c.coverage(rig.directions, line)
     assert len(line) == 8 and 25 in line and set(line) <= set(VIEWS_38)
     assert f"{largest:.1f}°" in run.out and f"{mean:.1f}°" in run.out and "config.yaml now" in run.out
 
@@ -411,3 +446,152 @@ def test_suggest_cameras_prints_the_coverage_and_the_line_to_paste(extracted):
 def test_before_anything_is_extracted_there_is_nothing_to_suggest(tmp_path):
     workspace = Workspace(tmp_path / "work", tmp_path)
     assert "extract one subject" in workspace.run("--suggest-cameras", "4", expect=2).err
+
+
+# ---------------------------------------------------------------- scenes
+
+LENS = (-0.12, 0.09, 0.003, -0.002, 0.05)
+POINTS = synthetic_release.CENTRE + [(0, 0, 0), (0.05, 0.07, -0.01), (-0.04, -0.075, 0.02)]
+SCENE_VIEWS = (3, 4, 16, 25, 48, 53)
+
+
+def put_picture(smc, path, picture):
+    del smc[path]
+    smc[path] = cv2.imencode(".png", picture)[1].ravel()
+
+
+@pytest.fixture
+def with_points(tmp_path):
+    """A workspace with an s3_all extracted whose pictures show POINTS as blobs, through the rig's lenses; the masks show
+    the first as a disc."""
+    release, size = tmp_path / "release", (256, 306)
+    options = {"cameras": SCENE_VIEWS, "frames": 2, "size": size, "distortion": LENS, "everything": True}
+    (path,) = synthetic_release.write_subject(release, "0018", performances=["s3_all"], **options)
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    with h5py.File(path, "r+") as smc:
+        for n in SCENE_VIEWS:
+            pixels = synthetic_release.project(POINTS, synthetic_release.rig(size, LENS)[f"{n:02d}"])
+            squares = [(columns - x) ** 2 + (rows - y) ** 2 for x, y in pixels]
+            blobs = sum(130 * np.exp(-square / 18) for square in squares)
+            picture = (blobs[..., None] + (40, 60, 90)).clip(0, 255).round().astype(np.uint8)
+            put_picture(smc, f"Camera/{n:02d}/color/0", picture)
+            put_picture(smc, f"Camera/{n:02d}/mask/0", np.where(squares[0] < 400, 255, 0).astype(np.uint8))
+    workspace = Workspace(tmp_path / "work", release)
+    modalities = ["images", "masks", "calibration", "transforms"]
+    workspace.write_config(extraction={"performances": ["s3_all"], "modalities": modalities})
+    workspace.run()
+    return workspace
+
+
+def read_colmap(model):
+    """What COLMAP's text format says: f, cx, cy, (width, height), {image: (3, 4) world to camera}, points (n, 7)."""
+    lines = [line for line in (model / "cameras.txt").read_text().splitlines() if not line.startswith("#")]
+    (number, kind, width, height, fx, fy, cx, cy), lines_left = lines[0].split(), lines[1:]
+    assert kind == "PINHOLE" and fx == fy and not lines_left
+    poses = {}
+    for line in (model / "images.txt").read_text().splitlines()[::2]:
+        _, *pose, camera, name = line.split()
+        assert camera == number
+        w, x, y, z, *translation = map(float, pose)
+        rotation = [
+            [w * w + x * x - y * y - z * z, 2 * (x * y - w * z), 2 * (x * z + w * y)],
+            [2 * (x * y + w * z), w * w - x * x + y * y - z * z, 2 * (y * z - w * x)],
+            [2 * (x * z - w * y), 2 * (y * z + w * x), w * w - x * x - y * y + z * z],
+        ]
+        assert np.linalg.det(rotation) == pytest.approx(1)
+        poses[name] = np.column_stack([rotation, translation])
+    points = np.loadtxt(model / "points3D.txt")
+    assert points.shape[1] == 8 and len(set(points[:, 0])) == len(points)
+    return float(fx), float(cx), float(cy), (int(width), int(height)), poses, points[:, 1:7]
+
+
+def seen_in_scene(points, f, cx, cy, pose):
+    """World points (n, 3) to pixels (n, 2), where the corner of the first pixel is (0, 0)."""
+    x, y, z = pose @ np.column_stack([points, np.ones(len(points))]).T
+    return np.column_stack([f * x / z + cx, f * y / z + cy])
+
+
+def middle(weights):
+    """The centre of mass (x, y), where the corner of the first pixel is (0, 0)."""
+    rows, columns = np.indices(weights.shape) + 0.5
+    return np.array([(weights * columns).sum(), (weights * rows).sum()]) / weights.sum()
+
+
+def middle_of_blob(picture, near):
+    left, top = np.floor(near).astype(int) - 9
+    return (left, top) + middle((picture[top : top + 19, left : left + 19, 0].astype(float) - 60).clip(0))
+
+
+def test_a_world_point_lies_on_its_detail_in_every_view_of_a_scene(with_points):
+    with_points.run("--scene", "0018/s3_all")
+    scene = with_points.folder / "scenes" / "0018_s3_all_000000"
+    f, cx, cy, size, poses, points = read_colmap(scene / "sparse/0")
+    assert (cx, cy) == (153, 128) and size == (306, 256)
+    calibration = synthetic_release.rig((256, 306))
+    assert f == pytest.approx(np.mean([calibration[f"{n:02d}"]["K"][[0, 1], [0, 1]] for n in SCENE_VIEWS]))
+    assert list(poses) == [f"{n:02d}.png" for n in SCENE_VIEWS]
+    for name, pose in poses.items():
+        picture, mask = cv2.imread(str(scene / "images" / name)), cv2.imread(str(scene / "masks" / name), -1)
+        assert picture.shape == (256, 306, 3) and mask.shape == (256, 306)
+        pixels = seen_in_scene(POINTS, f, cx, cy, pose)
+        for pixel in pixels:
+            assert np.hypot(*(middle_of_blob(picture, pixel) - pixel)) < 0.1
+        assert np.hypot(*(middle(mask) - pixels[0])) < 0.1
+        seen = seen_in_scene(points[:, :3], f, cx, cy, pose)
+        assert (seen > 0).all() and (seen < size).all()
+    assert len(points) == 20_000 and np.linalg.norm(points[:, :3].mean(0) - synthetic_release.CENTRE) < 0.01
+    assert np.median(points[:, 3:], axis=0).tolist() == [90, 60, 40]  # red, green, blue
+
+
+def test_a_world_point_lies_on_its_detail_in_every_picture_of_transforms_json(with_points):
+    folder = with_points.path("0018", "s3_all")
+    frames = json.loads((folder / "transforms.json").read_text())["frames"]
+    for frame in (frame for frame in frames if frame["timestep_id"] == "000000"):
+        camera = {"RT": np.array(frame["transform_matrix"]) * [1, -1, -1, 1]}
+        camera["K"] = np.array([[frame["fl_x"], 0, frame["cx"]], [0, frame["fl_y"], frame["cy"]], [0, 0, 1]])
+        camera["D"] = [frame[name] for name in ("k1", "k2", "p1", "p2", "k3")]
+        picture = cv2.imread(str(folder / frame["file_path"]))
+        for pixel in synthetic_release.project(POINTS, camera):
+            assert np.hypot(*(middle_of_blob(picture, pixel) - pixel)) < 0.1
+
+
+def test_a_scene_goes_without_damaged_pictures_and_replaces_the_one_before(with_points):
+    folder, scenes = with_points.path("0018", "s3_all"), with_points.folder / "scenes"
+    with_points.run("--scene", "0018/s3_all")
+    path = {n: folder / f"images/cam_{n:02d}/frame_000000.png" for n in SCENE_VIEWS}
+    path[3].write_bytes(cv2.imencode(".jpg", cv2.imread(str(path[3])))[1].tobytes()[:-500])  # shows its upper part
+    path[4].write_bytes(path[4].read_bytes()[:60] + b"x" * 5000 + path[4].read_bytes()[-12:])
+    cv2.imwrite(str(path[16]), np.zeros((300, 400, 3), np.uint8))  # of another size: it is warped to the common one
+    (folder / "masks/cam_25/frame_000000.png").write_bytes(b"no picture")
+    run = with_points.run("--scene", "0018/s3_all")
+    assert str(path[3]) in run.err and str(path[4]) in run.err and "4 view" in run.out
+    assert [path.name for path in scenes.iterdir()] == ["0018_s3_all_000000"]
+    scene = scenes / "0018_s3_all_000000"
+    left = ["16.png", "25.png", "48.png", "53.png"]
+    assert sorted(path.name for path in scene.glob("images/*")) == left == list(read_colmap(scene / "sparse/0")[4])
+    assert {cv2.imread(str(path)).shape for path in scene.glob("images/*")} == {(256, 306, 3)}
+    assert sorted(path.name for path in scene.glob("masks/*")) == ["16.png", "48.png", "53.png"]
+    for n in (3, 4, 48, 53):
+        path[n].write_bytes(b"")
+    assert "2 view" in with_points.run("--scene", "0018/s3_all").out
+    left = ["16.png", "25.png"]
+    for n in SCENE_VIEWS:
+        path[n].write_bytes(b"")
+    assert "no picture of frame 0 that can be read" in with_points.run("--scene", "0018/s3_all", expect=2).err
+    assert sorted(path.name for path in scene.glob("images/*")) == left and len(list(scenes.iterdir())) == 1
+
+
+def test_a_scene_of_a_camera_without_calibration_is_refused(with_points):
+    path = with_points.path("0018", "s3_all", "calibration", "cameras.json")
+    content = json.loads(path.read_text())
+    del content["cameras"]["48"]
+    path.write_text(json.dumps(content))
+    assert "no calibration for camera 48" in with_points.run("--scene", "0018/s3_all", expect=2).err
+    assert not (with_points.folder / "scenes").exists()
+
+
+def test_a_scene_takes_the_frame_that_is_asked_for(extracted):
+    assert "37 view" in extracted.run("--scene", "0018/s3_all", "--frame", "1").out  # camera 3 has none
+    scene = extracted.folder / "scenes" / "0018_s3_all_000001"
+    assert sorted(path.stem for path in scene.glob("images/*")) == [f"{n:02d}" for n in VIEWS_38 if n != 3]
+    assert not (scene / "masks").exists()

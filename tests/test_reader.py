@@ -72,13 +72,19 @@ def error(path, read):
     return message
 
 
+def iter_encoded(reader, modality, camera=None):
+    """Yield (number, stored bytes) of the pictures of a modality, or raise the first error."""
+    for entry in reader.entries(modality, camera):
+        yield entry.number, entry.read()
+
+
 def read_everything(reader):
     """Ask for what the file has, as the extraction does."""
     for modality in ("images", "masks"):
         for camera in reader.cameras(modality):
-            list(reader.iter_encoded(modality, camera))
+            list(iter_encoded(reader, modality, camera))
     for modality in ("uv_textures", "scan_masks"):
-        list(reader.iter_encoded(modality))
+        list(iter_encoded(reader, modality))
     for get in (reader.get_audio, reader.get_Calibration_all, reader.get_Keypoints3d, reader.get_scanmesh):
         get()
 
@@ -194,7 +200,7 @@ def test_cameras_are_those_with_data_whatever_num_device_says(copy):
         assert reader.cameras() == reader.cameras("masks") == [3, 25]
         assert reader.cameras("keypoints2d") == [25, 30] and reader.cameras("scan_masks") == [0, 25]
         assert reader.frame_numbers("images", 40) == reader.frame_numbers("images", 0) == []
-        assert list(reader.iter_encoded("images", 40)) == []
+        assert list(iter_encoded(reader, "images", 40)) == []
 
 
 def test_has_and_unknown_groups_tell_what_there_is(copy):
@@ -203,7 +209,7 @@ def test_has_and_unknown_groups_tell_what_there_is(copy):
         file.create_group("FLAME")  # empty
         del file["UV_texture"]
     with SMCReader(copy) as reader:
-        assert [name for name in renderme_360_reader_new.GROUPS if not reader.has(name)] == ["flame", "uv_textures"]
+        assert [name for name in renderme_360_reader_new.MODALITIES if not reader.has(name)] == ["flame", "uv_textures"]
         assert reader.unknown_groups() == ["Hands3d"] and reader.oddities == []
         assert reader.audio_info() == {"sample_rate": 48000, "channels": 2, "samples": 6400, "duration_s": 6400 / 48000}
 
@@ -249,11 +255,11 @@ def test_storage_and_shape_make_no_difference(tmp_path, smc, storage, column_sha
     synthetic.write_smc(path, "0018", "e0", **EVERYTHING, storage=storage, column_shape=column_shape)
     with SMCReader(path) as reader, SMCReader(smc) as plain:
         for modality in ("images", "masks"):
-            assert sorted(reader.iter_encoded(modality, 25)) == sorted(plain.iter_encoded(modality, 25))
+            assert sorted(iter_encoded(reader, modality, 25)) == sorted(iter_encoded(plain, modality, 25))
             assert reader.encoded(modality, "3", 10) == plain.encoded(modality, "3", 10)
-        assert dict(reader.iter_encoded("scan_masks")) == dict(plain.iter_encoded("scan_masks"))
+        assert dict(iter_encoded(reader, "scan_masks")) == dict(iter_encoded(plain, "scan_masks"))
         assert reader.encoded("scan_masks", 25) == plain.encoded("scan_masks", 25)
-        assert dict(reader.iter_encoded("uv_textures")) == dict(plain.iter_encoded("uv_textures"))
+        assert dict(iter_encoded(reader, "uv_textures")) == dict(iter_encoded(plain, "uv_textures"))
         assert np.array_equal(reader.get_audio()["audio"], plain.get_audio()["audio"])
         assert np.array_equal(reader.get_Calibration(59)["RT"], plain.get_Calibration(59)["RT"])
 
@@ -266,14 +272,14 @@ def test_pictures_come_in_stored_order_as_the_stored_bytes(tmp_path, options):
         for frame in order:
             file[f"Camera/25/color/{frame}"] = np.frombuffer(content[frame], np.uint8)
     with SMCReader(tmp_path / "shuffled.smc") as reader:
-        assert list(reader.iter_encoded("images", 25)) == [(frame, content[frame]) for frame in order]
+        assert list(iter_encoded(reader, "images", 25)) == [(frame, content[frame]) for frame in order]
         assert reader.frame_numbers("images", 25) == sorted(order)
         assert all(reader.encoded("images", 25, frame) == content[frame] for frame in order)
 
 
 def test_an_open_file_object_serves_as_well_as_a_path(smc):
     with open(smc, "rb") as source, SMCReader(source) as reader, SMCReader(smc) as plain:
-        assert list(reader.iter_encoded("images", 25)) == list(plain.iter_encoded("images", 25))
+        assert list(iter_encoded(reader, "images", 25)) == list(iter_encoded(plain, "images", 25))
         assert reader.oddities == []
 
 
@@ -288,7 +294,7 @@ def test_memory_stays_small_over_a_big_file_of_many_pictures(tmp_path):
         "before = used()\n"
         "with SMCReader(sys.argv[1]) as reader:\n"
         "    size = sum(len(data) for camera in reader.cameras()\n"
-        "               for _, data in reader.iter_encoded('images', camera))\n"
+        "               for data in (entry.read() for entry in reader.entries('images', camera)))\n"
         "print(size, used() - before)"
     )
     done = subprocess.run(
@@ -331,8 +337,8 @@ def pair(tmp_path):
 
 def test_a_pair_is_presented_as_one_performance(pair):
     with SMCReader(*pair) as reader, SMCReader(pair[0]) as raw, SMCReader(pair[1]) as anno:
-        assert list(reader.iter_encoded("images", 25)) == list(raw.iter_encoded("images", 25))
-        assert list(reader.iter_encoded("masks", 3)) == list(anno.iter_encoded("masks", 3))
+        assert list(iter_encoded(reader, "images", 25)) == list(iter_encoded(raw, "images", 25))
+        assert list(iter_encoded(reader, "masks", 3)) == list(iter_encoded(anno, "masks", 3))
         assert reader.cameras() == [3, 25] and reader.cameras("masks") == [3]
         assert (
             reader.has("audio") and reader.has("calibration") and reader.has("keypoints3d") and not reader.has("flame")
@@ -398,22 +404,47 @@ def test_an_error_names_the_file_of_the_pair_that_is_at_fault(pair):
 # ---- damaged files
 
 
-@pytest.mark.parametrize("content", [b"", b"no HDF5", b"\x89HDF\r\n\x1a\n", bytes(10_000)])
-def test_what_is_no_hdf5_file_is_an_error(tmp_path, content):
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "is empty"),
+        (b"<!DOCTYPE html>", "is no HDF5 file (it begins with '<!DOCTYPE ht')"),
+        (bytes(10_000), "is no HDF5 file"),
+        (b"\x89HDF\r\n\x1a\n", "is damaged"),
+        (b"\x89HDF\r\n\x1a\n" + b"\xff" * 10_000, "is damaged"),
+    ],
+)
+def test_what_is_no_hdf5_file_is_an_error_that_says_what_it_is(tmp_path, content, message):
     (tmp_path / "0018_s1_all_raw.smc").write_bytes(content)
-    assert "no SMC file" in error(tmp_path / "0018_s1_all_raw.smc", lambda reader: None)
+    assert f"0018_s1_all_raw.smc: {message}" in error(tmp_path / "0018_s1_all_raw.smc", lambda reader: None)
 
 
-def test_a_file_that_is_not_there_is_an_error(tmp_path):
-    for path in (tmp_path / "none.smc", tmp_path):
-        assert "there is no such file" in error(path, lambda reader: None)
+def test_a_file_that_is_not_there_or_a_folder_is_an_error(tmp_path):
+    assert "there is no such file" in error(tmp_path / "none.smc", lambda reader: None)
+    assert error(tmp_path, lambda reader: None) == f"{tmp_path.name}: is a folder"
 
 
-@pytest.mark.parametrize("left", [0.999, 0.5, 0.01])
-def test_a_file_that_is_cut_is_an_error(smc, tmp_path, left):
-    content = smc.read_bytes()
-    (tmp_path / "cut.smc").write_bytes(content[: int(left * len(content))])
-    assert "cut short or damaged" in error(tmp_path / "cut.smc", lambda reader: None)
+@pytest.mark.parametrize("libver", ["earliest", "v108", "latest"])
+@pytest.mark.parametrize("left", [0.999, 0.5])
+def test_a_file_that_is_cut_is_an_error_that_says_how_much_is_there(tmp_path, libver, left):
+    with h5py.File(tmp_path / "cut.smc", "w", libver=(libver, libver if libver == "v108" else "latest")) as file:
+        file["Camera/25/color/0"] = np.zeros(1_660_000, np.uint8)
+    size = os.path.getsize(tmp_path / "cut.smc")
+    os.truncate(tmp_path / "cut.smc", int(left * size))
+    assert (
+        error(tmp_path / "cut.smc", lambda reader: None) == f"cut.smc: is cut short: {left * size / 1e6:.2f} of 1.66 MB"
+    )
+
+
+def test_what_the_disk_does_is_no_damage_of_the_file(smc):
+    said = "Can't read data (file read failed: errno = 5, error message = 'Input/output error')"
+    with (
+        SMCReader(smc) as reader,
+        pytest.raises(OSError, match="Input/output error") as caught,
+        reader._files[0].reading("Camera"),
+    ):
+        raise RuntimeError(said)
+    assert caught.value.errno == 5
 
 
 @pytest.mark.parametrize(
@@ -433,16 +464,19 @@ def test_what_is_not_in_the_file_is_named(smc, path, read):
 
 WRONG = {
     "Calibration/25/K": (np.zeros((3, 4)), lambda reader: reader.get_Calibration(25)),
-    "Calibration/25/D": (np.array(["a"] * 5, "S1"), lambda reader: reader.get_Calibration_all()),
+    "Calibration/25/D": (np.array(["a"] * 5, "S1"), lambda reader: reader.get_Calibration(25)),
+    "Calibration/25/D ": (np.zeros(8), lambda reader: reader.get_Calibration(25)),
     "Calibration/25/RT": (np.full((4, 4), np.nan), lambda reader: reader.get_Calibration(25)),
     "Keypoints2d/25/0": (np.zeros((105, 2)), lambda reader: reader.get_Keypoints2d(25)),
     "Keypoints3d/0": (np.zeros((73, 3), complex), lambda reader: reader.get_Keypoints3d(0)),
-    "Camera/00/audio/audio": (np.zeros((5, 2), np.int16), lambda reader: reader.get_audio()),
-    "Camera/00/audio/sample_rate": (np.nan, lambda reader: reader.fps()),
-    "Camera/25/color/0": (np.zeros(10, np.uint16), lambda reader: list(reader.iter_encoded("images", 25))),
+    "Camera/00/audio/audio": (np.zeros((5, 2), np.uint32), lambda reader: reader.get_audio()),
+    "Camera/00/audio/audio ": (np.zeros((50, 50), np.float32), lambda reader: reader.audio_info()),
+    "Camera/00/audio/sample_rate": (np.nan, lambda reader: reader.audio_info()),
+    "Camera/00/audio/sample_rate ": (44100.5, lambda reader: reader.get_audio()),
+    "Camera/25/color/0": (np.zeros(10, np.uint16), lambda reader: list(iter_encoded(reader, "images", 25))),
     "Camera/25/color/2": (np.zeros((10, 2), np.uint8), lambda reader: reader.encoded("images", 25, 2)),
-    "Camera/25/mask/0": (h5py.Empty("u1"), lambda reader: list(reader.iter_encoded("masks", 25))),
-    "Camera/25/mask": (np.zeros(3), lambda reader: reader.has("masks")),
+    "Camera/25/mask/0": (h5py.Empty("u1"), lambda reader: list(iter_encoded(reader, "masks", 25))),
+    "Camera/25/mask": (np.zeros(3), lambda reader: reader.frame_numbers("masks", 25)),
     "Scan/vertex": (np.zeros(3), lambda reader: reader.get_scanmesh()),
     "Scan/vertex_indices": (np.zeros((3, 3)), lambda reader: reader.get_scanmesh()),
     "Scan/vertex_indices ": (np.full((3, 3), 10**10), lambda reader: reader.get_scanmesh()),
@@ -475,7 +509,7 @@ def test_a_group_and_a_data_set_are_not_the_same(copy, path):
         "Key": lambda r: r.get_Keypoints3d(),
         "FLA": lambda r: r.get_FLAME(),
     }
-    assert path in error(copy, read.get(path[:3], lambda reader: list(reader.iter_encoded("images", 25))))
+    assert path in error(copy, read.get(path[:3], lambda reader: list(iter_encoded(reader, "images", 25))))
 
 
 def test_entries_that_cannot_be_stacked_are_an_error(copy):
@@ -494,17 +528,28 @@ def test_a_picture_that_cannot_be_decoded_is_an_error_and_its_bytes_can_be_had(c
     with h5py.File(copy, "r+") as file:
         put(file, "Camera/25/color/0", content)
     with SMCReader(copy) as reader:
-        assert reader.encoded("images", 25, 0) == dict(reader.iter_encoded("images", 25))[0] == content
+        assert reader.encoded("images", 25, 0) == dict(iter_encoded(reader, "images", 25))[0] == content
     assert "Camera/25/color/0 cannot be decoded" in error(copy, lambda reader: reader.get_img(25, "color", 0))
     assert not probe_picture(content).whole
 
 
-def test_the_probe_of_a_picture_tells_format_size_and_completeness():
+def test_the_probe_of_a_picture_tells_format_size_and_completeness_whatever_follows():
     for suffix in ("jpg", "png"):
         data = cv2.imencode(f".{suffix}", np.zeros((20, 30), np.uint8))[1].tobytes()
         assert probe_picture(data) == (suffix, 20, 30, True)
         assert probe_picture(data[:-1]) == (suffix, 20, 30, False)
         assert not any(probe_picture(data[:length]).whole for length in range(len(data)))
+        for after in (bytes(1), bytes(1000), b"garbage", b"MPF" + data[: len(data) // 2]):
+            assert probe_picture(data + after) == (suffix, 20, 30, True)
+
+
+def test_a_preview_in_its_header_does_not_make_a_cut_jpeg_whole():
+    data = cv2.imencode(".jpg", np.random.default_rng(0).integers(0, 255, (40, 60), np.uint8))[1].tobytes()
+    preview = cv2.imencode(".jpg", np.zeros((8, 8), np.uint8))[1].tobytes()
+    with_preview = data[:2] + b"\xff\xe1" + (len(preview) + 2).to_bytes(2, "big") + preview + data[2:]
+    assert probe_picture(with_preview) == ("jpg", 40, 60, True)
+    assert not any(probe_picture(with_preview[:length]).whole for length in range(len(with_preview)))
+    assert not probe_picture(with_preview[: len(with_preview) // 2] + bytes(500)).whole
 
 
 # ---- hostile files
@@ -527,7 +572,7 @@ def test_only_what_lies_in_the_file_is_read(copy, secret, trick):
         del file["Camera/25/color/0"]
         trick(file, secret)
     for read in (
-        lambda reader: list(reader.iter_encoded("images", 25)),
+        lambda reader: list(iter_encoded(reader, "images", 25)),
         lambda reader: reader.encoded("images", 25, 0),
         lambda reader: reader.get_img(25, "color", 0),
     ):
@@ -555,7 +600,7 @@ def test_the_source_of_a_virtual_data_set_is_not_even_looked_at(tmp_path):
         h5py.h5d.create(file.create_group("Camera/25/color").id, b"0", h5py.h5t.STD_U8LE, space, properties)
     code = (
         "import sys; from renderme_360_reader_new import SMCReader\n"
-        "list(SMCReader(sys.argv[1]).iter_encoded('images', 25))"
+        "[entry.read() for entry in SMCReader(sys.argv[1]).entries('images', 25)]"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "virtual.smc"],
@@ -570,10 +615,10 @@ def test_the_source_of_a_virtual_data_set_is_not_even_looked_at(tmp_path):
 def test_a_link_at_the_top_is_refused(copy, secret):
     with h5py.File(copy, "r+") as file:
         at_the_top(file, secret)
-    assert "another place" in error(copy, lambda reader: reader.has("keypoints3d"))
+    assert "another place" in error(copy, lambda reader: reader.has("keypoints3d") and reader.get_Keypoints3d(0))
 
 
-NAMES = ["..", "025", "1e3", "-1", "٣", "5 ", "+5", "a" * 60_000, "new\nline", "\x1b[2J", "１", "0x1"]
+NAMES = ["..", "1e3", "-1", "٣", "5 ", "+5", "a" * 60_000, "new\nline", "\x1b[2J", "１", "0x1"]
 
 
 def test_odd_names_are_never_used_and_noted(copy):
@@ -592,11 +637,11 @@ def test_odd_names_are_never_used_and_noted(copy):
     with SMCReader(copy) as reader:
         assert reader.cameras() == [3, 25] and reader.cameras("scan_masks") == [0, 25]
         assert (
-            [number for number, _ in sorted(reader.iter_encoded("images", 25))]
+            [number for number, _ in sorted(iter_encoded(reader, "images", 25))]
             == reader.frame_numbers("masks", 25)
             == FRAMES
         )
-        assert len(list(reader.iter_encoded("uv_textures"))) == 4 and len(reader.get_Calibration_all()) == 60
+        assert len(list(iter_encoded(reader, "uv_textures"))) == 4 and len(reader.get_Calibration_all()) == 60
         assert reader.get_Keypoints3d().shape == (4, 73, 3)
         for group in ("Camera has", "Camera/25/color has", "ScanMask has", "Keypoints3d has"):
             assert any(f"{group} entries that are left out" in oddity for oddity in reader.oddities)
@@ -680,7 +725,7 @@ def test_a_data_set_that_claims_more_than_it_has_is_an_error(copy, shape, option
         file["Camera/00/audio"].create_dataset("audio", (shape[0], 2), np.float32)
     assert copy.stat().st_size < 10_000_000
     for read in (
-        lambda reader: list(reader.iter_encoded("images", 25)),
+        lambda reader: list(iter_encoded(reader, "images", 25)),
         lambda reader: reader.get_img(25, "color", 0),
         lambda reader: reader.get_Calibration(25),
         lambda reader: reader.get_audio(),
@@ -696,7 +741,7 @@ def test_one_picture_linked_many_times_is_an_error(tmp_path, options):
         for frame in range(1, 2000):
             color[str(frame)] = picture
     assert "claim 600000000 bytes" in error(
-        tmp_path / "links.smc", lambda reader: list(reader.iter_encoded("images", 25))
+        tmp_path / "links.smc", lambda reader: list(iter_encoded(reader, "images", 25))
     )
 
 
@@ -707,7 +752,7 @@ def test_pictures_that_unpack_to_far_more_than_the_file_are_an_error(tmp_path):
                 f"Camera/25/color/{frame}", data=np.zeros(5_000_000, np.uint8), chunks=(1_000_000,), compression="gzip"
             )
     assert "claim 100000000 bytes" in error(
-        tmp_path / "bomb.smc", lambda reader: next(reader.iter_encoded("images", 25))
+        tmp_path / "bomb.smc", lambda reader: next(iter_encoded(reader, "images", 25))
     )
 
 
@@ -770,3 +815,219 @@ def test_a_file_that_is_open_with_h5py_already_can_be_read(tmp_path):
         smc["Camera/25/color/0"] = np.arange(5, dtype=np.uint8)
     with h5py.File(tmp_path / "x.smc"), SMCReader(tmp_path / "x.smc") as reader:
         assert reader.encoded("images", 25, 0) == bytes(range(5))
+
+
+# ---- what is unusual
+
+
+@pytest.mark.parametrize("color", ["{:06d}", "{:02d}", "{:d}"])
+@pytest.mark.parametrize("camera", ["{:03d}", "{:02d}", "{:d}"])
+def test_padded_names_are_the_numbers_that_they_say(smc, copy, color, camera):
+    with h5py.File(copy, "r+") as file:
+        for parent in ("Camera", "Calibration", "Keypoints2d", "ScanMask"):
+            for name in list(file[parent]):
+                file.move(f"{parent}/{name}", f"{parent}/x{name}")
+            for name in list(file[parent]):
+                file.move(f"{parent}/{name}", f"{parent}/{camera.format(int(name[1:]))}")
+        for n in (3, 25):
+            for group in (f"Camera/{camera.format(n)}/color", f"Camera/{camera.format(n)}/mask", "Keypoints3d"):
+                for name in list(file[group]):
+                    if color.format(int(name)) != name:
+                        file.move(f"{group}/{name}", f"{group}/{color.format(int(name))}")
+    with SMCReader(copy) as reader, SMCReader(smc) as plain:
+        for modality in ("images", "masks", "keypoints2d", "scan_masks"):
+            assert reader.cameras(modality) == plain.cameras(modality)
+        assert reader.frame_numbers("images", 25) == FRAMES
+        assert list(iter_encoded(reader, "images", 3)) == list(iter_encoded(plain, "images", 3))
+        assert len(reader.places("images", 25, [0, 5])) == 2
+        assert reader.encoded("scan_masks", 25) == plain.encoded("scan_masks", 25)
+        assert np.array_equal(reader.get_img("25", "color", 10), plain.get_img("25", "color", 10))
+        assert np.array_equal(reader.get_img("03", "mask"), plain.get_img("03", "mask"))
+        assert np.array_equal(reader.get_Calibration(7)["K"], plain.get_Calibration(7)["K"])
+        assert np.array_equal(reader.get_Keypoints2d(30, 0), plain.get_Keypoints2d(30, 0))
+        assert np.array_equal(reader.get_Keypoints3d(), plain.get_Keypoints3d())
+        assert np.array_equal(reader.get_audio()["audio"], plain.get_audio()["audio"]) and reader.fps() == 30
+        usual = (camera.format(0), color.format(0)) == ("00", "0")
+        assert bool(reader.oddities) != usual and all("are padded" in oddity for oddity in reader.oddities)
+
+
+def test_of_two_names_for_one_number_the_usual_one_counts_and_the_other_is_noted(copy):
+    with h5py.File(copy, "r+") as file:
+        put(file["Camera/25/color"], "0002", b"other")
+        put(file["Camera"], "7/color/0", b"other")
+        put(file["Camera"], "07/color/0", b"usual")
+    with SMCReader(copy) as reader:
+        assert reader.cameras() == [3, 7, 25] and reader.frame_numbers("images", 25) == FRAMES
+        assert reader.encoded("images", 7, 0) == b"usual"
+        assert b"other" not in dict(iter_encoded(reader, "images", 25)).values()
+        assert "Camera has entries that are left out: 7" in reader.oddities[0]
+        assert "Camera/25/color has entries that are left out: 0002" in reader.oddities[1]
+
+
+def test_a_group_without_a_name_that_is_understood_is_an_error_and_not_an_empty_group(copy):
+    with h5py.File(copy, "r+") as file:
+        for name in list(file["Camera/25/color"]):
+            file.move(f"Camera/25/color/{name}", f"Camera/25/color/frame_{name}")
+    assert "Camera/25/color has no numbers for names, but 'frame_0'" in error(
+        copy, lambda reader: list(iter_encoded(reader, "images", 25))
+    )
+
+
+def test_arrays_may_have_axes_of_length_one(smc, copy):
+    with h5py.File(copy, "r+") as file:
+        for path, shape in {
+            "Calibration/07/D": (1, 5),
+            "Calibration/08/D": (5, 1),
+            "Calibration/07/K": (1, 3, 3),
+            "Calibration/07/RT": (4, 4, 1),
+            "Keypoints2d/25/0": (1, 106, 2),
+            "Keypoints3d/0": (73, 3, 1),
+            "Scan/vertex": (1, -1, 3),
+        }.items():
+            value = file[path][()].reshape(shape)
+            del file[path]
+            file[path] = value
+    with SMCReader(copy) as reader, SMCReader(smc) as plain:
+        for camera in (7, 8):
+            for name, value in plain.get_Calibration(camera).items():
+                assert np.array_equal(reader.get_Calibration(camera)[name], value)
+        assert np.array_equal(reader.get_Keypoints2d(25), plain.get_Keypoints2d(25))
+        assert np.array_equal(reader.get_Keypoints3d(), plain.get_Keypoints3d())
+        assert np.array_equal(reader.get_scanmesh()["vertex"], plain.get_scanmesh()["vertex"])
+
+
+def test_a_distortion_of_four_numbers_has_none_for_k3(copy):
+    with h5py.File(copy, "r+") as file:
+        del file["Calibration/07/D"]
+        file["Calibration/07/D"] = [1.0, 2, 3, 4]
+    with SMCReader(copy) as reader:
+        assert reader.get_Calibration(7)["D"].tolist() == [1, 2, 3, 4, 0]
+
+
+def test_a_camera_without_a_pose_is_an_error_and_missing_among_all(copy):
+    with h5py.File(copy, "r+") as file:
+        file["Calibration/07/RT"][...] = np.nan
+    assert "Calibration/07 holds values that are no finite numbers" in error(copy, lambda r: r.get_Calibration(7))
+    with SMCReader(copy) as reader:
+        assert len(reader.get_Calibration_all()) == 59 and "07" not in reader.get_Calibration_all()
+        (fault,) = [entry for entry in reader.entries("calibration") if entry.number == 7]
+        with pytest.raises(SMCError, match="Calibration/07"):
+            fault.read()
+
+
+SAMPLES = np.random.default_rng(3).integers(-(2**15), 2**15, (700, 2)).astype(np.int16)
+
+
+@pytest.mark.parametrize(
+    "stored, expected",
+    [
+        (SAMPLES[:, 0], SAMPLES[:, :1]),
+        (SAMPLES[:, :1], SAMPLES[:, :1]),
+        (SAMPLES[None, :, 0], SAMPLES[:, :1]),
+        (SAMPLES.T, SAMPLES),
+        (SAMPLES[None], SAMPLES),
+        (SAMPLES.astype(">i2"), SAMPLES),
+        (SAMPLES.astype(np.int32) * 65536, SAMPLES.astype(np.int32) * 65536),
+        ((SAMPLES // 256 + 128).astype(np.uint8), SAMPLES // 256 * 256),
+        ((SAMPLES // 256).astype(np.int8), SAMPLES // 256 * 256),
+        (SAMPLES / 32768, SAMPLES / 32768),
+        ((SAMPLES / 32768).astype(np.float32).T, (SAMPLES / 32768).astype(np.float32)),
+    ],
+)
+@pytest.mark.parametrize("rate", [48000, [48000], np.float64(48000)])
+def test_sound_of_any_form_is_samples_by_channels(copy, stored, expected, rate):
+    with h5py.File(copy, "r+") as file:
+        del file["Camera/00/audio"]
+        file["Camera/00/audio/audio"], file["Camera/00/audio/sample_rate"] = stored, rate
+    with SMCReader(copy) as reader:
+        found = reader.get_audio()
+        assert found["audio"].dtype == expected.dtype and np.array_equal(found["audio"], expected)
+        assert found["sample_rate"] == 48000 and type(found["sample_rate"]) is int
+        info = reader.audio_info()
+        assert (info["samples"], info["channels"]) == expected.shape and len(reader.oddities) == (
+            stored.dtype != np.float32 or stored.shape != expected.shape
+        )
+
+
+def as_list_of_bytes(data):
+    array = np.empty(1, object)
+    array[0] = np.frombuffer(data, np.uint8)
+    return {"data": array, "dtype": h5py.vlen_dtype(np.uint8)}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda data: {"data": np.frombuffer(data, np.uint8)[None]},
+        lambda data: {"data": np.frombuffer(data, np.uint8)[:, None, None]},
+        lambda data: {"data": np.frombuffer(data, np.uint8)[None], "chunks": (1, 100)},
+        lambda data: {"data": np.frombuffer(data, np.int8)},
+        lambda data: {"data": np.void(data)},
+        lambda data: {"data": np.bytes_(data)},
+        lambda data: {"data": np.frombuffer(data, "S1")},
+        as_list_of_bytes,
+    ],
+)
+def test_pictures_may_be_stored_as_any_type_of_bytes(copy, form):
+    with h5py.File(copy, "r+") as file:
+        picture = file["Camera/25/color/0"][()].tobytes()
+        del file["Camera/25/color/0"]
+        file["Camera/25/color"].create_dataset("0", **form(picture))
+    with SMCReader(copy) as reader:
+        assert dict(iter_encoded(reader, "images", 25))[0] == reader.encoded("images", 25, 0) == picture
+
+
+def test_entries_that_cannot_be_read_cost_themselves_alone(copy):
+    with h5py.File(copy, "r+") as file:
+        del file["Camera/25/color/0"], file["Camera/25/color/2"], file["Keypoints3d/2"]
+        file["Camera/25/color/0"] = h5py.SoftLink("/Camera/25/color/5")
+        file["Camera/25/color/2"] = np.zeros((10, 2), np.uint8)
+        file["Keypoints3d/2"] = "text"
+    with SMCReader(copy) as reader:
+        assert reader.frame_numbers("images", 25) == FRAMES
+        for modality, camera, bad in (("images", 25, {0, 2}), ("keypoints3d", None, {2})):
+            read = set()
+            for entry in reader.entries(modality, camera):
+                with contextlib.suppress(SMCError):
+                    entry.read()
+                    read.add(entry.number)
+            assert read == set(FRAMES) - bad
+
+
+NAMES_OF_FILES = {
+    "0018_s1_all_raw.smc": True,
+    "Copy of 0018_s1_all_raw.smc": True,
+    "Copy of Copy of 0018_s1_all_raw (2).smc": True,
+    "Kopie von 0018_s1_all_raw.smc": True,
+    "0018_s1_all_raw.smc的副本": True,
+    "0018_s1_all_raw.smc のコピー": True,
+    "0018_s1_all_raw (1).smc": True,
+    "0018_s1_all_raw.smc (1)": True,
+    "0018_s1_all_raw - Copy.smc": True,
+    "0018_s1_all_raw的副本.smc": True,
+    "副本0018_s1_all_raw.smc": True,
+    "10018_s1_all_raw.smc": False,
+    "a0018_s1_all_raw.smc": False,
+    "._0018_s1_all_raw.smc": False,
+    "0018_s1_all_raw2.smc": False,
+    "0018_s1_all_raw_old.smc": False,
+    "0018_s1_all.smc": False,
+    "0018_s1_all_raw.smc.partial": False,
+    "0018_s1_all_raw.smc.a1b2c3d4.partial": False,
+    "0018_s1_all_raw.smc的副本.a1b2c3d4.partial": False,
+    "0018_s1_all_raw.smc.crdownload": False,
+    "0018_s1_all_raw.smc.selected": False,
+    "0018_s1_all_raw.smc~": False,
+    "0018_s1_all_raw.smc\n": False,
+    "0018_s2_all_raw.smc␊0018_s1_all_raw.smc": False,
+    "Copy\x1bof 0018_s1_all_raw.smc": False,
+    "0018_s1_all_raw \x9b.smc": False,
+    "0018_s1_all_raw.smc \n(1)": False,
+}
+
+
+@pytest.mark.parametrize("name", NAMES_OF_FILES)
+def test_a_copy_of_a_file_is_known_by_the_usual_name_within_its_own(name):
+    match = renderme_360_reader_new.SMC_NAME.fullmatch(name)
+    assert bool(match) == NAMES_OF_FILES[name]
+    assert not match or match.group("subject", "performance", "half") == ("0018", "s1_all", "raw")
