@@ -45,14 +45,23 @@ def job_and_config(folder, verify="fast", cameras=None):
         f"storage: {{temp_dir: release, output_dir: subjects, min_free_gb: 0}}\nprocessing: {{verify: {verify}}}\n"
     )
     smc = folder / SMC
-    remote = tool.RemoteFile("0018/0018_s3_all_raw.smc", smc.stat().st_size, None, 0)
-    job = tool.Job("0018", "s3_all", [remote], cameras, tool.DEFAULT_MODALITIES)
+    remote = tool.RemoteFile("0018/0018_s3_all_raw.smc", smc.stat().st_size, "", None)
+    job = tool.Job("0018", "s3_all", (remote,), cameras, tuple(tool.DEFAULT_MODALITIES))
     return job, tool.load_config(str(folder / "config.yaml"))
+
+
+class NoProgress:
+    """What shows how far an extraction is, to nobody."""
+
+    @staticmethod
+    def extraction(job):
+        return lambda **numbers: None
 
 
 def ours(folder, verify="fast", cameras=None):
     job, config = job_and_config(folder, verify, cameras)
-    tool.extract_apart(job, config)
+    with tool.ForkServer() as children:
+        tool.extract_in_child(job, config, None, children, NoProgress)
     tool.put_in_place(config.partial_of("0018", "s3_all"), config.folder_of("0018", "s3_all"))
 
 

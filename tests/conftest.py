@@ -163,6 +163,11 @@ class Workspace:
     def manifest(self):
         return self.folder / self.settings["storage"].get("manifest", "MANIFEST.csv")
 
+    def rclone_calls(self, command):
+        """How often the last run has called rclone with a command such as "copy"; it logs each call."""
+        log = max((self.folder / "logs").iterdir(), key=os.path.getmtime).read_text()
+        return len(re.findall(rf"running \S*rclone {command} ", log))
+
     @property
     def temp(self):
         return self.folder / self.settings["storage"]["temp_dir"]
@@ -238,8 +243,12 @@ def tree(folder):
     for path in sorted(Path(folder).rglob("*")):
         if path.is_file():
             content = path.read_bytes()
-            if path.name == "info.json":
-                content = json.dumps({**json.loads(content), "extracted_at": ""}).encode()
+            if (
+                path.name == "info.json"
+            ):  # not its time; nor the md5, which a remote without them tells only now and then
+                info = json.loads(content)
+                sources = [{**source, "md5": None} for source in info["source"]]
+                content = json.dumps({**info, "extracted_at": "", "source": sources}).encode()
             found[str(path.relative_to(folder))] = hashlib.md5(content).hexdigest()
         else:
             found[str(path.relative_to(folder))] = "folder"

@@ -1,4 +1,4 @@
-"""Damaged SMC files for the tests: mutations with a fixed seed; and what there is in a folder, links included."""
+"""Damaged and hostile SMC files for the tests: mutations with a fixed seed, and pictures that lie in another file."""
 
 import hashlib
 import os
@@ -7,8 +7,10 @@ import re
 import struct
 
 import h5py
+import numpy as np
 
 SIGNATURES = re.compile(rb"TREE|SNOD|HEAP|GCOL|OHDR|FRHP|BTHD|FSHD|\x89HDF")
+SECRET = b"\xff\xd8\xffthe secret of this host"
 WORDS = (0, 1, 2**8 - 1, 2**16 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 2**63, 2**64 - 1)
 
 
@@ -63,6 +65,40 @@ def mutations(path, count, seed):
                 new = changes[change](content[at:])
                 content[at : at + len(new)] = new
         yield f"{change} {place} {number}", bytes(content)
+
+
+def write_secret(path):
+    """Write an HDF5 file with something that must not come out."""
+    with h5py.File(path, "w") as file:
+        file["here"] = np.frombuffer(SECRET, np.uint8)
+        file["0"] = file["color/0"] = file["here"]
+
+
+def soft(file, secret):
+    file["Camera/25/color/0"] = h5py.SoftLink("/Camera/25/color/2")
+
+
+def external(file, secret):
+    file["Camera/25/color/0"] = h5py.ExternalLink(str(secret), "here")
+
+
+def external_storage(file, secret):
+    place = str(secret), secret.read_bytes().find(SECRET), len(SECRET)
+    file["Camera/25/color"].create_dataset("0", (len(SECRET),), np.uint8, external=[place])
+
+
+def virtual(file, secret):
+    layout = h5py.VirtualLayout((len(SECRET),), np.uint8)
+    layout[:] = h5py.VirtualSource(str(secret), "here", (len(SECRET),))
+    file["Camera/25/color"].create_virtual_dataset("0", layout)
+
+
+def at_the_top(file, secret):
+    del file["Keypoints3d"]
+    file["Keypoints3d"] = h5py.ExternalLink(str(secret), "/")
+
+
+LINKS = (soft, external, external_storage, virtual)  # each puts such a picture in the place of frame 0 of camera 25
 
 
 def snapshot(folder, without=()):

@@ -28,6 +28,18 @@ S3_VIEWS = "0 1 3 4 5 7 9 11 13 15 16 17 19 20 21 23 24 25 27 28 29 31 32 33 35 
 S3_VIEWS = tuple(map(int, S3_VIEWS.split()))
 ALL_VIEWS = tuple(range(60))
 KEYPOINT_VIEWS = tuple(range(18, 33))  # the cameras in front of the face
+MODALITIES = [
+    "images",
+    "masks",
+    "audio",
+    "calibration",
+    "keypoints2d",
+    "keypoints3d",
+    "flame",
+    "uv_textures",
+    "scan",
+    "scan_masks",
+]
 SAMPLE_RATE = 48000
 MOUTH_STEPS = 4  # the files have the mouth in 0, 1/4 ... 1, so that few pictures need rendering
 
@@ -529,11 +541,9 @@ def write_smc(
     """Write one SMC file with just the groups that are asked for.
 
     cameras, masks, keypoints2d, scan_masks: the cameras (int) that have pictures, masks, …
-    frame_ids: int, may have gaps
-    size: (height, width) of the pictures; jpeg_bytes: about how large each is to be (None: as it comes)
+    frame_ids: int, may have gaps; size: (height, width) of the pictures; jpeg_bytes: about how large each is to be
     distinct: render only so many pictures per camera and repeat them under other labels (large files in little time)
-    gaps: {camera: [frames that are left out]}
-    damaged: {(camera, frame): "cut" | "garbage" | "empty" | "zeroed"}, see `damage`
+    gaps: {camera: [frames that are left out]}; damaged: {(camera, frame): a word that `damage` knows}
     audio_seconds: None for no audio; audio: "pcm16" | "float", see `speech_audio`
     storage: "contiguous" | "chunked" | "gzip"; column_shape: pictures are (N, 1), not (N,)
     """
@@ -541,27 +551,20 @@ def write_smc(
     fps = len(frame_ids) / audio_seconds if audio_seconds else 30.0
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as smc:
-        writer = _SMCWriter(smc, subject, performance, tuple(size), frame_ids, fps, distortion, storage, column_shape)
-        writer.attributes()
+        write = _SMCWriter(smc, subject, performance, tuple(size), frame_ids, fps, distortion, storage, column_shape)
+        write.attributes()
         if images:
-            writer.images(cameras, jpeg_bytes, distinct, gaps or {}, damaged or {})
-        writer.masks(masks)
+            write.images(cameras, jpeg_bytes, distinct, gaps or {}, damaged or {})
+        write.masks(masks)
         if audio_seconds is not None:
-            writer.audio(audio_seconds, audio)
-        if calibration:
-            writer.calibration()
-        if keypoints2d:
-            writer.keypoints2d(keypoints2d)
-        if keypoints3d:
-            writer.keypoints3d()
-        if flame:
-            writer.flame()
-        if uv_textures:
-            writer.uv_textures()
-        if scan:
-            writer.scan()
-        if scan_masks:
-            writer.scan_masks(scan_masks)
+            write.audio(audio_seconds, audio)
+        for part, views in ((write.keypoints2d, keypoints2d), (write.scan_masks, scan_masks)):
+            if views:
+                part(views)
+        parts = {write.calibration: calibration, write.keypoints3d: keypoints3d, write.flame: flame}
+        for part, asked in {**parts, write.uv_textures: uv_textures, write.scan: scan}.items():
+            if asked:
+                part()
 
 
 def write_subject(

@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import os
-import re
 import shutil
 import threading
 import time
@@ -46,12 +45,7 @@ def test_a_disk_that_fills_during_the_download_stops_the_run_and_a_rerun_finishe
     wait_for(lambda: any(temp.rglob("*.smc*")))
     fill(temp, leave=100_000)
     output = run.communicate(timeout=120)[0]
-    assert (
-        run.returncode == 3
-        and "Move finished subjects away" in output
-        and "free" in output
-        and "Traceback" not in output
-    )
+    assert run.returncode == 3 and str(temp) in output and "free" in output and "Traceback" not in output
     assert "completed" not in (workspace.manifest.read_text() if workspace.manifest.exists() else "")
     (temp / "filler").unlink()
     workspace.write_config(google_drive={"rclone_flags": flags[:2]})
@@ -81,9 +75,7 @@ def test_a_disk_that_fills_during_the_extraction_stops_the_run_and_a_rerun_finis
     finally:
         stop.set()
         filler.join()
-    assert (
-        re.search("0018/s[13]_all: No space left on device", run.err) and "free" in run.err
-    )  # the other may be at work still
+    assert str(output_disk) in run.err and "free" in run.err
     assert not workspace.manifest.exists() or workspace.states == {("0018", "s1_all"): "completed"}, workspace.rows
     assert (
         not list(output_disk.rglob(".*.partial")) and (workspace.folder / "temp_smc/0018/0018_s3_all_raw.smc").exists()
@@ -105,7 +97,7 @@ def test_a_disk_that_is_full_when_the_sound_is_written_stops_the_run(tmp_path, r
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     workspace.write_config(storage={"output_dir": str(output_disk)}, extraction={"performances": ["s1_all"]})
     run = workspace.run(expect=3)
-    assert "0018/s1_all: No space left on device" in run.err and not workspace.manifest.exists()
+    assert str(output_disk) in run.err and "s1_all" in run.err and workspace.rows == []
 
 
 def test_a_disk_that_is_full_when_the_row_is_written_leaves_no_half_row(tmp_path, release, small_disk):

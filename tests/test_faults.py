@@ -17,7 +17,7 @@ from machine import extracting, fill, immutable, kill_extraction, processes_belo
 
 SUBJECTS = ["0018", "0019", "0026"]
 PERFORMANCES = ["s1_all", "s3_all"]
-IMPATIENT = ["--low-level-retries", "2", "--retries", "1", "--contimeout", "2s", "--timeout", "5s"]
+IMPATIENT = ["--low-level-retries", "1", "--retries", "1", "--contimeout", "2s", "--timeout", "5s"]
 
 
 @pytest.fixture(scope="module")
@@ -585,7 +585,21 @@ def test_a_lock_file_that_is_removed_does_not_end_the_run(workspace, drive):
     assert code == 0 and workspace.has_everything(), said
 
 
-# ---- the terminal
+# ---- signals and the terminal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_of_an_extraction_is_no_fault_of_the_file(long_run, number):
+    """As Ctrl-C, SLURM and a terminal send it: to the extracting process too."""
+    run = long_run.start(start_new_session=True)
+    wait_for(lambda: extracting(run) or run.poll() is not None)
+    os.killpg(run.pid, number)
+    code, said = end_of(run)
+    assert code == 128 + number and "failed" not in [row["status"] for row in long_run.rows], said
+    wait_for(lambda: subprocess.run(["pgrep", "-s", str(run.pid)], check=False, capture_output=True).returncode == 1)
+    assert all(path.name.endswith("_raw.smc") or path.is_dir() for path in long_run.leftovers())
+    long_run.run()
+    assert long_run.has_everything()
 
 
 def test_a_hangup_ends_the_run_with_129_and_cleans_up(workspace, drive):

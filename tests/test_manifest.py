@@ -17,10 +17,11 @@ def one(workspace):
     return workspace
 
 
-def did_something(workspace, **options):
-    before = workspace.manifest.read_bytes()
-    workspace.run(**options)
-    return workspace.manifest.read_bytes() != before
+def did_something(workspace):
+    """Whether a run has extracted something, or written a row."""
+    before, folders = len(workspace.rows), sorted(workspace.path().glob("*/*"))
+    workspace.run()
+    return len(workspace.rows) > before or sorted(workspace.path().glob("*/*")) != folders
 
 
 @pytest.mark.parametrize(
@@ -50,9 +51,7 @@ def did_something(workspace, **options):
 )
 def test_a_done_row_is_read_however_it_was_written(one, content):
     one.manifest.write_bytes(content.encode())
-    rows = len(one.rows)
-    one.run()
-    assert len(one.rows) == rows and not one.path("0018").exists()
+    assert not did_something(one)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +131,7 @@ def test_the_work_over_finished_subjects_grows_no_faster_than_their_number(works
         assert workspace.manifest.stat().st_mtime_ns == before.st_mtime_ns
         return count
 
-    start_up, some, many = calls(1), calls(100), calls(500)
+    start_up, some, many = calls(1), calls(50), calls(250)
     assert many - start_up < 6 * (some - start_up)
 
 

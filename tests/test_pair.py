@@ -9,18 +9,7 @@ import pytest
 import synthetic_release
 from conftest import Workspace, stored_pictures, written_pictures
 
-EVERYTHING = [
-    "images",
-    "masks",
-    "audio",
-    "calibration",
-    "keypoints2d",
-    "keypoints3d",
-    "flame",
-    "uv_textures",
-    "scan",
-    "scan_masks",
-]
+EVERYTHING = synthetic_release.MODALITIES
 VIEWS = (0, 24, 25)
 
 

@@ -1,7 +1,7 @@
 """`download: selective`: the real rclone against the fake Drive, which counts the bytes that it sends.
 
-The byte counts are those of an s3_all scaled down: 38 views as in the release, with 40 pictures of 20 kB instead of 486
-of 0.33 MB, so 33 MB instead of 6 GB. What is read besides the pictures (about 200 small blocks to find out what the
+The byte counts are those of an s3_all scaled down: 38 views as in the release, with 24 pictures of 20 kB instead of 486
+of 0.33 MB, so 20 MB instead of 6 GB. What is read besides the pictures (about 200 small blocks to find out what the
 file has) does not shrink with it: the limits here are tighter, relative to the file, than they are for a real one.
 
     python tests/test_selective.py [MB/s [latency in s]]       a table of times, full and selective, for 1.3 GB
@@ -47,7 +47,7 @@ def stored_bytes(path, cameras):
 
 @pytest.fixture(scope="module")
 def s3_all(tmp_path_factory):
-    """A release with one s3_all of 33 MB; not to be changed."""
+    """A release with one s3_all of 20 MB; not to be changed."""
     folder = tmp_path_factory.mktemp("large")
     path = folder / "0018/0018_s3_all_raw.smc"
     synthetic_release.write_smc(
@@ -55,11 +55,11 @@ def s3_all(tmp_path_factory):
         "0018",
         "s3_all",
         cameras=VIEWS,
-        frame_ids=range(40),
+        frame_ids=range(24),
         size=(128, 153),
         jpeg_bytes=30000,
         distinct=1,
-        audio_seconds=2.67,
+        audio_seconds=1.6,
     )
     return folder
 
@@ -72,7 +72,7 @@ def large(tmp_path, s3_all):
 
 @pytest.fixture
 def small(tmp_path):
-    """A release of its own with three performances of camera 24, 2 MB each: of camera 25 they would be copied."""
+    """A release of its own with three performances of camera 24, 1 MB each: of camera 25 they would be copied."""
     release = tmp_path / "release"
     for name in ("s1_all", "s2_all", "s4_all"):
         synthetic_release.write_smc(
@@ -80,11 +80,11 @@ def small(tmp_path):
             "0018",
             name,
             cameras=[24],
-            frame_ids=range(60),
+            frame_ids=range(30),
             size=(128, 153),
             jpeg_bytes=30000,
             distinct=1,
-            audio_seconds=2,
+            audio_seconds=1,
         )
     with FakeDrive(release) as drive:
         workspace = SelectiveWorkspace(tmp_path / "work", drive, release)
@@ -171,20 +171,6 @@ def test_with_all_cameras_that_the_release_has_the_file_is_copied_and_its_md5_ch
     assert large.drive.count("media") == 1
 
 
-MODALITIES = [
-    "images",
-    "masks",
-    "audio",
-    "calibration",
-    "keypoints2d",
-    "keypoints3d",
-    "flame",
-    "uv_textures",
-    "scan",
-    "scan_masks",
-]
-
-
 def test_room_for_one_file_at_a_time_is_enough(tmp_path):
     names = ["s1_all", "s2_all", "s4_all"]
     synthetic_release.write_subject(
@@ -214,7 +200,7 @@ def test_masks_that_are_not_asked_for_are_not_fetched(tmp_path):
     )
     anno = next((tmp_path / "release").rglob("*_anno.smc"))
     with h5py.File(anno, "r+") as smc:  # larger than the blocks that are fetched to find out what there is
-        smc.create_dataset("Camera/59/mask/0", data=np.frombuffer(os.urandom(8_000_000), np.uint8))
+        smc.create_dataset("Camera/59/mask/0", data=np.frombuffer(os.urandom(4_000_000), np.uint8))
     with FakeDrive(tmp_path / "release") as drive:
         workspace = SelectiveWorkspace(tmp_path / "work", drive, tmp_path / "release")
         workspace.write_config(
@@ -240,7 +226,11 @@ def test_every_modality_is_the_same_as_in_a_full_download(tmp_path, storage):
     with FakeDrive(release) as drive:
         workspace = SelectiveWorkspace(tmp_path / "work", drive, release)
         workspace.write_config(
-            extraction={"performances": ["e0", "s1_all"], "cameras": [18, 25, 33], "modalities": MODALITIES}
+            extraction={
+                "performances": ["e0", "s1_all"],
+                "cameras": [18, 25, 33],
+                "modalities": synthetic_release.MODALITIES,
+            }
         )
         workspace.run()
         assert workspace.tree() == full_tree(workspace, tmp_path)
@@ -254,18 +244,18 @@ def test_a_file_in_another_order_is_read_all_the_same(tmp_path):
         "0018",
         "s3_all",
         cameras=[0, 25, 40],
-        frame_ids=range(40),
+        frame_ids=range(20),
         size=(256, 306),
         jpeg_bytes=60000,
         distinct=1,
-        audio_seconds=2.7,
+        audio_seconds=1.35,
     )
     with h5py.File(path) as old, h5py.File(tmp_path / "new.smc", "w") as new:
         for name, value in old.attrs.items():
             new.attrs[name] = value
         new.create_group("Camera").attrs.update(old["Camera"].attrs)
         old.copy("Calibration", new)
-        for frame in range(40):
+        for frame in range(20):
             for camera in ("40", "25", "00"):
                 new.create_dataset(f"Camera/{camera}/color/{frame}", data=old[f"Camera/{camera}/color/{frame}"][:])
         old.copy("Camera/00/audio", new["Camera/00"])
