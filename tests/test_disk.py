@@ -1,10 +1,10 @@
 """A disk that fills up, and the limits that keep it from that. Uses a small tmpfs, where mounting one is allowed."""
 
 import contextlib
+import fcntl
 import glob
 import os
 import shutil
-import threading
 import time
 
 import h5py
@@ -59,24 +59,14 @@ def test_a_disk_that_fills_during_the_extraction_stops_the_run_and_a_rerun_finis
     workspace.write_config(
         storage={"output_dir": str(output_disk / "subjects")}, extraction={"performances": ["s1_all", "s3_all"]}
     )
-    stop = threading.Event()
-
-    def fill_when_it_writes():
-        while not stop.is_set():
-            if (output_disk / "subjects/0018/s1_all").exists():  # s3_all is next
-                fill(output_disk, leave=50_000)
-                return
-            time.sleep(0.001)
-
-    filler = threading.Thread(target=fill_when_it_writes)
-    filler.start()
-    try:
-        run = workspace.run(expect=3)
-    finally:
-        stop.set()
-        filler.join()
-    assert str(output_disk) in run.err and "free" in run.err
-    assert not workspace.manifest.exists() or workspace.states == {("0018", "s1_all"): "completed"}, workspace.rows
+    with open(workspace.manifest, "a") as manifest:
+        fcntl.flock(manifest, fcntl.LOCK_EX)  # the row of s1_all waits, and s3_all with it
+        run = workspace.start()
+        wait_for((output_disk / "subjects/0018/s1_all").exists)
+        fill(output_disk, leave=50_000)
+    said = run.communicate(timeout=120)[0]
+    assert run.returncode == 3 and str(output_disk) in said and "free" in said
+    assert workspace.states == {("0018", "s1_all"): "completed"}
     assert (
         not list(output_disk.rglob(".*.partial")) and (workspace.folder / "temp_smc/0018/0018_s3_all_raw.smc").exists()
     )
