@@ -123,7 +123,7 @@ def test_the_top_says_what_all_pictures_share_and_no_intrinsics(s3_all):
 
 
 def test_pictures_are_numbered_by_camera_and_by_moment(tmp_path):
-    _, folder = extracted(tmp_path, "e0", modalities=["images", "transforms"], cameras=(3, 25))
+    _, folder = extracted(tmp_path, "e0", modalities=["images", "calibration", "transforms"], cameras=(3, 25))
     transforms = load(folder)
     found = [
         [frame[k] for k in ("camera_index", "camera_id", "timestep_index", "timestep_id", "file_path")]
@@ -189,7 +189,7 @@ def test_the_size_is_the_pictures_own_where_no_attribute_says_it(tmp_path):
     "modalities, options, reason",
     [
         (EVERYTHING, {"calibration": False}, "the file has no calibration"),
-        (["calibration", "transforms"], {}, "no undamaged pictures were extracted"),
+        (EVERYTHING, {"damaged": {(25, 0): "cut", (25, 1): "empty"}}, "no undamaged pictures were extracted"),
     ],
 )
 def test_what_it_cannot_be_made_from_is_a_note_and_no_failure(tmp_path, modalities, options, reason):
@@ -201,7 +201,7 @@ def test_what_it_cannot_be_made_from_is_a_note_and_no_failure(tmp_path, modaliti
 
 def test_cameras_and_modalities_added_later_are_in_it_together_with_the_old_ones(tmp_path):
     workspace, folder = extracted(tmp_path, modalities=["images", "calibration"], selected=[0, 25], cameras=(0, 1, 25))
-    workspace.write_config(extraction={"cameras": [1], "modalities": ["transforms"]})
+    workspace.write_config(extraction={"cameras": [1], "modalities": ["images", "calibration", "transforms"]})
     workspace.run()
     assert {frame["camera_id"] for frame in load(folder)["frames"]} == {"00", "01", "25"} and len(workspace.rows) == 2
     workspace.write_config(extraction={"modalities": ["images"]})
