@@ -2177,7 +2177,7 @@ def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
     """Return where the cameras of a rig stand, whatever the origin and the axes of the world.
 
     poses: (4, 4) per camera, camera to world, OpenCV axes, metres. Up is the normal of the cameras' x axes on the side
-    where their pictures have the top, because the cameras are mounted level. Raise ValueError where the optical axes
+    where their pictures have the top, because the cameras are mounted level. Raise ConfigError where the optical axes
     are parallel, and where the front camera is missing."""
     ids = sorted(poses)
     matrices = np.array([poses[camera] for camera in ids]).reshape(-1, 4, 4)
@@ -2186,13 +2186,11 @@ def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
     # Each of these matrices projects onto the plane across an optical axis.
     across = np.eye(3) - forward[:, :, None] * forward[:, None, :]
     if not np.linalg.cond(across.sum(0)) < 1e8:
-        raise ValueError(f"the optical axes of the {len(ids)} calibrated camera(s) meet in no point")
+        raise ConfigError(f"the optical axes of the {len(ids)} calibrated camera(s) meet in no point")
     if FRONT_CAMERA not in ids:
-        raise ValueError(f"the calibration has no camera {FRONT_CAMERA}, which would be the front")
-    # Offsets from the mean of the centers keep the precision where the origin of the world is far away.
-    offsets = centers - centers.mean(0)
-    nearest = np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, offsets))
-    offsets = offsets - nearest
+        raise ConfigError(f"the calibration has no camera {FRONT_CAMERA}, which would be the front")
+    center = np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, centers))
+    offsets = centers - center
     distances = np.linalg.norm(offsets, axis=1)
     directions = offsets / distances[:, None]
     up = -down.mean(0)
@@ -2206,7 +2204,7 @@ def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
     # Straight behind is 180, whatever the rounding says.
     azimuth[azimuth < -180 + 1e-6] += 360
     elevation = np.degrees(np.arcsin(np.clip(directions @ up, -1, 1)))
-    return Rig(ids, centers.mean(0) + nearest, directions, distances, azimuth, elevation)
+    return Rig(ids, center, directions, distances, azimuth, elevation)
 
 
 def pairwise_angles(directions: np.ndarray) -> np.ndarray:
@@ -2228,47 +2226,43 @@ def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, al
     """Return the n available cameras that leave the smallest largest gap, sorted.
 
     directions (m, 3): unit vectors to all cameras of the rig; available: rows of it that have pictures; always: the row
-    that is kept if it is available. Raise ValueError for n < 1 or n > len(available). The result is exact: it tries
+    that is kept if it is available. Raise ConfigError for n < 1 or n > len(available). The result is exact: it tries
     all angles between cameras, from the smallest, until n cameras are within that angle of every one."""
     available = sorted(set(available))
     if not 1 <= n <= len(available):
-        raise ValueError(f"cannot choose {n} cameras: at least 1 is needed, and {len(available)} have pictures")
+        raise ConfigError(f"cannot choose {n} cameras: at least 1 is needed, and {len(available)} have pictures")
     # Rounded angles keep ties independent of the world's axes.
-    angles = np.round(pairwise_angles(directions), 6)
-    keep = [always] if always in available else []
-    for radius in np.unique(angles[:, available]):
+    angles = pairwise_angles(directions).round(6)[:, available]
+    keep = [column for column, camera in enumerate(available) if camera == always]
+    for radius in np.unique(angles):
         near = angles <= radius
-        uncovered = np.flatnonzero(~near[:, keep].any(1))
-        found = find_cover(near, uncovered, np.setdiff1d(available, keep), n - len(keep))
+        found = find_cover(near[~near[:, keep].any(1)], n - len(keep))
         if found is not None:
             break
     chosen = keep + found
     while len(chosen) < n:
-        others = [camera for camera in available if camera not in chosen]
-        chosen = chosen + [min(others, key=lambda camera: angles[:, chosen + [camera]].min(1).mean())]
-    return sorted(chosen)
+        others = sorted(set(range(len(available))) - set(chosen))
+        chosen.append(min(others, key=lambda column: angles[:, [*chosen, column]].min(1).mean()))
+    return sorted(available[column] for column in chosen)
 
 
-def find_cover(near: np.ndarray, uncovered: np.ndarray, candidates: np.ndarray, n: int) -> list[int] | None:
-    """Return at most n of the candidates that together are near every uncovered direction; None where there are none.
+def find_cover(near: np.ndarray, n: int) -> list[int] | None:
+    """Return at most n columns (cameras) that have a True in every row (direction) of near; None where there are none.
 
-    near (m, m) bool: near[direction, camera]; uncovered and candidates: rows and columns of it. This is a branch and
-    bound: a branch for each camera that is near the direction to which the fewest are."""
-    if not len(uncovered):
+    This is a branch and bound: a branch for each camera that is near the direction to which the fewest are."""
+    if not len(near):
         return []
-    gains = near[np.ix_(uncovered, candidates)]
-    by_size = np.argsort(-gains.sum(0), kind="stable")
-    candidates, gains = candidates[by_size], gains[:, by_size]
-    if gains[:, :n].sum() < len(uncovered):
+    gains = near.sum(0)
+    if -np.sort(-gains)[:n].sum() < len(near):
         return None
     # A camera that is near nothing but what another one is near as well is no use.
-    within = (gains[:, :, None] <= gains[:, None, :]).all(0)
-    useful = ~np.tril(within, -1).any(1)
-    candidates, gains = candidates[useful], gains[:, useful]
-    for k in np.flatnonzero(gains[gains.sum(1).argmin()]):
-        found = find_cover(near, uncovered[~gains[:, k]], candidates, n - 1)
+    within = near.T.astype(float) @ near == gains[:, None]
+    useless = within & ((gains[:, None] < gains) | np.tri(len(gains), k=-1, dtype=bool))
+    near = near & ~useless.any(1)
+    for camera in np.flatnonzero(near[near.sum(1).argmin()]):
+        found = find_cover(near[~near[:, camera]], n - 1)
         if found is not None:
-            return [int(candidates[k])] + found
+            return [int(camera), *found]
     return None
 
 
@@ -2342,37 +2336,27 @@ def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
     """Return a contact sheet of the views as the cameras stand, (h, w, 3) uint8 BGR.
 
     tiles: pictures of TILE_SIZE, by index in the rig; a camera without a picture is a grey field. chosen: indices of
-    those to be framed. Below stand a line with the title and the largest gap, and the line for the config."""
+    those to be framed. A line below has the title and the largest gap."""
     import cv2
 
     layout = rig_layout(rig)
     width, height, gap, margin = 200, 168, 14, 40
     bottom = margin + len(layout["rows"]) * (height + gap)
     right = margin + (max(camera["slot"] for camera in layout["cameras"]) + 2) * (width + gap) // 2
-    sheet = np.full((bottom + 190, max(1600, right + margin), 3), 255, np.uint8)
+    sheet = np.full((bottom + 120, max(1600, right + margin), 3), 255, np.uint8)
     for i, camera in enumerate(layout["cameras"]):
         x, y = margin + camera["slot"] * (width + gap) // 2, margin + camera["row"] * (height + gap)
+        back, ink = (BLUE, WHITE) if i in chosen else (WHITE, DARK_GREY)
+        sheet[y - 6 : y + height + 6, x - 6 : x + width + 6] = back
         field, number = sheet[y : y + height, x : x + width], str(camera["id"])
-        field[:] = LIGHT_GREY
-        if i in tiles:
-            field[:] = cv2.resize(tiles[i], (width, height), interpolation=cv2.INTER_AREA)
-            field[-40:, : 16 + 24 * len(number)] = BLUE if i in chosen else WHITE  # below the heads
-        ink = WHITE if i in chosen else DARK_GREY
+        field[:] = cv2.resize(tiles[i], (width, height), interpolation=cv2.INTER_AREA) if i in tiles else LIGHT_GREY
+        field[-40:, : 16 + 24 * len(number)] = back  # below the heads
         cv2.putText(field, number, (8, height - 9), cv2.FONT_HERSHEY_SIMPLEX, 1.1, ink, 2, cv2.LINE_AA)
-        if i in chosen:
-            cv2.rectangle(sheet, (x - 3, y - 3), (x + width + 2, y + height + 2), BLUE, 8)
     facts = f"{title}: {len(chosen)} of {len(tiles)} views selected, "
     facts += "largest gap {:.1f} degrees, mean {:.1f} degrees".format(*coverage(rig.directions, chosen))
-    for y, line in ((bottom + 60, facts), (bottom + 130, cameras_line(rig, chosen, len(tiles)))):
-        room = sheet.shape[1] - 2 * margin
-        scale = 1.6 * min(1, room / cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 1.6, 3)[0][0])
-        cv2.putText(sheet, line, (margin, y), cv2.FONT_HERSHEY_SIMPLEX, scale, DARK_GREY, 3, cv2.LINE_AA)
+    scale = sheet.shape[1] / 2400  # of letters about 18 pixels wide
+    cv2.putText(sheet, facts, (margin, bottom + 70), cv2.FONT_HERSHEY_SIMPLEX, scale, DARK_GREY, 3, cv2.LINE_AA)
     return sheet
-
-
-def cameras_line(rig: Rig, chosen: list[int], views: int) -> str:
-    """Return the line for the config that chooses these indices in the rig, out of so many views."""
-    return "cameras: all" if 1 < len(chosen) == views else f"cameras: {[rig.ids[i] for i in chosen]}"
 
 
 def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str, frame: int) -> str:
@@ -2389,14 +2373,9 @@ def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
     suggested = [suggest_cameras(rig.directions, views, n, front) for n in (4, 8, 12, 16, 20) if n < len(views)]
     label = "{} · {:.1f}° · mean {:.1f}°"
     presets = [(label.format(len(best), *coverage(rig.directions, best)), best) for best in suggested]
-    data = {
-        **layout,
-        "angles": pairwise_angles(rig.directions).round(4).tolist(),
-        "presets": [*presets, ("all", views), ("none", [])],
-        "selected": chosen,
-        "front": front,
-    }
-    return PAGE.replace("@TITLE@", title).replace("@FRAME@", str(frame)).replace("@DATA@", json.dumps(data))
+    layout.update(presets=[*presets, ("all", views), ("none", [])], selected=chosen, front=front)
+    layout["angles"] = pairwise_angles(rig.directions).round(4).tolist()
+    return PAGE.replace("@TITLE@", title).replace("@FRAME@", str(frame)).replace("@DATA@", json.dumps(layout))
 
 
 PAGE = r"""<!doctype html>
@@ -2552,85 +2531,77 @@ show(location.hash ? views.filter(i => kept.includes(`${cameras[i].id}`)) : sele
 
 def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespace) -> int:
     """Carry out --camera-grid, --suggest-cameras and --scene with what was extracted, without a download."""
-    try:
-        if arguments.scene:
-            write_scene(config, arguments.scene, arguments.frame)
-        if arguments.camera_grid:
-            folder, pictures, frame = extracted_views(config, "--camera-grid", arguments.camera_grid, arguments.frame)
-            subject, performance = folder.parts[-2:]
-            cameras, source = set(pictures), f"{subject}/{performance}"
-        elif arguments.suggest_cameras is not None:
-            performance, source = "s3_all", "what was extracted"
-            # The rig is the same for all.
-            folders = (config.folder_of(*key) for key in sorted(manifest.completed, key=lambda key: key[1] != "s3_all"))
-            folder = next((folder for folder in folders if (folder / "calibration").is_dir()), None)
-            if folder is None:
-                missing = f"there is nothing extracted with its calibration in {config.output_dir}"
-                raise ValueError(f"{missing}: extract one subject with all cameras first")
-            rows = manifest.completed.values()
-            cameras = set().union(*(parse_numbers(row["cameras_available"]) for row in rows))
-        else:
-            return 0
-        rig = rig_geometry({camera: entry["RT"] for camera, entry in read_calibration(folder, cameras).items()})
-        available = [i for i, camera in enumerate(rig.ids) if camera in cameras]
-        asked = config.asked_cameras(performance)
-        chosen = [i for i in available if asked is None or rig.ids[i] in asked]
-        if arguments.suggest_cameras is not None:
-            chosen = show_suggestion(config, rig, available, chosen, arguments.suggest_cameras, source)
-        if arguments.camera_grid:
-            pictures = {i: pictures[rig.ids[i]] for i in available}
-            show_grid(config, rig, pictures, chosen, f"{subject} {performance}", frame)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    if arguments.scene:
+        write_scene(config, arguments.scene, arguments.frame)
+    if arguments.camera_grid:
+        folder, pictures, frame = extracted_views(config, arguments.camera_grid, arguments.frame)
+        cameras = set(pictures)
+    elif arguments.suggest_cameras is not None:
+        folders = (config.folder_of(*key) for key in manifest.completed)
+        folder = next((folder for folder in folders if (folder / "calibration").is_dir()), None)
+        if folder is None:
+            missing = f"there is nothing extracted with its calibration in {config.output_dir}"
+            raise ConfigError(f"{missing}: extract one subject with all cameras first")
+        cameras = set().union(*(parse_numbers(row["cameras_available"]) for row in manifest.completed.values()))
+    else:
+        return 0
+    _, rig = read_calibration(folder, cameras)
+    available = [i for i, camera in enumerate(rig.ids) if camera in cameras]
+    asked = config.asked_cameras(folder.name if arguments.camera_grid else "s3_all")
+    chosen = [i for i in available if asked is None or rig.ids[i] in asked]
+    if arguments.suggest_cameras is not None:
+        chosen = show_suggestion(config, rig, available, chosen, arguments.suggest_cameras)
+    if arguments.camera_grid:
+        show_grid(config, rig, pictures, chosen, f"{folder.parent.name} {folder.name}", frame)
     return 0
 
 
-def extracted_views(config: Config, option: str, name: str, frame: int | None) -> tuple[Path, dict[int, Path], int]:
-    """Return the folder of an extracted performance that an option names, the picture of each camera that has the
+def extracted_views(config: Config, name: str, frame: int | None) -> tuple[Path, dict[int, Path], int]:
+    """Return the folder of an extracted performance, such as "0018/s3_all", the picture of each camera that has the
     frame, and the frame: by default the first that most cameras have."""
     subject, _, performance = name.partition("/")
     if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
-        raise ValueError(f"{option} {printable(name)!r}: write it as 0018/s3_all")
+        raise ConfigError(f"{printable(name)!r} is no performance: write it as 0018/s3_all")
     folder = config.folder_of(subject, performance)
     pictures: dict[int, dict[int, Path]] = collections.defaultdict(dict)
-    for path in folder.glob("images/cam_[0-9][0-9]/frame_*.*"):
+    for path in sorted(folder.glob("images/cam_[0-9][0-9]/frame_*.*")):
         pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
     if not pictures:
-        raise ValueError(f"{folder} has no pictures: extract {subject}/{performance} first, with its images")
+        raise ConfigError(f"{folder} has no pictures: extract {subject}/{performance} first, with its images")
     if frame is None:
         frame = min(pictures, key=lambda number: (-len(pictures[number]), number))
     if frame not in pictures:
-        raise ValueError(f"{folder} has no frame {frame}; it has frames from {min(pictures)} to {max(pictures)}")
-    return folder, dict(sorted(pictures[frame].items())), frame
+        raise ConfigError(f"{folder} has no frame {frame}; it has frames from {min(pictures)} to {max(pictures)}")
+    return folder, pictures[frame], frame
 
 
-def read_calibration(folder: Path, cameras: Iterable[int]) -> dict[int, dict[str, np.ndarray]]:
-    """Return the calibration of an extracted performance: for each camera "K" (3, 3) in pixels, "D" (5,), "RT" (4, 4)
-    camera to world in metres. Raise ValueError where it cannot be read, or lacks one of these cameras."""
+def read_calibration(folder: Path, cameras: Iterable[int]) -> tuple[dict[int, dict[str, np.ndarray]], Rig]:
+    """Return the calibration of an extracted performance and its rig: for each camera "K" (3, 3) in pixels, "D" (5,),
+    "RT" (4, 4) camera to world in metres. Raise ConfigError where it cannot be read, or lacks one of these cameras."""
     path = folder / "calibration" / "cameras.json"
     try:
         stored = json.loads(path.read_text())["cameras"].items()
         calibration = {int(n): {name: np.array(camera[name]) for name in ("K", "D", "RT")} for n, camera in stored}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} cannot be read: extract the performance with calibration, or again") from None
+        raise ConfigError(f"{path} cannot be read: extract the performance with calibration, or again") from None
     missing = sorted(set(cameras) - set(calibration))
     if missing:
-        raise ValueError(f"{path} has no calibration for camera {', '.join(map(str, missing))}")
-    return calibration
+        raise ConfigError(f"{path} has no calibration for camera {', '.join(map(str, missing))}")
+    return calibration, rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})
 
 
-def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[int], n: int, source: str) -> list[int]:
+def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[int], n: int) -> list[int]:
     """Print the n views that cover the rig best, beside what the config gives now, and return them as indices."""
     front = rig.ids.index(FRONT_CAMERA)
     chosen = suggest_cameras(rig.directions, available, n, front)
-    log.info("%d of the %d cameras with pictures in %s:", n, len(available), source)
+    log.info("%d of the %d cameras with pictures:", n, len(available))
     for title, cameras in (("suggested", chosen), (f"{config.path.name} now", now)):
         largest, mean = coverage(rig.directions, cameras)
         log.info("  %-16s %2d cameras, largest gap %5.1f°, mean %4.1f°", title, len(cameras), largest, mean)
     if front not in chosen:
         log.warning("camera %d, which faces the person, has no pictures here", FRONT_CAMERA)
-    log.info("The line for %s:", config.path.name)
-    log.info("  %s", cameras_line(rig, chosen, len(available)))
+    ids = "all" if 1 < len(chosen) == len(available) else [rig.ids[i] for i in chosen]
+    log.info("The line for %s:\n  cameras: %s", config.path.name, ids)
     return chosen
 
 
@@ -2639,13 +2610,13 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[
     import cv2
 
     with ThreadPoolExecutor() as pool:
-        tiles = dict(zip(pictures, pool.map(partial(read_picture, size=TILE_SIZE), pictures.values())))
-    tiles = {i: tile for i, tile in tiles.items() if tile is not None}
+        read = pool.map(partial(read_picture, size=TILE_SIZE), pictures.values())
+        tiles = {rig.ids.index(camera): tile for camera, tile in zip(pictures, read) if tile is not None}
     chosen = [i for i in wanted if i in tiles]
-    picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
     folder = config.path.parent / "previews"
     folder.mkdir(exist_ok=True)
     jpg, page = (folder / f"{title.replace(' ', '_')}.{ending}" for ending in ("jpg", "html"))
+    picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
     jpg.write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1])
     page.write_text(camera_page(rig, tiles, chosen, title, frame), encoding="utf-8")
     count = "1 view" if len(tiles) == 1 else f"{len(tiles)} views"
@@ -2660,10 +2631,9 @@ def write_scene(config: Config, name: str, frame: int | None):
     name: such as "0018/s3_all"; frame: None for the first that most cameras have. Every view of it is warped to one
     common pinhole camera: the mean focal length, the principal point in the middle, the size that most pictures have.
     The points are random ones in the largest ball around the point nearest to all optical axes that every camera sees
-    in full. Raise ValueError where nothing is extracted, and where no picture can be read."""
-    folder, pictures, frame = extracted_views(config, "--scene", name, frame)
-    calibration = read_calibration(folder, pictures)
-    rig = rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})
+    in full. Raise ConfigError where nothing is extracted, and where no picture can be read."""
+    folder, pictures, frame = extracted_views(config, name, frame)
+    calibration, rig = read_calibration(folder, pictures)
     headers = [probe_picture(path.read_bytes()) for path in pictures.values()]
     sizes = collections.Counter((header.width, header.height) for header in headers if header.whole)
     width, height = max(sizes, key=sizes.get, default=(0, 0))
@@ -2685,11 +2655,11 @@ def write_scene(config: Config, name: str, frame: int | None):
             warped = list(tqdm(warped, desc=scene.name, total=len(pictures), unit="view", disable=None, leave=False))
         colors = {camera: seen for camera, seen in zip(pictures, warped) if seen is not None}
         if not colors:
-            raise ValueError(f"{folder} has no picture of frame {frame} that can be read")
+            raise ConfigError(f"{folder} has no picture of frame {frame} that can be read")
         # In COLMAP, the corner of the first pixel is (0, 0).
         (model / "cameras.txt").write_text(f"1 PINHOLE {width} {height} {focal} {focal} {width / 2} {height / 2}\n")
-        images = [f"{colmap_pose(calibration[camera]['RT'])} 1 {camera:02d}.png\n\n" for camera in colors]
-        (model / "images.txt").write_text("".join(f"{i} {line}" for i, line in enumerate(images, 1)))
+        images = [f"{n + 1} {colmap_pose(calibration[n]['RT'])} 1 {n:02d}.png\n\n" for n in colors]
+        (model / "images.txt").write_text("".join(images))
         color = np.median(list(colors.values()), axis=0)[:, ::-1]
         table = np.column_stack([np.arange(len(points)) + 1, points, color, np.zeros(len(points))])
         np.savetxt(model / "points3D.txt", table, "%d %.6f %.6f %.6f %d %d %d %d")
