@@ -2270,38 +2270,33 @@ def rig_layout(rig: Rig) -> dict[str, list]:
     """Return the rig unrolled, as seen from outside: where each camera stands in the picture, the page and its map.
 
     Columns go by azimuth, growing to the right, and rows by elevation, from the top down. Cameras that stand closer to
-    the person than those around them have a row of their own, between the columns, and the innermost circle of the map.
+    the person than those around them have a row of their own, between the columns.
 
     "rows" and "columns": their labels. "cameras": for each its number ("id"), its direction in words ("label"), "row"
-    and "slot" (left edge in half columns), and its place on the map, which has the radius 100 and the front at the
-    bottom ("x" to the right and "y" down from the middle)."""
+    and "slot" (left edge in half columns), and its place on the map, where each row is a ring of RINGS and the front is
+    at the bottom ("x" to the right and "y" down from the middle)."""
     around = pairwise_angles(rig.directions) < 45
     closer = rig.distances < [0.93 * np.median(rig.distances[near]) for near in around]
     columns = split_at_gaps(rig.azimuth, ~closer)
     middles = [rig.azimuth[members].mean() for members in columns]
     slots = np.interp(rig.azimuth, middles, range(0, 2 * len(columns), 2)).round().astype(int).tolist()
-    rows = split_at_gaps(rig.elevation, ~closer)
-    rows += [np.flatnonzero(closer)] if closer.any() else []
-    rows.sort(key=lambda members: -rig.elevation[members].mean())
-    levels = np.searchsorted([-15, 15], [rig.elevation[members].mean() for members in rows])
-    names = [("below", "eye level", "above")[level] for level in levels]
-    inwards = sorted(range(len(rows)), key=lambda row: closer[rows[row][0]])
-    radius = dict(zip(inwards, np.linspace(100, 40, max(4, len(rows)))))
+    rows = [("close", np.flatnonzero(closer))] if closer.any() else []
+    for members in split_at_gaps(rig.elevation, ~closer):
+        height = rig.elevation[members].mean()
+        rows.append(("above" if height > 15 else "below" if height < -15 else "eye level", members))
+    rows.sort(key=lambda row: -rig.elevation[row[1]].mean())
     cameras: list[dict] = [{} for _ in rig.ids]
-    for row, members in enumerate(rows):
+    for row, (name, members) in enumerate(rows):
         free = 0
         for i in sorted(members, key=lambda i: rig.azimuth[i]):
-            label = f"azimuth {degrees(rig.azimuth[i])}, elevation {degrees(rig.elevation[i])}"
-            slot, angle = max(free, slots[i]), np.radians(rig.azimuth[i])
-            x, y = (radius[row] * np.array([np.sin(angle), np.cos(angle)])).round(1).tolist()
+            label = f"azimuth {round(rig.azimuth[i]):+}°, elevation {round(rig.elevation[i]):+}°"
+            slot, angle = max(free, slots[i]), math.radians(rig.azimuth[i])
+            x, y = round(RINGS[name] * math.sin(angle), 1), round(RINGS[name] * math.cos(angle), 1)
             cameras[i] = {"id": rig.ids[i], "label": label, "row": row, "slot": slot, "x": x, "y": y}
             free = slot + 2
     front = rig.ids.index(FRONT_CAMERA)
-    return {
-        "cameras": cameras,
-        "rows": ["close" if closer[members[0]] else name for name, members in zip(names, rows)],
-        "columns": ["front" if front in members else degrees(middle) for members, middle in zip(columns, middles)],
-    }
+    labels = ["front" if front in members else f"{round(middle):+}°" for members, middle in zip(columns, middles)]
+    return {"cameras": cameras, "rows": [name for name, _ in rows], "columns": labels}
 
 
 def split_at_gaps(values: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
@@ -2311,10 +2306,7 @@ def split_at_gaps(values: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
     return np.split(members, np.flatnonzero(np.diff(values[members]) > 8) + 1)
 
 
-def degrees(angle: float) -> str:
-    return f"{round(angle):+d}°" if round(angle) else "0°"
-
-
+RINGS = {"above": 100, "eye level": 80, "below": 60, "close": 40}  # radius of each row on the map of the page
 TILE_SIZE = (400, 335)  # width and height in pixels, as of a picture of 2448 x 2048
 # BGR. This blue differs from the colours of faces for people with any colour vision (Okabe and Ito).
 BLUE, DARK_GREY, LIGHT_GREY, WHITE = (178, 114, 0), (36, 31, 27), (226, 222, 219), (255, 255, 255)
@@ -2384,64 +2376,52 @@ PAGE = r"""<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>@TITLE@: choose the cameras</title>
 <style>
-  :root { color-scheme: light dark; --back: #fff; --bar: #f3f4f6; --ink: #1b1f24; --quiet: #5b636e; --line: #c9ced6;
-          --faint: #e3e6ea; --chosen: #0072b2; --on-chosen: #fff; --gap: #c24f00; }
-  @media (prefers-color-scheme: dark) {
-    :root { --back: #15181c; --bar: #20252b; --ink: #eceff3; --quiet: #a3adb9; --line: #4a525c;
-            --faint: #2b3138; --chosen: #56b4e9; --on-chosen: #06202f; --gap: #ff9448; } }
-  body { margin: 0; background: var(--back); color: var(--ink); font: 14px/1.4 system-ui, sans-serif; }
-  .quiet { color: var(--quiet); }
-  header { position: sticky; top: 0; z-index: 2; padding: 8px 16px; background: var(--bar);
-           border-bottom: 1px solid var(--line); }
+  :root { color-scheme: light dark; --faint: light-dark(#e9ebee, #2b3138); --quiet: light-dark(#5b636e, #a3adb9);
+          --chosen: light-dark(#0072b2, #56b4e9); --gap: light-dark(#c24f00, #ff9448); }
+  body { margin: 0; background: Canvas; color: CanvasText; font: 14px/1.4 system-ui, sans-serif; }
+  .quiet, #grid { color: var(--quiet); }
+  header { display: grid; gap: 6px; position: sticky; top: 0; z-index: 2; padding: 10px 16px; background: var(--faint); }
   header div, main { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
-  header div { margin: 3px 0; }
   h1 { font-size: 17px; margin: 0 8px 0 0; }
   #status { margin-left: auto; font-size: 16px; font-variant-numeric: tabular-nums; }
   #largest, #warning { margin: 0; color: var(--gap); }
   button, .view { cursor: pointer; }
-  header button, input { font: inherit; color: inherit; background: var(--back); padding: 3px 9px;
-                         border: 1px solid var(--line); border-radius: 5px; }
+  header button, input { font: inherit; color: inherit; background: Canvas; padding: 3px 9px;
+                         border: 1px solid var(--quiet); border-radius: 5px; }
   #line { flex: 1; min-width: 12em; font-family: ui-monospace, monospace; }
-  :focus-visible { outline: 3px solid var(--ink); outline-offset: 2px; }
+  :focus-visible { outline: 3px solid; outline-offset: 2px; }
   #grid { display: grid; grid: auto / 54px; grid-auto-columns: minmax(15px, 72px); gap: 4px 3px; padding: 8px 16px;
-          overflow-x: auto; align-items: center; justify-content: safe center; text-align: center; font-size: 11px; }
-  #grid span { color: var(--quiet); white-space: nowrap; }
-  #grid .row { text-align: right; padding-right: 6px; }
+          align-items: center; justify-content: center; text-align: center; font-size: 11px; white-space: nowrap; }
   .tile { position: relative; display: grid; align-content: center; place-self: stretch; min-height: 44px; padding: 0;
-          overflow: hidden; border: 0; border-radius: 4px; background: var(--faint); color: var(--quiet); font: inherit;
-          line-height: 1.2; }
-  .tile b { position: absolute; left: 0; bottom: 0; padding: 0 4px; background: var(--back); color: var(--ink);
-            border-top-right-radius: 4px; font-size: 11px; line-height: 15px; }
+          overflow: hidden; border: 0; border-radius: 4px; background: var(--faint); color: inherit; font: inherit;
+          line-height: 1.2; white-space: normal; }
+  .tile b { position: absolute; left: 0; bottom: 0; padding: 0 4px; background: Canvas; color: CanvasText;
+            border-top-right-radius: 4px; line-height: 15px; }
   .tile[aria-pressed=true] { box-shadow: 0 0 0 3px var(--chosen); }
   .tile[aria-pressed=true] b::after { content: " ✓"; }
-  #presets [aria-pressed=true], [aria-pressed=true] b { background: var(--chosen); color: var(--on-chosen); }
+  #presets [aria-pressed=true], [aria-pressed=true] b { background: var(--chosen); color: Canvas; }
   main { gap: 8px 32px; justify-content: center; padding: 8px 16px 12px; }
   svg, figure { width: clamp(280px, min(30vw, 100vh - 24vw - 60px), 560px); margin: 0; }
-  svg { font-size: 8px; text-anchor: middle; fill: var(--quiet); }
-  text { dominant-baseline: central; }
-  #rings { fill: none; stroke: var(--faint); stroke-width: 1.5; }
-  #dots circle { fill: var(--disc, var(--faint)); stroke: var(--edge); }
-  .view { --disc: var(--back); --edge: var(--quiet); fill: var(--ink); }
-  .on { --disc: var(--chosen); --edge: var(--chosen); fill: var(--on-chosen); font-weight: bold; }
-  #gap { fill: none; stroke: var(--gap); stroke-width: 2.5; }
-  img { display: block; width: 100%; border-radius: 4px; }
-  .tile img { min-height: 44px; object-fit: cover; }
+  svg { font-size: 8px; text-anchor: middle; dominant-baseline: central; fill: var(--quiet); }
+  circle { fill: var(--disc, none); stroke: var(--edge, var(--faint)); }
+  .dot { --disc: var(--faint); }
+  .view { --disc: Canvas; --edge: var(--quiet); fill: CanvasText; }
+  .on { --disc: var(--chosen); --edge: var(--chosen); fill: Canvas; font-weight: bold; }
+  #gap { --edge: var(--gap); stroke: var(--gap); stroke-width: 2.5; }
+  img { display: block; width: 100%; min-height: 44px; border-radius: 4px; object-fit: cover; }
   .help { flex: 1; min-width: 19em; max-width: 60em; }
 </style>
 <header>
-  <div><h1>@TITLE@</h1><span class="quiet">frame @FRAME@</span>
-    <span id="status" role="status"><b id="count"></b> <span id="of"></span> · largest gap <b id="largest"></b>
-      <span id="where" class="quiet"></span></span></div>
+  <div><h1>@TITLE@</h1><span class="quiet">frame @FRAME@</span><span id="status" role="status"></span></div>
   <div id="presets">Suggested </div>
-  <div><input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy">Copy</button></div>
+  <div><input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy"></button></div>
   <p id="warning" role="alert">Without camera 25: five of the six speech performances have only this camera.</p>
 </header>
 <section id="grid" aria-label="views, as the cameras stand"></section>
 <main>
   <svg class="map" viewBox="-124 -124 248 248" role="img" aria-label="the rig from above">
-    <g id="rings"></g><g id="gap"></g>
-    <path d="M-4 13 L0 21 L4 13Z"/><ellipse rx="12" ry="15"/><circle cx="-12" r="3"/><circle cx="12" r="3"/>
-    <g id="dots"></g>
+    <circle r="100"/><circle r="80"/><circle r="60"/><circle r="40"/><g id="gap"></g><g id="dots"></g>
+    <path d="M-4 13 L0 21 L4 13Z"/><ellipse rx="12" ry="15"/>
     <text y="118">front</text><text y="-118">behind</text>
     <text transform="translate(118) rotate(90)">person's left</text>
     <text transform="translate(-118) rotate(-90)">person's right</text>
@@ -2462,41 +2442,42 @@ let chosen;
 const $ = id => document.getElementById(id);
 const fill = (id, items, markup) => $(id).insertAdjacentHTML("beforeend", items.map(markup).join(""));
 const area = (row, slot) => `style="grid-area: ${row + 2} / ${slot + 2} / auto / span 2"`;
-const disc = (i, r) => `<circle cx="${cameras[i].x}" cy="${cameras[i].y}" r="${r}"/>`;
+const disc = ({x, y}, r) => `<circle cx="${x}" cy="${y}" r="${r}"/>`;
 
-fill("grid", rows, (label, row) => `<span class="row" style="grid-area: ${row + 2} / 1">${label}</span>`);
+fill("grid", rows, (label, row) => `<span style="grid-area: ${row + 2} / 1">${label}</span>`);
 fill("grid", columns, (label, column) => `<span ${area(-1, 2 * column)}>${label}</span>`);
 fill("grid", cameras, ({id, label, row, slot, image}) => image
   ? `<button class="tile" ${area(row, slot)} data-camera="${id}" aria-label="camera ${id}, ${label}">
        <b>${id}</b><img src="${image}" alt=""></button>`
   : `<div class="tile" ${area(row, slot)} title="${label}">${id}<small>no picture</small></div>`);
-fill("rings", [...new Set(cameras.map(({x, y}) => Math.hypot(x, y).toFixed()))], r => `<circle r="${r}"/>`);
-fill("dots", cameras, ({id, x, y, image}, i) =>
-  `<g class="dot ${image ? "view" : ""}">${disc(i, 7.5)}<text x="${x}" y="${y}">${id}</text></g>`);
+fill("dots", cameras, camera => `<g class="dot ${camera.image ? "view" : ""}">${disc(camera, 7.5)}
+  <text x="${camera.x}" y="${camera.y}">${camera.id}</text></g>`);
 fill("presets", presets, ([label]) => `<button>${label}</button>`);
 const [tiles, dots, buttons] = [".tile", ".dot", "#presets button"].map(all => [...document.querySelectorAll(all)]);
 
 function show(list) {
   chosen = list;
   const ids = list.map(i => cameras[i].id), all = list.length > 1 && list.length === views.length;
-  const gaps = angles.map(row => Math.min(180, ...list.map(j => row[j])));
-  const largest = Math.max(...gaps), worst = gaps.indexOf(largest);
-  const mean = gaps.reduce((sum, gap) => sum + gap) / gaps.length;
   for (const i of views) {
     tiles[i].setAttribute("aria-pressed", list.includes(i));
     dots[i].classList.toggle("on", list.includes(i));
   }
   buttons.forEach((button, k) => button.setAttribute("aria-pressed", `${presets[k][1]}` === `${list}`));
-  $("count").textContent = list.length;
   $("line").value = all ? "cameras: all" : list.length ? `cameras: [${ids.join(", ")}]` : "";
+  $("copy").textContent = "Copy";
   $("copy").disabled = !list.length;
   $("warning").hidden = !list.length || list.includes(front) || !views.includes(front);
-  $("largest").textContent = list.length ? largest.toFixed(1) + "°" : "–";
-  $("where").textContent = $("gap").innerHTML = "";
-  if (!list.length || !largest) return;
-  const from = cameras[worst], to = cameras[list.find(j => angles[worst][j] === largest)];
-  $("where").textContent = `at camera ${from.id} · mean ${mean.toFixed(1)}°`;
-  $("gap").innerHTML = `${disc(worst, 9)}<path stroke-dasharray="4 3" d="M${from.x} ${from.y} L${to.x} ${to.y}"/>`;
+  $("status").innerHTML = `<b id="count">${list.length}</b> of ${views.length} view${views.length === 1 ? "" : "s"}`;
+  $("gap").innerHTML = "";
+  if (!list.length) return;
+
+  const gaps = angles.map(row => Math.min(...list.map(j => row[j])));
+  const largest = Math.max(...gaps), mean = gaps.reduce((sum, gap) => sum + gap) / gaps.length;
+  const worst = gaps.indexOf(largest), nearest = list.find(j => angles[worst][j] === largest);
+  const from = cameras[worst], to = cameras[nearest];
+  $("status").innerHTML += ` · largest gap <b id="largest">${largest.toFixed(1)}°</b>
+    <span id="where" class="quiet">at camera ${from.id} · mean ${mean.toFixed(1)}°</span>`;
+  if (largest) fill("gap", [from], ({x, y}) => `${disc(from, 9)}<path stroke-dasharray="4 3" d="M${x} ${y} L${to.x} ${to.y}"/>`);
 }
 function choose(list) {
   show(list);
@@ -2514,12 +2495,10 @@ for (const i of views) {
   }
 }
 buttons.forEach((button, k) => { button.onclick = () => choose(presets[k][1]); });
-$("of").textContent = `of ${views.length} view${views.length === 1 ? "" : "s"}`;
 $("copy").onclick = () => {
   $("line").select();
   document.execCommand("copy");      // navigator.clipboard is not for file:// pages in every browser
   $("copy").textContent = "Copied";
-  setTimeout(() => { $("copy").textContent = "Copy"; }, 1500);
 };
 if (views.length) enlarge(cameras[views.includes(front) ? front : views[0]]);
 if (views.length < 2) document.querySelectorAll(".map").forEach(element => { element.style.display = "none"; });
@@ -2559,15 +2538,14 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
 def extracted_views(config: Config, name: str, frame: int | None) -> tuple[Path, dict[int, Path], int]:
     """Return the folder of an extracted performance, such as "0018/s3_all", the picture of each camera that has the
     frame, and the frame: by default the first that most cameras have."""
-    subject, _, performance = name.partition("/")
-    if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
+    if not re.fullmatch(f"{SUBJECT.pattern}/{PLAIN_NAME.pattern}", name):
         raise ConfigError(f"{printable(name)!r} is no performance: write it as 0018/s3_all")
-    folder = config.folder_of(subject, performance)
+    folder = config.folder_of(*name.split("/"))
     pictures: dict[int, dict[int, Path]] = collections.defaultdict(dict)
     for path in sorted(folder.glob("images/cam_[0-9][0-9]/frame_*.*")):
         pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
     if not pictures:
-        raise ConfigError(f"{folder} has no pictures: extract {subject}/{performance} first, with its images")
+        raise ConfigError(f"{folder} has no pictures: extract {name} first, with its images")
     if frame is None:
         frame = min(pictures, key=lambda number: (-len(pictures[number]), number))
     if frame not in pictures:
@@ -2592,14 +2570,11 @@ def read_calibration(folder: Path, cameras: Iterable[int]) -> tuple[dict[int, di
 
 def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[int], n: int) -> list[int]:
     """Print the n views that cover the rig best, beside what the config gives now, and return them as indices."""
-    front = rig.ids.index(FRONT_CAMERA)
-    chosen = suggest_cameras(rig.directions, available, n, front)
+    chosen = suggest_cameras(rig.directions, available, n, rig.ids.index(FRONT_CAMERA))
     log.info("%d of the %d cameras with pictures:", n, len(available))
     for title, cameras in (("suggested", chosen), (f"{config.path.name} now", now)):
         largest, mean = coverage(rig.directions, cameras)
         log.info("  %-16s %2d cameras, largest gap %5.1f°, mean %4.1f°", title, len(cameras), largest, mean)
-    if front not in chosen:
-        log.warning("camera %d, which faces the person, has no pictures here", FRONT_CAMERA)
     ids = "all" if 1 < len(chosen) == len(available) else [rig.ids[i] for i in chosen]
     log.info("The line for %s:\n  cameras: %s", config.path.name, ids)
     return chosen
