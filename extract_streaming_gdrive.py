@@ -2182,7 +2182,6 @@ def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
     ids = sorted(poses)
     matrices = np.array([poses[camera] for camera in ids]).reshape(-1, 4, 4)
     right, down, forward, centers = matrices[:, :3].transpose(2, 0, 1)
-    forward = forward / np.linalg.norm(forward, axis=1, keepdims=True)
     # Each of these matrices projects onto the plane across an optical axis.
     across = np.eye(3) - forward[:, :, None] * forward[:, None, :]
     if not np.linalg.cond(across.sum(0)) < 1e8:
@@ -2208,10 +2207,8 @@ def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
 
 
 def pairwise_angles(directions: np.ndarray) -> np.ndarray:
-    """Return the angles between unit vectors (n, 3) in degrees, (n, n), exactly 0 on the diagonal."""
-    angles = np.degrees(np.arccos(np.clip(directions @ directions.T, -1, 1)))
-    np.fill_diagonal(angles, 0)
-    return angles
+    """Return the angles between unit vectors (n, 3) in degrees, (n, n)."""
+    return np.degrees(np.arccos(np.clip(directions @ directions.T, -1, 1)))
 
 
 def coverage(directions: np.ndarray, chosen: list[int]) -> tuple[float, float]:
@@ -2255,7 +2252,7 @@ def find_cover(near: np.ndarray, n: int) -> list[int] | None:
     gains = near.sum(0)
     if -np.sort(-gains)[:n].sum() < len(near):
         return None
-    # A camera that is near nothing but what another one is near as well is no use.
+    # A camera that is near nothing but what another one is near as well is no use: of two equal ones, the later.
     within = near.T.astype(float) @ near == gains[:, None]
     useless = within & ((gains[:, None] < gains) | np.tri(len(gains), k=-1, dtype=bool))
     near = near & ~useless.any(1)
@@ -2373,14 +2370,13 @@ def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
 PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>@TITLE@: choose the cameras</title>
 <style>
   :root { color-scheme: light dark; --faint: light-dark(#e9ebee, #2b3138); --quiet: light-dark(#5b636e, #a3adb9);
           --chosen: light-dark(#0072b2, #56b4e9); --gap: light-dark(#c24f00, #ff9448); }
   body { margin: 0; background: Canvas; color: CanvasText; font: 14px/1.4 system-ui, sans-serif; }
   .quiet, #grid { color: var(--quiet); }
-  header { display: grid; gap: 6px; position: sticky; top: 0; z-index: 2; padding: 10px 16px; background: var(--faint); }
+  header { position: sticky; top: 0; z-index: 2; display: grid; gap: 6px; padding: 8px 16px; background: var(--faint); }
   header div, main { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
   h1 { font-size: 17px; margin: 0 8px 0 0; }
   #status { margin-left: auto; font-size: 16px; font-variant-numeric: tabular-nums; }
@@ -2401,7 +2397,7 @@ PAGE = r"""<!doctype html>
   .tile[aria-pressed=true] b::after { content: " ✓"; }
   #presets [aria-pressed=true], [aria-pressed=true] b { background: var(--chosen); color: Canvas; }
   main { gap: 8px 32px; justify-content: center; padding: 8px 16px 12px; }
-  svg, figure { width: clamp(280px, min(30vw, 100vh - 24vw - 60px), 560px); margin: 0; }
+  svg, figure { width: clamp(280px, min(30vw, 100vh - 24vw - 60px), 560px); margin: 0; white-space: nowrap; }
   svg { font-size: 8px; text-anchor: middle; dominant-baseline: central; fill: var(--quiet); }
   circle { fill: var(--disc, none); stroke: var(--edge, var(--faint)); }
   .dot { --disc: var(--faint); }
@@ -2455,9 +2451,10 @@ fill("dots", cameras, camera => `<g class="dot ${camera.image ? "view" : ""}">${
 fill("presets", presets, ([label]) => `<button>${label}</button>`);
 const [tiles, dots, buttons] = [".tile", ".dot", "#presets button"].map(all => [...document.querySelectorAll(all)]);
 
-function show(list) {
-  chosen = list;
+function choose(list) {
   const ids = list.map(i => cameras[i].id), all = list.length > 1 && list.length === views.length;
+  if (chosen) history.replaceState(null, "", `#${ids.join() || "none"}`);  // a reload keeps what was clicked
+  chosen = list;
   for (const i of views) {
     tiles[i].setAttribute("aria-pressed", list.includes(i));
     dots[i].classList.toggle("on", list.includes(i));
@@ -2477,11 +2474,7 @@ function show(list) {
   const from = cameras[worst], to = cameras[nearest];
   $("status").innerHTML += ` · largest gap <b id="largest">${largest.toFixed(1)}°</b>
     <span id="where" class="quiet">at camera ${from.id} · mean ${mean.toFixed(1)}°</span>`;
-  if (largest) fill("gap", [from], ({x, y}) => `${disc(from, 9)}<path stroke-dasharray="4 3" d="M${x} ${y} L${to.x} ${to.y}"/>`);
-}
-function choose(list) {
-  show(list);
-  history.replaceState(null, "", "#" + (list.map(i => cameras[i].id).join() || "none"));  // a reload keeps the choice
+  if (largest) $("gap").innerHTML = `${disc(from, 9)}<path d="M${from.x} ${from.y} L${to.x} ${to.y}"/>`;
 }
 function enlarge({id, label, image}) {
   $("large").src = image;
@@ -2503,7 +2496,7 @@ $("copy").onclick = () => {
 if (views.length) enlarge(cameras[views.includes(front) ? front : views[0]]);
 if (views.length < 2) document.querySelectorAll(".map").forEach(element => { element.style.display = "none"; });
 const kept = location.hash.slice(1).split(",");
-show(location.hash ? views.filter(i => kept.includes(`${cameras[i].id}`)) : selected);
+choose(location.hash ? views.filter(i => kept.includes(`${cameras[i].id}`)) : selected);
 </script>
 """
 
@@ -2519,8 +2512,7 @@ def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespa
         folders = (config.folder_of(*key) for key in manifest.completed)
         folder = next((folder for folder in folders if (folder / "calibration").is_dir()), None)
         if folder is None:
-            missing = f"there is nothing extracted with its calibration in {config.output_dir}"
-            raise ConfigError(f"{missing}: extract one subject with all cameras first")
+            raise ConfigError(f"{config.output_dir} has no calibration: extract one subject with all cameras first")
         cameras = set().union(*(parse_numbers(row["cameras_available"]) for row in manifest.completed.values()))
     else:
         return 0
@@ -2594,8 +2586,7 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[
     picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
     jpg.write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1])
     page.write_text(camera_page(rig, tiles, chosen, title, frame), encoding="utf-8")
-    count = "1 view" if len(tiles) == 1 else f"{len(tiles)} views"
-    log.info("%s of %s, frame %d, as the cameras stand; %d framed", count, title, frame, len(chosen))
+    log.info("%s, frame %d, as the cameras stand: %d view(s), %d framed", title, frame, len(tiles), len(chosen))
     log.info("  picture  %s", jpg)
     log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", page)
 
@@ -2610,14 +2601,13 @@ def write_scene(config: Config, name: str, frame: int | None):
     folder, pictures, frame = extracted_views(config, name, frame)
     calibration, rig = read_calibration(folder, pictures)
     headers = [probe_picture(path.read_bytes()) for path in pictures.values()]
-    sizes = collections.Counter((header.width, header.height) for header in headers if header.whole)
-    width, height = max(sizes, key=sizes.get, default=(0, 0))
+    sizes = [(header.width, header.height) for header in headers if header.whole]
+    width, height = max(sizes, key=sizes.count, default=(0, 0))
     focal = float(np.mean([calibration[camera]["K"][[0, 1], [0, 1]] for camera in pictures]))
     K = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
-    cube = np.random.default_rng(360).uniform(-1, 1, (60_000, 3))
-    ball = cube[np.linalg.norm(cube, axis=1) < 1][:20_000]
     radius = rig.distances.min() * math.sin(math.atan(min(width, height) / (2 * focal)))
-    points = rig.center + radius * ball
+    cube = np.random.default_rng(360).uniform(-1, 1, (60_000, 3))
+    points = rig.center + radius * cube[np.linalg.norm(cube, axis=1) < 1][:20_000]
 
     scene = config.path.parent / "scenes" / f"{'_'.join(folder.parts[-2:])}_{frame:06d}"
     unfinished = scene.with_name(f".{scene.name}.partial")
@@ -2664,9 +2654,8 @@ def warp_view(scene: Path, K: np.ndarray, size: tuple[int, int], points: np.ndar
         if mask is not None:
             (scene / "masks").mkdir(exist_ok=True)
             (scene / "masks" / png).write_bytes(cv2.imencode(".png", cv2.remap(mask, *maps, cv2.INTER_LINEAR))[1])
-    x, y, depth = K @ camera["RT"][:3, :3].T @ (points - camera["RT"][:3, 3]).T
-    columns, rows = np.round(x / depth).astype(int), np.round(y / depth).astype(int)
-    return view[rows.clip(0, size[1] - 1), columns.clip(0, size[0] - 1)]
+    x, y, depth = (K @ camera["RT"][:3, :3].T @ (points - camera["RT"][:3, 3]).T).astype(np.float32)
+    return cv2.remap(view, x / depth, y / depth, cv2.INTER_NEAREST).reshape(-1, 3)
 
 
 def colmap_pose(camera_to_world: np.ndarray) -> str:

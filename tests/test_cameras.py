@@ -404,14 +404,18 @@ def extracted(tmp_path_factory):
 def test_camera_grid_writes_a_picture_and_a_page_beside_the_config(extracted):
     run = extracted.run("--camera-grid", "0018/s3_all", "--suggest-cameras", "4")
     picture, page = (extracted.folder / "previews" / f"0018_s3_all.{ending}" for ending in ("jpg", "html"))
-    assert str(picture) in run.out and str(page) in run.out and "38 views of 0018 s3_all, frame 0" in run.out
+    assert (
+        str(picture) in run.out
+        and str(page) in run.out
+        and "0018 s3_all, frame 0, as the cameras stand: 38 view" in run.out
+    )
     assert cv2.imread(str(picture)).shape[1] > 3000
     data = data_of(page.read_text())
     assert sum("image" in camera for camera in data["cameras"]) == 38 and len(data["cameras"]) == 60
     line = [int(n) for n in re.search(r"cameras: \[(.*)\]", run.out)[1].split(",")]
     assert [data["cameras"][i]["id"] for i in data["selected"]] == line  # the suggestion is what is framed
-    assert "37 views of 0018 s3_all, frame 1" in extracted.run("--camera-grid", "0018/s3_all", "--frame", "1").out
-    assert "1 view of 0018 s1_all" in extracted.run("--camera-grid", "0018/s1_all").out
+    assert "frame 1, as the cameras stand: 37 view" in extracted.run("--camera-grid", "0018/s3_all", "--frame", "1").out
+    assert "0018 s1_all, frame 0, as the cameras stand: 1 view" in extracted.run("--camera-grid", "0018/s1_all").out
 
 
 @pytest.mark.parametrize(
