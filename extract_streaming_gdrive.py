@@ -2174,22 +2174,19 @@ def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
     """Return where the cameras of a rig stand, whatever the origin and the axes of the world.
 
     poses: (4, 4) per camera, camera to world, OpenCV axes, metres. Up is the normal of the cameras' x axes on the side
-    where their pictures have the top, because the cameras are mounted level. Raise ValueError where the optical axes
+    where their pictures have the top, because the cameras are mounted level. Raise ConfigError where the optical axes
     are parallel, and where the front camera is missing."""
     ids = sorted(poses)
     matrices = np.array([poses[camera] for camera in ids]).reshape(-1, 4, 4)
     right, down, forward, centers = matrices[:, :3].transpose(2, 0, 1)
-    forward = forward / np.linalg.norm(forward, axis=1, keepdims=True)
     # Each of these matrices projects onto the plane across an optical axis.
     across = np.eye(3) - forward[:, :, None] * forward[:, None, :]
     if not np.linalg.cond(across.sum(0)) < 1e8:
-        raise ValueError(f"the optical axes of the {len(ids)} calibrated camera(s) meet in no point")
+        raise ConfigError(f"the optical axes of the {len(ids)} calibrated camera(s) meet in no point")
     if FRONT_CAMERA not in ids:
-        raise ValueError(f"the calibration has no camera {FRONT_CAMERA}, which would be the front")
-    # Offsets from the mean of the centers keep the precision where the origin of the world is far away.
-    offsets = centers - centers.mean(0)
-    nearest = np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, offsets))
-    offsets = offsets - nearest
+        raise ConfigError(f"the calibration has no camera {FRONT_CAMERA}, which would be the front")
+    center = np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, centers))
+    offsets = centers - center
     distances = np.linalg.norm(offsets, axis=1)
     directions = offsets / distances[:, None]
     up = -down.mean(0)
@@ -2203,14 +2200,12 @@ def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
     # Straight behind is 180, whatever the rounding says.
     azimuth[azimuth < -180 + 1e-6] += 360
     elevation = np.degrees(np.arcsin(np.clip(directions @ up, -1, 1)))
-    return Rig(ids, centers.mean(0) + nearest, directions, distances, azimuth, elevation)
+    return Rig(ids, center, directions, distances, azimuth, elevation)
 
 
 def pairwise_angles(directions: np.ndarray) -> np.ndarray:
-    """Return the angles between unit vectors (n, 3) in degrees, (n, n), exactly 0 on the diagonal."""
-    angles = np.degrees(np.arccos(np.clip(directions @ directions.T, -1, 1)))
-    np.fill_diagonal(angles, 0)
-    return angles
+    """Return the angles between unit vectors (n, 3) in degrees, (n, n)."""
+    return np.degrees(np.arccos(np.clip(directions @ directions.T, -1, 1)))
 
 
 def coverage(directions: np.ndarray, chosen: list[int]) -> tuple[float, float]:
@@ -2225,47 +2220,43 @@ def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, al
     """Return the n available cameras that leave the smallest largest gap, sorted.
 
     directions (m, 3): unit vectors to all cameras of the rig; available: rows of it that have pictures; always: the row
-    that is kept if it is available. Raise ValueError for n < 1 or n > len(available). The result is exact: it tries
+    that is kept if it is available. Raise ConfigError for n < 1 or n > len(available). The result is exact: it tries
     all angles between cameras, from the smallest, until n cameras are within that angle of every one."""
     available = sorted(set(available))
     if not 1 <= n <= len(available):
-        raise ValueError(f"cannot choose {n} cameras: at least 1 is needed, and {len(available)} have pictures")
+        raise ConfigError(f"cannot choose {n} cameras: at least 1 is needed, and {len(available)} have pictures")
     # Rounded angles keep ties independent of the world's axes.
-    angles = np.round(pairwise_angles(directions), 6)
-    keep = [always] if always in available else []
-    for radius in np.unique(angles[:, available]):
+    angles = pairwise_angles(directions).round(6)[:, available]
+    keep = [column for column, camera in enumerate(available) if camera == always]
+    for radius in np.unique(angles):
         near = angles <= radius
-        uncovered = np.flatnonzero(~near[:, keep].any(1))
-        found = find_cover(near, uncovered, np.setdiff1d(available, keep), n - len(keep))
+        found = find_cover(near[~near[:, keep].any(1)], n - len(keep))
         if found is not None:
             break
     chosen = keep + found
     while len(chosen) < n:
-        others = [camera for camera in available if camera not in chosen]
-        chosen = chosen + [min(others, key=lambda camera: angles[:, chosen + [camera]].min(1).mean())]
-    return sorted(chosen)
+        others = sorted(set(range(len(available))) - set(chosen))
+        chosen.append(min(others, key=lambda column: angles[:, [*chosen, column]].min(1).mean()))
+    return sorted(available[column] for column in chosen)
 
 
-def find_cover(near: np.ndarray, uncovered: np.ndarray, candidates: np.ndarray, n: int) -> list[int] | None:
-    """Return at most n of the candidates that together are near every uncovered direction; None where there are none.
+def find_cover(near: np.ndarray, n: int) -> list[int] | None:
+    """Return at most n columns (cameras) that have a True in every row (direction) of near; None where there are none.
 
-    near (m, m) bool: near[direction, camera]; uncovered and candidates: rows and columns of it. This is a branch and
-    bound: a branch for each camera that is near the direction to which the fewest are."""
-    if not len(uncovered):
+    This is a branch and bound: a branch for each camera that is near the direction to which the fewest are."""
+    if not len(near):
         return []
-    gains = near[np.ix_(uncovered, candidates)]
-    by_size = np.argsort(-gains.sum(0), kind="stable")
-    candidates, gains = candidates[by_size], gains[:, by_size]
-    if gains[:, :n].sum() < len(uncovered):
+    gains = near.sum(0)
+    if -np.sort(-gains)[:n].sum() < len(near):
         return None
-    # A camera that is near nothing but what another one is near as well is no use.
-    within = (gains[:, :, None] <= gains[:, None, :]).all(0)
-    useful = ~np.tril(within, -1).any(1)
-    candidates, gains = candidates[useful], gains[:, useful]
-    for k in np.flatnonzero(gains[gains.sum(1).argmin()]):
-        found = find_cover(near, uncovered[~gains[:, k]], candidates, n - 1)
+    # A camera that is near nothing but what another one is near as well is no use: of two equal ones, the later.
+    within = near.T.astype(float) @ near == gains[:, None]
+    useless = within & ((gains[:, None] < gains) | np.tri(len(gains), k=-1, dtype=bool))
+    near = near & ~useless.any(1)
+    for camera in np.flatnonzero(near[near.sum(1).argmin()]):
+        found = find_cover(near[~near[:, camera]], n - 1)
         if found is not None:
-            return [int(candidates[k])] + found
+            return [int(camera), *found]
     return None
 
 
@@ -2273,38 +2264,33 @@ def rig_layout(rig: Rig) -> dict[str, list]:
     """Return the rig unrolled, as seen from outside: where each camera stands in the picture, the page and its map.
 
     Columns go by azimuth, growing to the right, and rows by elevation, from the top down. Cameras that stand closer to
-    the person than those around them have a row of their own, between the columns, and the innermost circle of the map.
+    the person than those around them have a row of their own, between the columns.
 
     "rows" and "columns": their labels. "cameras": for each its number ("id"), its direction in words ("label"), "row"
-    and "slot" (left edge in half columns), and its place on the map, which has the radius 100 and the front at the
-    bottom ("x" to the right and "y" down from the middle)."""
+    and "slot" (left edge in half columns), and its place on the map, where each row is a ring of RINGS and the front is
+    at the bottom ("x" to the right and "y" down from the middle)."""
     around = pairwise_angles(rig.directions) < 45
     closer = rig.distances < [0.93 * np.median(rig.distances[near]) for near in around]
     columns = split_at_gaps(rig.azimuth, ~closer)
     middles = [rig.azimuth[members].mean() for members in columns]
     slots = np.interp(rig.azimuth, middles, range(0, 2 * len(columns), 2)).round().astype(int).tolist()
-    rows = split_at_gaps(rig.elevation, ~closer)
-    rows += [np.flatnonzero(closer)] if closer.any() else []
-    rows.sort(key=lambda members: -rig.elevation[members].mean())
-    levels = np.searchsorted([-15, 15], [rig.elevation[members].mean() for members in rows])
-    names = [("below", "eye level", "above")[level] for level in levels]
-    inwards = sorted(range(len(rows)), key=lambda row: closer[rows[row][0]])
-    radius = dict(zip(inwards, np.linspace(100, 40, max(4, len(rows)))))
+    rows = [("close", np.flatnonzero(closer))] if closer.any() else []
+    for members in split_at_gaps(rig.elevation, ~closer):
+        height = rig.elevation[members].mean()
+        rows.append(("above" if height > 15 else "below" if height < -15 else "eye level", members))
+    rows.sort(key=lambda row: -rig.elevation[row[1]].mean())
     cameras: list[dict] = [{} for _ in rig.ids]
-    for row, members in enumerate(rows):
+    for row, (name, members) in enumerate(rows):
         free = 0
         for i in sorted(members, key=lambda i: rig.azimuth[i]):
-            label = f"azimuth {degrees(rig.azimuth[i])}, elevation {degrees(rig.elevation[i])}"
-            slot, angle = max(free, slots[i]), np.radians(rig.azimuth[i])
-            x, y = (radius[row] * np.array([np.sin(angle), np.cos(angle)])).round(1).tolist()
+            label = f"azimuth {round(rig.azimuth[i]):+}°, elevation {round(rig.elevation[i]):+}°"
+            slot, angle = max(free, slots[i]), math.radians(rig.azimuth[i])
+            x, y = round(RINGS[name] * math.sin(angle), 1), round(RINGS[name] * math.cos(angle), 1)
             cameras[i] = {"id": rig.ids[i], "label": label, "row": row, "slot": slot, "x": x, "y": y}
             free = slot + 2
     front = rig.ids.index(FRONT_CAMERA)
-    return {
-        "cameras": cameras,
-        "rows": ["close" if closer[members[0]] else name for name, members in zip(names, rows)],
-        "columns": ["front" if front in members else degrees(middle) for members, middle in zip(columns, middles)],
-    }
+    labels = ["front" if front in members else f"{round(middle):+}°" for members, middle in zip(columns, middles)]
+    return {"cameras": cameras, "rows": [name for name, _ in rows], "columns": labels}
 
 
 def split_at_gaps(values: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
@@ -2314,10 +2300,7 @@ def split_at_gaps(values: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
     return np.split(members, np.flatnonzero(np.diff(values[members]) > 8) + 1)
 
 
-def degrees(angle: float) -> str:
-    return f"{round(angle):+d}°" if round(angle) else "0°"
-
-
+RINGS = {"above": 100, "eye level": 80, "below": 60, "close": 40}  # radius of each row on the map of the page
 TILE_SIZE = (400, 335)  # width and height in pixels, as of a picture of 2448 x 2048
 # BGR. This blue differs from the colours of faces for people with any colour vision (Okabe and Ito).
 BLUE, DARK_GREY, LIGHT_GREY, WHITE = (178, 114, 0), (36, 31, 27), (226, 222, 219), (255, 255, 255)
@@ -2339,37 +2322,27 @@ def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
     """Return a contact sheet of the views as the cameras stand, (h, w, 3) uint8 BGR.
 
     tiles: pictures of TILE_SIZE, by index in the rig; a camera without a picture is a grey field. chosen: indices of
-    those to be framed. Below stand a line with the title and the largest gap, and the line for the config."""
+    those to be framed. A line below has the title and the largest gap."""
     import cv2
 
     layout = rig_layout(rig)
     width, height, gap, margin = 200, 168, 14, 40
     bottom = margin + len(layout["rows"]) * (height + gap)
     right = margin + (max(camera["slot"] for camera in layout["cameras"]) + 2) * (width + gap) // 2
-    sheet = np.full((bottom + 190, max(1600, right + margin), 3), 255, np.uint8)
+    sheet = np.full((bottom + 120, max(1600, right + margin), 3), 255, np.uint8)
     for i, camera in enumerate(layout["cameras"]):
         x, y = margin + camera["slot"] * (width + gap) // 2, margin + camera["row"] * (height + gap)
+        back, ink = (BLUE, WHITE) if i in chosen else (WHITE, DARK_GREY)
+        sheet[y - 6 : y + height + 6, x - 6 : x + width + 6] = back
         field, number = sheet[y : y + height, x : x + width], str(camera["id"])
-        field[:] = LIGHT_GREY
-        if i in tiles:
-            field[:] = cv2.resize(tiles[i], (width, height), interpolation=cv2.INTER_AREA)
-            field[-40:, : 16 + 24 * len(number)] = BLUE if i in chosen else WHITE  # below the heads
-        ink = WHITE if i in chosen else DARK_GREY
+        field[:] = cv2.resize(tiles[i], (width, height), interpolation=cv2.INTER_AREA) if i in tiles else LIGHT_GREY
+        field[-40:, : 16 + 24 * len(number)] = back  # below the heads
         cv2.putText(field, number, (8, height - 9), cv2.FONT_HERSHEY_SIMPLEX, 1.1, ink, 2, cv2.LINE_AA)
-        if i in chosen:
-            cv2.rectangle(sheet, (x - 3, y - 3), (x + width + 2, y + height + 2), BLUE, 8)
     facts = f"{title}: {len(chosen)} of {len(tiles)} views selected, "
     facts += "largest gap {:.1f} degrees, mean {:.1f} degrees".format(*coverage(rig.directions, chosen))
-    for y, line in ((bottom + 60, facts), (bottom + 130, cameras_line(rig, chosen, len(tiles)))):
-        room = sheet.shape[1] - 2 * margin
-        scale = 1.6 * min(1, room / cv2.getTextSize(line, cv2.FONT_HERSHEY_SIMPLEX, 1.6, 3)[0][0])
-        cv2.putText(sheet, line, (margin, y), cv2.FONT_HERSHEY_SIMPLEX, scale, DARK_GREY, 3, cv2.LINE_AA)
+    scale = sheet.shape[1] / 2400  # of letters about 18 pixels wide
+    cv2.putText(sheet, facts, (margin, bottom + 70), cv2.FONT_HERSHEY_SIMPLEX, scale, DARK_GREY, 3, cv2.LINE_AA)
     return sheet
-
-
-def cameras_line(rig: Rig, chosen: list[int], views: int) -> str:
-    """Return the line for the config that chooses these indices in the rig, out of so many views."""
-    return "cameras: all" if 1 < len(chosen) == views else f"cameras: {[rig.ids[i] for i in chosen]}"
 
 
 def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str, frame: int) -> str:
@@ -2386,80 +2359,62 @@ def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
     suggested = [suggest_cameras(rig.directions, views, n, front) for n in (4, 8, 12, 16, 20) if n < len(views)]
     label = "{} · {:.1f}° · mean {:.1f}°"
     presets = [(label.format(len(best), *coverage(rig.directions, best)), best) for best in suggested]
-    data = {
-        **layout,
-        "angles": pairwise_angles(rig.directions).round(4).tolist(),
-        "presets": [*presets, ("all", views), ("none", [])],
-        "selected": chosen,
-        "front": front,
-    }
-    return PAGE.replace("@TITLE@", title).replace("@FRAME@", str(frame)).replace("@DATA@", json.dumps(data))
+    layout.update(presets=[*presets, ("all", views), ("none", [])], selected=chosen, front=front)
+    layout["angles"] = pairwise_angles(rig.directions).round(4).tolist()
+    return PAGE.replace("@TITLE@", title).replace("@FRAME@", str(frame)).replace("@DATA@", json.dumps(layout))
 
 
 PAGE = r"""<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>@TITLE@: choose the cameras</title>
 <style>
-  :root { color-scheme: light dark; --back: #fff; --bar: #f3f4f6; --ink: #1b1f24; --quiet: #5b636e; --line: #c9ced6;
-          --faint: #e3e6ea; --chosen: #0072b2; --on-chosen: #fff; --gap: #c24f00; }
-  @media (prefers-color-scheme: dark) {
-    :root { --back: #15181c; --bar: #20252b; --ink: #eceff3; --quiet: #a3adb9; --line: #4a525c;
-            --faint: #2b3138; --chosen: #56b4e9; --on-chosen: #06202f; --gap: #ff9448; } }
-  body { margin: 0; background: var(--back); color: var(--ink); font: 14px/1.4 system-ui, sans-serif; }
-  .quiet { color: var(--quiet); }
-  header { position: sticky; top: 0; z-index: 2; padding: 8px 16px; background: var(--bar);
-           border-bottom: 1px solid var(--line); }
+  :root { color-scheme: light dark; --faint: light-dark(#e9ebee, #2b3138); --quiet: light-dark(#5b636e, #a3adb9);
+          --chosen: light-dark(#0072b2, #56b4e9); --gap: light-dark(#c24f00, #ff9448); }
+  body { margin: 0; background: Canvas; color: CanvasText; font: 14px/1.4 system-ui, sans-serif; }
+  .quiet, #grid { color: var(--quiet); }
+  header { position: sticky; top: 0; z-index: 2; display: grid; gap: 6px; padding: 8px 16px; background: var(--faint); }
   header div, main { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
-  header div { margin: 3px 0; }
   h1 { font-size: 17px; margin: 0 8px 0 0; }
   #status { margin-left: auto; font-size: 16px; font-variant-numeric: tabular-nums; }
   #largest, #warning { margin: 0; color: var(--gap); }
   button, .view { cursor: pointer; }
-  header button, input { font: inherit; color: inherit; background: var(--back); padding: 3px 9px;
-                         border: 1px solid var(--line); border-radius: 5px; }
+  header button, input { font: inherit; color: inherit; background: Canvas; padding: 3px 9px;
+                         border: 1px solid var(--quiet); border-radius: 5px; }
   #line { flex: 1; min-width: 12em; font-family: ui-monospace, monospace; }
-  :focus-visible { outline: 3px solid var(--ink); outline-offset: 2px; }
+  :focus-visible { outline: 3px solid; outline-offset: 2px; }
   #grid { display: grid; grid: auto / 54px; grid-auto-columns: minmax(15px, 72px); gap: 4px 3px; padding: 8px 16px;
-          overflow-x: auto; align-items: center; justify-content: safe center; text-align: center; font-size: 11px; }
-  #grid span { color: var(--quiet); white-space: nowrap; }
-  #grid .row { text-align: right; padding-right: 6px; }
+          align-items: center; justify-content: center; text-align: center; font-size: 11px; white-space: nowrap; }
   .tile { position: relative; display: grid; align-content: center; place-self: stretch; min-height: 44px; padding: 0;
-          overflow: hidden; border: 0; border-radius: 4px; background: var(--faint); color: var(--quiet); font: inherit;
-          line-height: 1.2; }
-  .tile b { position: absolute; left: 0; bottom: 0; padding: 0 4px; background: var(--back); color: var(--ink);
-            border-top-right-radius: 4px; font-size: 11px; line-height: 15px; }
+          overflow: hidden; border: 0; border-radius: 4px; background: var(--faint); color: inherit; font: inherit;
+          line-height: 1.2; white-space: normal; }
+  .tile b { position: absolute; left: 0; bottom: 0; padding: 0 4px; background: Canvas; color: CanvasText;
+            border-top-right-radius: 4px; line-height: 15px; }
   .tile[aria-pressed=true] { box-shadow: 0 0 0 3px var(--chosen); }
   .tile[aria-pressed=true] b::after { content: " ✓"; }
-  #presets [aria-pressed=true], [aria-pressed=true] b { background: var(--chosen); color: var(--on-chosen); }
+  #presets [aria-pressed=true], [aria-pressed=true] b { background: var(--chosen); color: Canvas; }
   main { gap: 8px 32px; justify-content: center; padding: 8px 16px 12px; }
-  svg, figure { width: clamp(280px, min(30vw, 100vh - 24vw - 60px), 560px); margin: 0; }
-  svg { font-size: 8px; text-anchor: middle; fill: var(--quiet); }
-  text { dominant-baseline: central; }
-  #rings { fill: none; stroke: var(--faint); stroke-width: 1.5; }
-  #dots circle { fill: var(--disc, var(--faint)); stroke: var(--edge); }
-  .view { --disc: var(--back); --edge: var(--quiet); fill: var(--ink); }
-  .on { --disc: var(--chosen); --edge: var(--chosen); fill: var(--on-chosen); font-weight: bold; }
-  #gap { fill: none; stroke: var(--gap); stroke-width: 2.5; }
-  img { display: block; width: 100%; border-radius: 4px; }
-  .tile img { min-height: 44px; object-fit: cover; }
+  svg, figure { width: clamp(280px, min(30vw, 100vh - 24vw - 60px), 560px); margin: 0; white-space: nowrap; }
+  svg { font-size: 8px; text-anchor: middle; dominant-baseline: central; fill: var(--quiet); }
+  circle { fill: var(--disc, none); stroke: var(--edge, var(--faint)); }
+  .dot { --disc: var(--faint); }
+  .view { --disc: Canvas; --edge: var(--quiet); fill: CanvasText; }
+  .on { --disc: var(--chosen); --edge: var(--chosen); fill: Canvas; font-weight: bold; }
+  #gap { --edge: var(--gap); stroke: var(--gap); stroke-width: 2.5; }
+  img { display: block; width: 100%; min-height: 44px; border-radius: 4px; object-fit: cover; }
   .help { flex: 1; min-width: 19em; max-width: 60em; }
 </style>
 <header>
-  <div><h1>@TITLE@</h1><span class="quiet">frame @FRAME@</span>
-    <span id="status" role="status"><b id="count"></b> <span id="of"></span> · largest gap <b id="largest"></b>
-      <span id="where" class="quiet"></span></span></div>
+  <div><h1>@TITLE@</h1><span class="quiet">frame @FRAME@</span><span id="status" role="status"></span></div>
   <div id="presets">Suggested </div>
-  <div><input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy">Copy</button></div>
+  <div><input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy"></button></div>
   <p id="warning" role="alert">Without camera 25: five of the six speech performances have only this camera.</p>
 </header>
 <section id="grid" aria-label="views, as the cameras stand"></section>
 <main>
   <svg class="map" viewBox="-124 -124 248 248" role="img" aria-label="the rig from above">
-    <g id="rings"></g><g id="gap"></g>
-    <path d="M-4 13 L0 21 L4 13Z"/><ellipse rx="12" ry="15"/><circle cx="-12" r="3"/><circle cx="12" r="3"/>
-    <g id="dots"></g>
+    <circle r="100"/><circle r="80"/><circle r="60"/><circle r="40"/><g id="gap"></g><g id="dots"></g>
+    <path d="M-4 13 L0 21 L4 13Z"/><ellipse rx="12" ry="15"/>
     <text y="118">front</text><text y="-118">behind</text>
     <text transform="translate(118) rotate(90)">person's left</text>
     <text transform="translate(-118) rotate(-90)">person's right</text>
@@ -2480,45 +2435,43 @@ let chosen;
 const $ = id => document.getElementById(id);
 const fill = (id, items, markup) => $(id).insertAdjacentHTML("beforeend", items.map(markup).join(""));
 const area = (row, slot) => `style="grid-area: ${row + 2} / ${slot + 2} / auto / span 2"`;
-const disc = (i, r) => `<circle cx="${cameras[i].x}" cy="${cameras[i].y}" r="${r}"/>`;
+const disc = ({x, y}, r) => `<circle cx="${x}" cy="${y}" r="${r}"/>`;
 
-fill("grid", rows, (label, row) => `<span class="row" style="grid-area: ${row + 2} / 1">${label}</span>`);
+fill("grid", rows, (label, row) => `<span style="grid-area: ${row + 2} / 1">${label}</span>`);
 fill("grid", columns, (label, column) => `<span ${area(-1, 2 * column)}>${label}</span>`);
 fill("grid", cameras, ({id, label, row, slot, image}) => image
   ? `<button class="tile" ${area(row, slot)} data-camera="${id}" aria-label="camera ${id}, ${label}">
        <b>${id}</b><img src="${image}" alt=""></button>`
   : `<div class="tile" ${area(row, slot)} title="${label}">${id}<small>no picture</small></div>`);
-fill("rings", [...new Set(cameras.map(({x, y}) => Math.hypot(x, y).toFixed()))], r => `<circle r="${r}"/>`);
-fill("dots", cameras, ({id, x, y, image}, i) =>
-  `<g class="dot ${image ? "view" : ""}">${disc(i, 7.5)}<text x="${x}" y="${y}">${id}</text></g>`);
+fill("dots", cameras, camera => `<g class="dot ${camera.image ? "view" : ""}">${disc(camera, 7.5)}
+  <text x="${camera.x}" y="${camera.y}">${camera.id}</text></g>`);
 fill("presets", presets, ([label]) => `<button>${label}</button>`);
 const [tiles, dots, buttons] = [".tile", ".dot", "#presets button"].map(all => [...document.querySelectorAll(all)]);
 
-function show(list) {
-  chosen = list;
+function choose(list) {
   const ids = list.map(i => cameras[i].id), all = list.length > 1 && list.length === views.length;
-  const gaps = angles.map(row => Math.min(180, ...list.map(j => row[j])));
-  const largest = Math.max(...gaps), worst = gaps.indexOf(largest);
-  const mean = gaps.reduce((sum, gap) => sum + gap) / gaps.length;
+  if (chosen) history.replaceState(null, "", `#${ids.join() || "none"}`);  // a reload keeps what was clicked
+  chosen = list;
   for (const i of views) {
     tiles[i].setAttribute("aria-pressed", list.includes(i));
     dots[i].classList.toggle("on", list.includes(i));
   }
   buttons.forEach((button, k) => button.setAttribute("aria-pressed", `${presets[k][1]}` === `${list}`));
-  $("count").textContent = list.length;
   $("line").value = all ? "cameras: all" : list.length ? `cameras: [${ids.join(", ")}]` : "";
+  $("copy").textContent = "Copy";
   $("copy").disabled = !list.length;
   $("warning").hidden = !list.length || list.includes(front) || !views.includes(front);
-  $("largest").textContent = list.length ? largest.toFixed(1) + "°" : "–";
-  $("where").textContent = $("gap").innerHTML = "";
-  if (!list.length || !largest) return;
-  const from = cameras[worst], to = cameras[list.find(j => angles[worst][j] === largest)];
-  $("where").textContent = `at camera ${from.id} · mean ${mean.toFixed(1)}°`;
-  $("gap").innerHTML = `${disc(worst, 9)}<path stroke-dasharray="4 3" d="M${from.x} ${from.y} L${to.x} ${to.y}"/>`;
-}
-function choose(list) {
-  show(list);
-  history.replaceState(null, "", "#" + (list.map(i => cameras[i].id).join() || "none"));  // a reload keeps the choice
+  $("status").innerHTML = `<b id="count">${list.length}</b> of ${views.length} view${views.length === 1 ? "" : "s"}`;
+  $("gap").innerHTML = "";
+  if (!list.length) return;
+
+  const gaps = angles.map(row => Math.min(...list.map(j => row[j])));
+  const largest = Math.max(...gaps), mean = gaps.reduce((sum, gap) => sum + gap) / gaps.length;
+  const worst = gaps.indexOf(largest), nearest = list.find(j => angles[worst][j] === largest);
+  const from = cameras[worst], to = cameras[nearest];
+  $("status").innerHTML += ` · largest gap <b id="largest">${largest.toFixed(1)}°</b>
+    <span id="where" class="quiet">at camera ${from.id} · mean ${mean.toFixed(1)}°</span>`;
+  if (largest) $("gap").innerHTML = `${disc(from, 9)}<path d="M${from.x} ${from.y} L${to.x} ${to.y}"/>`;
 }
 function enlarge({id, label, image}) {
   $("large").src = image;
@@ -2532,102 +2485,87 @@ for (const i of views) {
   }
 }
 buttons.forEach((button, k) => { button.onclick = () => choose(presets[k][1]); });
-$("of").textContent = `of ${views.length} view${views.length === 1 ? "" : "s"}`;
 $("copy").onclick = () => {
   $("line").select();
   document.execCommand("copy");      // navigator.clipboard is not for file:// pages in every browser
   $("copy").textContent = "Copied";
-  setTimeout(() => { $("copy").textContent = "Copy"; }, 1500);
 };
 if (views.length) enlarge(cameras[views.includes(front) ? front : views[0]]);
 if (views.length < 2) document.querySelectorAll(".map").forEach(element => { element.style.display = "none"; });
 const kept = location.hash.slice(1).split(",");
-show(location.hash ? views.filter(i => kept.includes(`${cameras[i].id}`)) : selected);
+choose(location.hash ? views.filter(i => kept.includes(`${cameras[i].id}`)) : selected);
 </script>
 """
 
 
 def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespace) -> int:
     """Carry out --camera-grid, --suggest-cameras and --scene with what was extracted, without a download."""
-    try:
-        if arguments.scene:
-            write_scene(config, arguments.scene, arguments.frame)
-        if arguments.camera_grid:
-            folder, pictures, frame = extracted_views(config, "--camera-grid", arguments.camera_grid, arguments.frame)
-            subject, performance = folder.parts[-2:]
-            cameras, source = set(pictures), f"{subject}/{performance}"
-        elif arguments.suggest_cameras is not None:
-            performance, source = "s3_all", "what was extracted"
-            # The rig is the same for all.
-            folders = (config.folder_of(*key) for key in sorted(manifest.completed, key=lambda key: key[1] != "s3_all"))
-            folder = next((folder for folder in folders if (folder / "calibration").is_dir()), None)
-            if folder is None:
-                missing = f"there is nothing extracted with its calibration in {config.output_dir}"
-                raise ValueError(f"{missing}: extract one subject with all cameras first")
-            rows = manifest.completed.values()
-            cameras = set().union(*(parse_numbers(row["cameras_available"]) for row in rows))
-        else:
-            return 0
-        rig = rig_geometry({camera: entry["RT"] for camera, entry in read_calibration(folder, cameras).items()})
-        available = [i for i, camera in enumerate(rig.ids) if camera in cameras]
-        asked = config.asked_cameras(performance)
-        chosen = [i for i in available if asked is None or rig.ids[i] in asked]
-        if arguments.suggest_cameras is not None:
-            chosen = show_suggestion(config, rig, available, chosen, arguments.suggest_cameras, source)
-        if arguments.camera_grid:
-            pictures = {i: pictures[rig.ids[i]] for i in available}
-            show_grid(config, rig, pictures, chosen, f"{subject} {performance}", frame)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    if arguments.scene:
+        write_scene(config, arguments.scene, arguments.frame)
+    if arguments.camera_grid:
+        folder, pictures, frame = extracted_views(config, arguments.camera_grid, arguments.frame)
+        cameras = set(pictures)
+    elif arguments.suggest_cameras is not None:
+        folders = (config.folder_of(*key) for key in manifest.completed)
+        folder = next((folder for folder in folders if (folder / "calibration").is_dir()), None)
+        if folder is None:
+            raise ConfigError(f"{config.output_dir} has no calibration: extract one subject with all cameras first")
+        cameras = set().union(*(parse_numbers(row["cameras_available"]) for row in manifest.completed.values()))
+    else:
+        return 0
+    _, rig = read_calibration(folder, cameras)
+    available = [i for i, camera in enumerate(rig.ids) if camera in cameras]
+    asked = config.asked_cameras(folder.name if arguments.camera_grid else "s3_all")
+    chosen = [i for i in available if asked is None or rig.ids[i] in asked]
+    if arguments.suggest_cameras is not None:
+        chosen = show_suggestion(config, rig, available, chosen, arguments.suggest_cameras)
+    if arguments.camera_grid:
+        show_grid(config, rig, pictures, chosen, f"{folder.parent.name} {folder.name}", frame)
     return 0
 
 
-def extracted_views(config: Config, option: str, name: str, frame: int | None) -> tuple[Path, dict[int, Path], int]:
-    """Return the folder of an extracted performance that an option names, the picture of each camera that has the
+def extracted_views(config: Config, name: str, frame: int | None) -> tuple[Path, dict[int, Path], int]:
+    """Return the folder of an extracted performance, such as "0018/s3_all", the picture of each camera that has the
     frame, and the frame: by default the first that most cameras have."""
-    subject, _, performance = name.partition("/")
-    if not (SUBJECT.fullmatch(subject) and PLAIN_NAME.fullmatch(performance)):
-        raise ValueError(f"{option} {printable(name)!r}: write it as 0018/s3_all")
-    folder = config.folder_of(subject, performance)
+    if not re.fullmatch(f"{SUBJECT.pattern}/{PLAIN_NAME.pattern}", name):
+        raise ConfigError(f"{printable(name)!r} is no performance: write it as 0018/s3_all")
+    folder = config.folder_of(*name.split("/"))
     pictures: dict[int, dict[int, Path]] = collections.defaultdict(dict)
-    for path in folder.glob("images/cam_[0-9][0-9]/frame_*.*"):
+    for path in sorted(folder.glob("images/cam_[0-9][0-9]/frame_*.*")):
         pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
     if not pictures:
-        raise ValueError(f"{folder} has no pictures: extract {subject}/{performance} first, with its images")
+        raise ConfigError(f"{folder} has no pictures: extract {name} first, with its images")
     if frame is None:
         frame = min(pictures, key=lambda number: (-len(pictures[number]), number))
     if frame not in pictures:
-        raise ValueError(f"{folder} has no frame {frame}; it has frames from {min(pictures)} to {max(pictures)}")
-    return folder, dict(sorted(pictures[frame].items())), frame
+        raise ConfigError(f"{folder} has no frame {frame}; it has frames from {min(pictures)} to {max(pictures)}")
+    return folder, pictures[frame], frame
 
 
-def read_calibration(folder: Path, cameras: Iterable[int]) -> dict[int, dict[str, np.ndarray]]:
-    """Return the calibration of an extracted performance: for each camera "K" (3, 3) in pixels, "D" (5,), "RT" (4, 4)
-    camera to world in metres. Raise ValueError where it cannot be read, or lacks one of these cameras."""
+def read_calibration(folder: Path, cameras: Iterable[int]) -> tuple[dict[int, dict[str, np.ndarray]], Rig]:
+    """Return the calibration of an extracted performance and its rig: for each camera "K" (3, 3) in pixels, "D" (5,),
+    "RT" (4, 4) camera to world in metres. Raise ConfigError where it cannot be read, or lacks one of these cameras."""
     path = folder / "calibration" / "cameras.json"
     try:
         stored = json.loads(path.read_text())["cameras"].items()
         calibration = {int(n): {name: np.array(camera[name]) for name in ("K", "D", "RT")} for n, camera in stored}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} cannot be read: extract the performance with calibration, or again") from None
+        raise ConfigError(f"{path} cannot be read: extract the performance with calibration, or again") from None
     missing = sorted(set(cameras) - set(calibration))
     if missing:
-        raise ValueError(f"{path} has no calibration for camera {', '.join(map(str, missing))}")
-    return calibration
+        raise ConfigError(f"{path} has no calibration for camera {', '.join(map(str, missing))}")
+    return calibration, rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})
 
 
-def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[int], n: int, source: str) -> list[int]:
+def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[int], n: int) -> list[int]:
     """Print the n views that cover the rig best, beside what the config gives now, and return them as indices."""
-    front = rig.ids.index(FRONT_CAMERA)
-    chosen = suggest_cameras(rig.directions, available, n, front)
-    log.info("%d of the %d cameras with pictures in %s:", n, len(available), source)
+    chosen = suggest_cameras(rig.directions, available, n, rig.ids.index(FRONT_CAMERA))
+    log.info("%d of the %d cameras with pictures:", n, len(available))
     for title, cameras in (("suggested", chosen), (f"{config.path.name} now", now)):
         largest, mean = coverage(rig.directions, cameras)
         log.info("  %-16s %2d cameras, largest gap %5.1f°, mean %4.1f°", title, len(cameras), largest, mean)
-    if front not in chosen:
-        log.warning("camera %d, which faces the person, has no pictures here", FRONT_CAMERA)
-    log.info("The line for %s:", config.path.name)
-    log.info("  %s", cameras_line(rig, chosen, len(available)))
+    ids = "all" if 1 < len(chosen) == len(available) else [rig.ids[i] for i in chosen]
+    log.info("The line for %s:\n  cameras: %s", config.path.name, ids)
     return chosen
 
 
@@ -2636,17 +2574,16 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[
     import cv2
 
     with ThreadPoolExecutor() as pool:
-        tiles = dict(zip(pictures, pool.map(partial(read_picture, size=TILE_SIZE), pictures.values())))
-    tiles = {i: tile for i, tile in tiles.items() if tile is not None}
+        read = pool.map(partial(read_picture, size=TILE_SIZE), pictures.values())
+        tiles = {rig.ids.index(camera): tile for camera, tile in zip(pictures, read) if tile is not None}
     chosen = [i for i in wanted if i in tiles]
-    picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
     folder = config.path.parent / "previews"
     folder.mkdir(exist_ok=True)
     jpg, page = (folder / f"{title.replace(' ', '_')}.{ending}" for ending in ("jpg", "html"))
+    picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
     jpg.write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1])
     page.write_text(camera_page(rig, tiles, chosen, title, frame), encoding="utf-8")
-    count = "1 view" if len(tiles) == 1 else f"{len(tiles)} views"
-    log.info("%s of %s, frame %d, as the cameras stand; %d framed", count, title, frame, len(chosen))
+    log.info("%s, frame %d, as the cameras stand: %d view(s), %d framed", title, frame, len(tiles), len(chosen))
     log.info("  picture  %s", jpg)
     log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", page)
 
@@ -2657,19 +2594,17 @@ def write_scene(config: Config, name: str, frame: int | None):
     name: such as "0018/s3_all"; frame: None for the first that most cameras have. Every view of it is warped to one
     common pinhole camera: the mean focal length, the principal point in the middle, the size that most pictures have.
     The points are random ones in the largest ball around the point nearest to all optical axes that every camera sees
-    in full. Raise ValueError where nothing is extracted, and where no picture can be read."""
-    folder, pictures, frame = extracted_views(config, "--scene", name, frame)
-    calibration = read_calibration(folder, pictures)
-    rig = rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})
+    in full. Raise ConfigError where nothing is extracted, and where no picture can be read."""
+    folder, pictures, frame = extracted_views(config, name, frame)
+    calibration, rig = read_calibration(folder, pictures)
     headers = [probe_picture(path.read_bytes()) for path in pictures.values()]
-    sizes = collections.Counter((header.width, header.height) for header in headers if header.whole)
-    width, height = max(sizes, key=sizes.get, default=(0, 0))
+    sizes = [(header.width, header.height) for header in headers if header.whole]
+    width, height = max(sizes, key=sizes.count, default=(0, 0))
     focal = float(np.mean([calibration[camera]["K"][[0, 1], [0, 1]] for camera in pictures]))
     K = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
-    cube = np.random.default_rng(360).uniform(-1, 1, (60_000, 3))
-    ball = cube[np.linalg.norm(cube, axis=1) < 1][:20_000]
     radius = rig.distances.min() * math.sin(math.atan(min(width, height) / (2 * focal)))
-    points = rig.center + radius * ball
+    cube = np.random.default_rng(360).uniform(-1, 1, (60_000, 3))
+    points = rig.center + radius * cube[np.linalg.norm(cube, axis=1) < 1][:20_000]
 
     scene = config.path.parent / "scenes" / f"{'_'.join(folder.parts[-2:])}_{frame:06d}"
     unfinished = scene.with_name(f".{scene.name}.partial")
@@ -2682,11 +2617,11 @@ def write_scene(config: Config, name: str, frame: int | None):
             warped = list(tqdm(warped, desc=scene.name, total=len(pictures), unit="view", disable=None, leave=False))
         colors = {camera: seen for camera, seen in zip(pictures, warped) if seen is not None}
         if not colors:
-            raise ValueError(f"{folder} has no picture of frame {frame} that can be read")
+            raise ConfigError(f"{folder} has no picture of frame {frame} that can be read")
         # In COLMAP, the corner of the first pixel is (0, 0).
         (model / "cameras.txt").write_text(f"1 PINHOLE {width} {height} {focal} {focal} {width / 2} {height / 2}\n")
-        images = [f"{colmap_pose(calibration[camera]['RT'])} 1 {camera:02d}.png\n\n" for camera in colors]
-        (model / "images.txt").write_text("".join(f"{i} {line}" for i, line in enumerate(images, 1)))
+        images = [f"{n + 1} {colmap_pose(calibration[n]['RT'])} 1 {n:02d}.png\n\n" for n in colors]
+        (model / "images.txt").write_text("".join(images))
         color = np.median(list(colors.values()), axis=0)[:, ::-1]
         table = np.column_stack([np.arange(len(points)) + 1, points, color, np.zeros(len(points))])
         np.savetxt(model / "points3D.txt", table, "%d %.6f %.6f %.6f %d %d %d %d")
@@ -2716,9 +2651,8 @@ def warp_view(scene: Path, K: np.ndarray, size: tuple[int, int], points: np.ndar
         if mask is not None:
             (scene / "masks").mkdir(exist_ok=True)
             (scene / "masks" / png).write_bytes(cv2.imencode(".png", cv2.remap(mask, *maps, cv2.INTER_LINEAR))[1])
-    x, y, depth = K @ camera["RT"][:3, :3].T @ (points - camera["RT"][:3, 3]).T
-    columns, rows = np.round(x / depth).astype(int), np.round(y / depth).astype(int)
-    return view[rows.clip(0, size[1] - 1), columns.clip(0, size[0] - 1)]
+    x, y, depth = (K @ camera["RT"][:3, :3].T @ (points - camera["RT"][:3, 3]).T).astype(np.float32)
+    return cv2.remap(view, x / depth, y / depth, cv2.INTER_NEAREST).reshape(-1, 3)
 
 
 def colmap_pose(camera_to_world: np.ndarray) -> str:

@@ -186,14 +186,14 @@ def test_the_size_is_the_pictures_own_where_no_attribute_says_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options, reason",
+    "modalities, options, reason",
     [
-        ({"calibration": False}, "the file has no calibration"),
-        ({"images": False}, "no undamaged pictures were extracted"),
+        (EVERYTHING, {"calibration": False}, "the file has no calibration"),
+        (EVERYTHING, {"damaged": {(25, 0): "cut", (25, 1): "empty"}}, "no undamaged pictures were extracted"),
     ],
 )
-def test_what_it_cannot_be_made_from_is_a_note_and_no_failure(tmp_path, options, reason):
-    workspace, folder = extracted(tmp_path, cameras=(25,), **options)
+def test_what_it_cannot_be_made_from_is_a_note_and_no_failure(tmp_path, modalities, options, reason):
+    workspace, folder = extracted(tmp_path, cameras=(25,), modalities=modalities, **options)
     assert not (folder / "transforms.json").exists()
     assert "transforms" not in workspace.info("0018", "s3_all")["modalities"]
     assert workspace.rows[-1]["status"] == "completed" and reason in workspace.rows[-1]["error"]
