@@ -2548,7 +2548,11 @@ def read_calibration(folder: Path, cameras: Iterable[int]) -> tuple[dict[int, di
     path = folder / "calibration" / "cameras.json"
     try:
         stored = json.loads(path.read_text())["cameras"].items()
-        calibration = {int(n): {name: np.array(camera[name]) for name in ("K", "D", "RT")} for n, camera in stored}
+        shapes = {"K": (3, 3), "D": (5,), "RT": (4, 4)}
+        calibration = {
+            int(number): {name: np.array(camera[name], float).reshape(shape) for name, shape in shapes.items()}
+            for number, camera in stored
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise ConfigError(f"{path} cannot be read: extract the performance with calibration, or again") from None
     missing = sorted(set(cameras) - set(calibration))
@@ -2927,9 +2931,10 @@ class Progress:
         try:
             yield
         finally:
-            for shown in reversed(self.bars):
-                shown.close()
-            print(end="\r\x1b[J" if self.console.bars else "", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal has gone
+                for shown in reversed(self.bars):
+                    shown.close()
+                print(end="\r\x1b[J" if self.console.bars else "", file=sys.stderr, flush=True)
             self.console.bars = False
             self.console.setFormatter(None)
 
