@@ -188,7 +188,7 @@ def load_config(path: str) -> Config:
                 if key in nodes:  # each word as it stands in the file: YAML would read 0026 as 22
                     value = each["parse"](yaml.constructor.BaseConstructor().construct_document(nodes[key]))
                 elif value is None:
-                    raise ValueError("is missing")
+                    raise ValueError("this setting is missing")
             except (ValueError, yaml.YAMLError) as error:
                 errors.append((line, f"{section}.{key}: {getattr(error, 'problem', error)}"))
             values[key] = values["path"].parent / value if isinstance(value, Path) else value
@@ -279,8 +279,8 @@ def parse_number(kind: type, least: float, value) -> float:
     with contextlib.suppress(ValueError):
         if least <= kind(parse_text(value)) < 1e9:
             return kind(value)
-    form = "a whole number" if kind is int else "a number such as 50 (the unit is GB)"
-    raise ValueError(f"{value!r} has to be {form} of at least {least:g}")
+    form = "a whole number" if kind is int else "a number (such as 50: the unit is GB)"
+    raise ValueError(f"{value!r}: write {form} of at least {least:g}")
 
 
 def parse_list(parse: Callable, form: str, value, may_be_empty: bool = False) -> list | None:
