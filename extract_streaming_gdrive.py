@@ -421,11 +421,14 @@ class Manifest:
         Other tools have written to these files: lines may end in LF, CRLF or CR, and pandas turns "0018" into 18.0."""
         end = max(content.rfind(b"\n"), content.rfind(b"\r")) + 1
         text = content[:end].decode("utf-8-sig", "replace").replace("\0", "")
-        lines = csv.reader(io.StringIO(text, newline=""))
-        columns, rows = next(lines, []), []
+        try:
+            columns, *lines = [*csv.reader(io.StringIO(text, newline=""))] or [[]]
+        except csv.Error as error:  # a quotation mark without its second
+            raise ConfigError(f"{self.path}: cannot be read as a manifest: {error}") from None
         if not {"subject", "performance", "status"} <= set(columns) and not csv_lines([COLUMNS]).startswith(content):
             advice = "; its columns are separated by ';': save it with commas" if ";" in "".join(columns) else ""
             raise ConfigError(f"{self.path}: its first line has no columns subject, performance and status{advice}")
+        rows = []
         for cells in lines:
             row = {**dict.fromkeys(COLUMNS, ""), **dict(zip(columns, cells))}
             subject = re.fullmatch(r"\s*([0-9]{1,4})(\.0*)?\s*", row["subject"])
@@ -459,16 +462,16 @@ class Manifest:
     def adopt_folders(self, subjects: list[str]):
         """Take finished folders that were never noted for done, as their info.json says: the manifest was lost, or the
         power failed before the row. `append` writes a row of `found` when its subject's turn comes."""
-        asked = self.config.performances
-        for subject in [] if self.config.redo else subjects:
-            for path in sorted(list_paths(self.config.output_dir / subject, "*/metadata/info.json")):
-                key = subject, path.parent.parent.name
-                if key not in self.completed and (asked is None or key[1] in asked):
-                    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                        row = completed_row(json.loads(path.read_text()), self.config.modalities)
-                        if key == (row["subject"], row["performance"]):
-                            row = {**dict.fromkeys(COLUMNS, ""), **row}
-                            self.rows[key] = self.completed[key] = self.found[key] = row
+        paths = [list_paths(self.config.output_dir / subject, "*/metadata/info.json") for subject in subjects]
+        for path in sorted(itertools.chain(*paths)):
+            key = path.parts[-4:-2]
+            asked = not self.config.redo and key[1] in (self.config.performances or key)
+            if asked and key not in self.completed:
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                    row = completed_row(json.loads(path.read_text()), self.config.modalities)
+                    if key == (row["subject"], row["performance"]):
+                        row = {**dict.fromkeys(COLUMNS, ""), **row}
+                        self.rows[key] = self.completed[key] = self.found[key] = row
 
     def upgrade(self):
         """Give a file of older columns the new header: once, and with its owner, its mode and its other columns."""
@@ -549,9 +552,9 @@ UNFINISHED = re.compile(r"\.selected$|\.[^.]*\.partial$")  # ends the name of an
 WORK_FOLDER = re.compile(rf"\.({PLAIN_NAME.pattern})\.(partial|old)")  # beside the folder of that performance
 
 
-def lock_file(path: Path, wait: bool = True) -> io.FileIO | None:
-    """Return a file, made if need be, that is locked until it is closed or this process dies. Return None where another
-    process has the lock and we don't wait. Raise ConfigError where there are no locks."""
+def lock_file(path: Path, wait: bool = True) -> io.FileIO:
+    """Return a file, made if need be, that is locked until it is closed or this process dies. Raise BlockingIOError
+    where another process has the lock and we don't wait, ConfigError where there are no locks."""
     while True:
         file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         try:
@@ -560,7 +563,7 @@ def lock_file(path: Path, wait: bool = True) -> io.FileIO | None:
                 return file
         except BlockingIOError:
             file.close()
-            return None
+            raise
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):
                 if not file.read(1):
@@ -581,17 +584,14 @@ class SubjectLocks:
     def take(self, subject: str) -> bool:
         """Return whether the subject is ours now, without what a run that ended early has left of it."""
         beside = self.manifest.path.with_name(f".{self.manifest.path.name}.{subject}.lock")
-        with contextlib.ExitStack() as locks:
+        with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as locks:
             for path in (beside, self.config.temp_dir / f".{subject}.lock"):
-                file = lock_file(path, wait=False)
-                if file is None:
-                    return False
-                locks.enter_context(file)
+                locks.enter_context(lock_file(path, wait=False))
                 locks.callback(path.unlink, missing_ok=True)
             clean_up(self.config, self.manifest, subject)
             locks.callback(clean_up, self.config, self.manifest, subject)
             self.held[subject] = locks.pop_all()
-        return True
+        return subject in self.held
 
     def release(self, subject: str):
         """Delete a subject's unfinished files and let go of it."""
