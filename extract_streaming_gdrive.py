@@ -651,13 +651,14 @@ def put_in_place(finished: Path, folder: Path):
 
 def remove(path: Path):
     """Remove a file, a folder or a link (not what it points to), if it is there."""
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError as error:  # rmtree names what it cannot delete without its folder
-        raise OSError(error.errno, error.strerror, str(path)) from None
+
+    def name_whole_path(function: Callable, place: str, failure: tuple):
+        raise OSError(failure[1].errno, failure[1].strerror, place)
+
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, onerror=name_whole_path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def list_paths(folder: Path, wildcard: str) -> list[Path]:
