@@ -174,19 +174,19 @@ REFUSED_OPTIONS = re.compile(
 
 def load_config(path: str) -> Config:
     """Return the settings of a config file. Raise ConfigError with all that is wrong, each with its line."""
-    known: dict[str, dict[str, dict]] = {}
+    known: dict[str, dict[str, tuple]] = {}
     for each in fields(Config):
-        if each.metadata:
-            known.setdefault(each.metadata["section"], {})[each.name] = each.metadata
+        for section, parse_and_default in each.metadata.items():
+            known.setdefault(section, {})[each.name] = parse_and_default
     errors: list[tuple[int, str]] = []
     sections, values = read_mapping(load_yaml_tree(path), "", known, errors), {"path": Path(path).absolute()}
     for section, settings in known.items():
         nodes = read_mapping(sections.get(section), section, settings, errors)
-        for key, each in settings.items():
-            value, line = each["default"], nodes[key].start_mark.line + 1 if key in nodes else 0
+        for key, (parse, value) in settings.items():
+            line = nodes[key].start_mark.line + 1 if key in nodes else 0
             try:
                 if key in nodes:  # each word as it stands in the file: YAML would read 0026 as 22
-                    value = each["parse"](yaml.constructor.BaseConstructor().construct_document(nodes[key]))
+                    value = parse(yaml.constructor.BaseConstructor().construct_document(nodes[key]))
                 elif value is None:
                     raise ValueError("this setting is missing")
             except (ValueError, yaml.YAMLError) as error:
@@ -322,33 +322,30 @@ def is_known_performance(name: str) -> bool:
     return name in KNOWN_PERFORMANCES or name.startswith("h1_")
 
 
-def setting(section: str, parse: Callable, default=None) -> dict:
-    """Return the metadata of a field that stands in a section of config.yaml; without a default it has to be there."""
-    return {"section": section, "parse": parse, "default": default}
-
-
 @dataclass(frozen=True)
 class Config:
-    """The settings of config.yaml, under their names there. Paths are absolute; a list is None for "all"."""
+    """The settings of config.yaml, under their names there. Paths are absolute; a list is None for "all".
+
+    The metadata are {section: (parser, default)}. A setting whose default is None has to be in the file."""
 
     path: Path
-    root_folder_id: str = field(metadata=setting("google_drive", parse_folder_id, ""))
-    remote_name: str = field(metadata=setting("google_drive", parse_remote))
-    layout: str = field(metadata=setting("google_drive", partial(parse_choice, ["single", "pair"]), "single"))
-    download: str = field(metadata=setting("google_drive", partial(parse_choice, ["full", "selective"]), "full"))
-    rclone_flags: list[str] = field(metadata=setting("google_drive", parse_rclone_flags, []))
-    subjects: list[str] | None = field(metadata=setting("extraction", parse_subjects))
-    performances: list[str] | None = field(metadata=setting("extraction", parse_performances, SPEECH))
-    cameras: dict[str, list[int] | None] = field(metadata=setting("extraction", parse_cameras, {}))
-    modalities: list[str] = field(metadata=setting("extraction", parse_modalities, DEFAULT_MODALITIES))
-    temp_dir: Path = field(metadata=setting("storage", parse_path))
-    output_dir: Path = field(metadata=setting("storage", parse_path))
-    manifest: Path = field(metadata=setting("storage", parse_path, Path("MANIFEST.csv")))
-    log_dir: Path = field(metadata=setting("storage", parse_path, Path("logs")))
-    max_temp_size_gb: float = field(metadata=setting("storage", partial(parse_number, float, 1e-6), 50.0))
-    min_free_gb: float = field(metadata=setting("storage", partial(parse_number, float, 0), 100.0))
-    workers: int = field(metadata=setting("processing", partial(parse_number, int, 1), 4))
-    verify: str = field(metadata=setting("processing", partial(parse_choice, ["fast", "full"]), "fast"))
+    root_folder_id: str = field(metadata={"google_drive": (parse_folder_id, "")})
+    remote_name: str = field(metadata={"google_drive": (parse_remote, None)})
+    layout: str = field(metadata={"google_drive": (partial(parse_choice, ["single", "pair"]), "single")})
+    download: str = field(metadata={"google_drive": (partial(parse_choice, ["full", "selective"]), "full")})
+    rclone_flags: list[str] = field(metadata={"google_drive": (parse_rclone_flags, [])})
+    subjects: list[str] | None = field(metadata={"extraction": (parse_subjects, None)})
+    performances: list[str] | None = field(metadata={"extraction": (parse_performances, SPEECH)})
+    cameras: dict[str, list[int] | None] = field(metadata={"extraction": (parse_cameras, {})})
+    modalities: list[str] = field(metadata={"extraction": (parse_modalities, DEFAULT_MODALITIES)})
+    temp_dir: Path = field(metadata={"storage": (parse_path, None)})
+    output_dir: Path = field(metadata={"storage": (parse_path, None)})
+    manifest: Path = field(metadata={"storage": (parse_path, Path("MANIFEST.csv"))})
+    log_dir: Path = field(metadata={"storage": (parse_path, Path("logs"))})
+    max_temp_size_gb: float = field(metadata={"storage": (partial(parse_number, float, 1e-6), 50.0)})
+    min_free_gb: float = field(metadata={"storage": (partial(parse_number, float, 0), 100.0)})
+    workers: int = field(metadata={"processing": (partial(parse_number, int, 1), 4)})
+    verify: str = field(metadata={"processing": (partial(parse_choice, ["fast", "full"]), "fast")})
     redo: bool = False
 
     def asked_cameras(self, performance: str) -> frozenset[int] | None:
