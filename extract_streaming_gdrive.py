@@ -70,7 +70,7 @@ import urllib.parse
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from pathlib import Path
@@ -156,14 +156,13 @@ class Interrupted(BaseException):
 
 # What the script that people used before has in its config, and what to write instead.
 OTHER_KEYS = {
-    "storage.manifest_path": "write manifest",
-    "processing.verify_extraction": "write verify: fast or verify: full",
-    "processing.force_reextract": "delete it, and run with --redo --subject ID",
-    "processing.delete_smc_after_extraction": "delete it: an SMC is always deleted when it is extracted",
-    "processing.max_retries": "delete it: rclone retries by itself",
-    "processing.retry_delay": "delete it: rclone retries by itself",
+    "manifest_path": "write manifest",
+    "verify_extraction": "write verify: fast or verify: full",
+    "force_reextract": "delete it, and run with --redo --subject ID",
+    "max_retries": "delete it: rclone retries by itself",
     "limits": "write max_temp_size_gb and min_free_gb into the section storage",
     "logging": "delete it: each run has a log in storage.log_dir, and --verbose shows it on the console",
+    "metadata": "delete it: metadata/info.json is always written",
 }
 # Options of rclone that change what it prints, which files it takes, or when a file has its final name.
 REFUSED_OPTIONS = re.compile(
@@ -175,132 +174,99 @@ REFUSED_OPTIONS = re.compile(
 
 def load_config(path: str) -> Config:
     """Return the settings of a config file. Raise ConfigError with all that is wrong, each with its line."""
-    known: dict[str, dict[str, Field]] = {}
+    known: dict[str, dict[str, tuple]] = {}
     for each in fields(Config):
-        if each.metadata:
-            known.setdefault(each.metadata["section"], {})[each.name] = each
+        for section, parse_and_default in each.metadata.items():
+            known.setdefault(section, {})[each.name] = parse_and_default
     errors: list[tuple[int, str]] = []
-    sections, values = read_section(load_yaml_tree(path), "", known, errors), {}
+    sections, values = read_mapping(load_yaml_tree(path), "", known, errors), {"path": Path(path).absolute()}
     for section, settings in known.items():
-        nodes = read_section(sections.get(section), section, settings, errors)
-        for key, each in settings.items():
-            if key in nodes:
-                line = nodes[key].start_mark.line + 1
-                try:
-                    values[key] = parse_setting(nodes[key], each.metadata["parse"])
-                except (TypeError, ValueError, yaml.YAMLError) as error:
-                    errors.append((line, f"{section}.{key}: {getattr(error, 'problem', None) or error}"))
-            elif each.metadata["required"] and not any(re.search(f"mean ({key}|{section})[?]", e) for _, e in errors):
-                errors.append((0, f"{section}.{key} is missing"))
-    if not errors:
-        config = Config(path=Path(path).absolute(), **values)
-        places = {key: config.path.parent / value for key, value in vars(config).items() if isinstance(value, Path)}
-        if places["temp_dir"].resolve() == places["output_dir"].resolve():
-            errors.append((0, "storage.temp_dir and storage.output_dir are the same folder"))
-        if "transforms" in config.modalities and not {"images", "calibration"} <= set(config.modalities):
-            errors.append((0, "extraction.modalities: transforms needs images and calibration beside it"))
+        nodes = read_mapping(sections.get(section), section, settings, errors)
+        for key, (parse, value) in settings.items():
+            line = nodes[key].start_mark.line + 1 if key in nodes else 0
+            try:
+                if key in nodes:  # each word as it stands in the file: YAML would read 0026 as 22
+                    value = parse(yaml.constructor.BaseConstructor().construct_document(nodes[key]))
+                elif value is None:
+                    raise ValueError("this setting is missing")
+            except (ValueError, yaml.YAMLError) as error:
+                errors.append((line, f"{section}.{key}: {getattr(error, 'problem', error)}"))
+            values[key] = values["path"].parent / value if isinstance(value, Path) else value
+    if os.path.realpath(values["temp_dir"] or "temp_dir") == os.path.realpath(values["output_dir"] or "output_dir"):
+        errors.append((0, "storage.temp_dir and storage.output_dir are the same folder"))
+    if "transforms" in values["modalities"] and not {"images", "calibration"} <= set(values["modalities"]):
+        errors.append((0, "extraction.modalities: transforms needs images and calibration beside it"))
     if errors:
         lines = [f"{path}{f', line {line}' if line else ''}: {text}" for line, text in sorted(errors)]
         raise ConfigError("\n".join(lines))
-    return replace(config, **places)
+    return Config(**values)
 
 
 def load_yaml_tree(path: str) -> yaml.Node | None:
     """Return the syntax tree of a YAML file, which knows the line of each value."""
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
+        content = Path(path).read_bytes()
         return yaml.compose(content, Loader=yaml.SafeLoader)
-    except FileNotFoundError:
-        advice = "run this in the folder of your config, or name it with --config FILE"
-        raise ConfigError(f"{path}: there is no such file: {advice}") from None
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = content.splitlines()[mark.line] if mark and mark.line < len(content.splitlines()) else ""
-        reason = printable(" ".join(str(getattr(error, "problem", None) or error).split()), 200)
+        advice = "run this in the folder of your config, or name it with --config FILE"
+        raise ConfigError(f"{path}: {error.strerror}: {advice}") from None
+    except yaml.YAMLError as error:
+        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        line = [*content.decode(errors="replace").splitlines(), ""][mark.line] if mark else ""
         if "\t" in line:
             reason = "a tab; YAML needs spaces"
         elif colon := re.fullmatch(r"\s*(\w+):\s+(\S+):\s*(#.*)?", line):
             reason = f"{colon[1]}: write {colon[2]} without the colon"
         place = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: this is no YAML: {reason}") from None
+        raise ConfigError(f"{path}{place}: this is no YAML: {printable(' '.join(reason.split()), 200)}") from None
 
 
-def read_section(node: yaml.Node | None, section: str, known: Iterable[str], errors: list) -> dict[str, yaml.Node]:
+def read_mapping(node: yaml.Node | None, section: str, known: Iterable[str], errors: list) -> dict[str, yaml.Node]:
     """Return {key: value} of the known keys of a YAML mapping that have a value; add to `errors` what is wrong."""
-    if node is None or node.tag == NO_VALUE:
-        return {}
     if not isinstance(node, yaml.MappingNode):
-        errors.append((node.start_mark.line + 1, f"{section or 'this'} has to be a list of 'key: value' lines"))
+        if node is not None:
+            errors.append((node.start_mark.line + 1, f"{section or 'this'} has to be a list of 'key: value' lines"))
         return {}
     found: dict[str, yaml.Node] = {}
     for key, value in node.value:
-        name = printable(f"{section}.{key.value}".lstrip("."))
-        if key.value in found:
-            errors.append((key.start_mark.line + 1, f"{name}: is there twice"))
-        elif key.value in known:
-            found[key.value] = value
+        name = str(key.value)
+        if name in known and name not in found:
+            found[name] = value
         else:
-            advice = OTHER_KEYS.get(name) or suggest(str(key.value), known)
-            errors.append((key.start_mark.line + 1, f"{name}: unknown key; {advice}"))
+            wrong = "is there twice" if name in found else f"unknown key; {suggest(name, known)}"
+            errors.append((key.start_mark.line + 1, f"{printable(f'{section}.{name}'.lstrip('.'))}: {wrong}"))
     return {key: value for key, value in found.items() if value.tag != NO_VALUE}
 
 
-def parse_setting(node: yaml.Node, parse: Callable):
-    """Return the value of a setting. Each word gets to `parse` as it stands in the file: YAML would read 0026 as 22."""
-    return parse(yaml.constructor.BaseConstructor().construct_document(node))
-
-
 def suggest(word: str, known: Iterable[str]) -> str:
+    """Return what to write instead of an unknown word."""
     near = difflib.get_close_matches(word.lower(), known, 1)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+    return OTHER_KEYS.get(word) or (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
 
 
-def parse_text(value) -> str:
-    if not isinstance(value, str):
-        raise TypeError("has to be a single value")
-    if not value.isprintable():
-        raise ValueError(f"{value!r} holds control characters")
+def parse_text(value, pattern: str = ".*", what: str = "single value without control characters") -> str:
+    """Return a single value that matches a pattern; `what` says what another value is not."""
+    if not (isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)):
+        raise ValueError(f"{value!r} is no {what}")
     return value
 
 
 def parse_path(value) -> Path:
     """Return a path with ~ and $VARIABLES filled in."""
-    if not parse_text(value).strip():
-        raise ValueError("must not be empty")
-    for variable in re.findall(r"\$\{?(\w+)", value):
+    for variable in re.findall(r"\$\{?(\w+)", parse_text(value, r".*\S.*", "path: it must not be empty")):
         if not os.environ.get(variable):
             raise ValueError(f"the variable ${variable} is not set")
     return Path(os.path.expandvars(value)).expanduser()
 
 
-def parse_pattern(pattern: str, what: str, value) -> str:
-    """Return a single value that has to match a pattern; `what` says what another value is not."""
-    if not re.fullmatch(pattern, parse_text(value)):
-        raise ValueError(f"{value!r} is no {what}")
-    return value
-
-
 def parse_subject(value) -> str:
-    if re.fullmatch("[0-9]{1,3}", parse_text(value)):
-        raise ValueError(f"{value!r} is no subject: subjects are four digits: did you mean '{value.zfill(4)}'?")
-    return parse_pattern(SUBJECT.pattern, "subject: subjects are four digits such as '0018'", value)
-
-
-parse_remote = partial(parse_pattern, r"[\w.+@][\w.+@ -]*", "name of an rclone remote (write it without the colon)")
-parse_folder_id = partial(
-    parse_pattern,
-    r"(?!YOUR_SHARED_FOLDER_ID)([A-Za-z0-9_][A-Za-z0-9_-]*)?",
-    "folder id: put the part of the shared folder's address after /folders/ here",
-)
-parse_performance = partial(
-    parse_pattern, PLAIN_NAME.pattern, "performance: they have names such as s1_all, e0 or h1_3bk"
-)
+    short = re.fullmatch("[0-9]{1,3}", str(value))
+    advice = f"did you mean '{value.zfill(4)}'?" if short else "they are four digits such as '0018'"
+    return parse_text(value, SUBJECT.pattern, f"subject: {advice}")
 
 
 def parse_camera(value) -> int:
-    return int(parse_pattern("0?[0-9]|[1-5][0-9]", "camera: cameras are whole numbers from 0 to 59", value))
+    return int(parse_text(value, "0?[0-9]|[1-5][0-9]", "camera: they are whole numbers from 0 to 59"))
 
 
 def parse_choice(known: Iterable[str], value) -> str:
@@ -309,93 +275,77 @@ def parse_choice(known: Iterable[str], value) -> str:
     return value
 
 
-def parse_modality(value) -> str:
-    if value == "metadata":
-        raise ValueError("'metadata' is not known; delete it: metadata/info.json is always written")
-    return parse_choice(MODALITIES, value)
-
-
-def parse_number(kind: type, least: float, unit: str, value) -> float:
+def parse_number(kind: type, least: float, value) -> float:
     with contextlib.suppress(ValueError):
         if least <= kind(parse_text(value)) < 1e9:
             return kind(value)
-    if with_unit := unit and re.fullmatch(r"([0-9.]+) *[A-Za-z]+", value):
-        raise ValueError(f"{value!r}: write {with_unit[1]}: the unit is {unit}")
-    raise ValueError(f"{value!r} has to be {'a whole' if kind is int else 'a'} number of at least {least:g}")
+    form = "a whole number" if kind is int else "a number (such as 50: the unit is GB)"
+    raise ValueError(f"{value!r}: write {form} of at least {least:g}")
 
 
-def parse_list(parse: Callable, example: str, value, may_be_empty: bool = False) -> list:
-    """Return a list without repetitions."""
-    if not isinstance(value, list):
-        raise TypeError(f"has to be a list such as {example}")
-    if not value and not may_be_empty:
-        raise ValueError(f"the list is empty; write one such as {example}")
+def parse_list(parse: Callable, form: str, value, may_be_empty: bool = False) -> list | None:
+    """Return a list without repetitions. Return None for the word "all" where the form of the list mentions it."""
+    if value == "all" and value in form.split():
+        return None
+    if not isinstance(value, list) or not (value or may_be_empty):
+        raise ValueError(f"has to be a list such as {form}{'' if may_be_empty else '; it must not be empty'}")
     return list(dict.fromkeys(map(parse, value)))
 
 
-def parse_all_or_list(parse: Callable, example: str, value, may_be_empty: bool = False) -> list | None:
-    """Return a list without repetitions, None for the word "all"."""
-    return None if value == "all" else parse_list(parse, f"{example}, or all", value, may_be_empty)
+FOLDER_ID = r"(?!YOUR_SHARED_FOLDER_ID)([A-Za-z0-9_][A-Za-z0-9_-]*)?"
+parse_remote = partial(parse_text, pattern=r"[\w.+@][\w.+@ -]*", what="remote of rclone (write it without the colon)")
+parse_folder_id = partial(parse_text, pattern=FOLDER_ID, what="folder id: take what its address has after /folders/")
+parse_performance = partial(parse_text, pattern=PLAIN_NAME.pattern, what="performance such as s1_all, e0 or h1_3bk")
+parse_subjects = partial(parse_list, parse_subject, '["0018", "0026"], or all')
+parse_performances = partial(parse_list, parse_performance, "[s1_all, s3_all], or all")
+parse_modalities = partial(parse_list, partial(parse_choice, MODALITIES), "[images, audio]")
 
 
 def parse_rclone_flags(value) -> list[str]:
-    if not isinstance(value, list):
-        raise TypeError('has to be a list such as ["--bwlimit", "20M"]')
-    for flag in map(parse_text, value):
+    for flag in parse_list(parse_text, '["--bwlimit", "20M"]', value, may_be_empty=True):
         if REFUSED_OPTIONS.fullmatch(flag.partition("=")[0]):
             raise ValueError(f"{flag} would change what rclone prints or which files it takes: leave it out")
-    return value
+    return value  # with its repetitions: two options can have the same value
 
 
 def parse_cameras(value) -> dict[str, list[int] | None]:
     """Return {performance or "default": list of cameras, or None for all}."""
-    parse = partial(parse_all_or_list, parse_camera, "[0, 25]", may_be_empty=True)
-    if not isinstance(value, dict):
-        return {"default": parse(value)}
-    for key in map(parse_performance, value):
+    chosen = value if isinstance(value, dict) else {"default": value}
+    for key in chosen:
         if not is_known_performance(key):
             parse_choice(["default", *KNOWN_PERFORMANCES], key)
-    return {key: parse(cameras) for key, cameras in value.items()}
+    return {key: parse_list(parse_camera, "[0, 25], or all", cameras, True) for key, cameras in chosen.items()}
 
 
 def is_known_performance(name: str) -> bool:
-    """Return whether the data set has performances of that name; also for the key "default"."""
-    return name in ("default", *KNOWN_PERFORMANCES) or name.startswith("h1_")
-
-
-def setting(section: str, parse: Callable, default=None, required: bool = False) -> dict:
-    """Return the options of a field that stands in a section of config.yaml."""
-    metadata = {"section": section, "parse": parse, "required": required}
-    return {"default_factory": lambda: default, "metadata": metadata}
-
-
-parse_subjects = partial(parse_all_or_list, parse_subject, '["0018", "0026"]')
-parse_performances = partial(parse_all_or_list, parse_performance, "[s1_all, s3_all]")
-parse_modalities = partial(parse_list, parse_modality, "[images, audio]")
+    """Return whether the data set has performances of that name."""
+    return name in KNOWN_PERFORMANCES or name.startswith("h1_")
 
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of config.yaml, under their names there. Paths are absolute; a list is None for "all"."""
+    """The settings of config.yaml, under their names there. Paths are absolute; a list is None for "all".
+
+    The metadata are {section: (parser, default)}. A setting whose default is None has to be in the file."""
 
     path: Path
-    root_folder_id: str = field(**setting("google_drive", parse_folder_id, ""))
-    remote_name: str = field(**setting("google_drive", parse_remote, required=True))
-    layout: str = field(**setting("google_drive", partial(parse_choice, ["single", "pair"]), "single"))
-    download: str = field(**setting("google_drive", partial(parse_choice, ["full", "selective"]), "full"))
-    rclone_flags: list[str] = field(**setting("google_drive", parse_rclone_flags, []))
-    subjects: list[str] | None = field(**setting("extraction", parse_subjects, required=True))
-    performances: list[str] | None = field(**setting("extraction", parse_performances, SPEECH))
-    cameras: dict[str, list[int] | None] = field(**setting("extraction", parse_cameras, {}))
-    modalities: list[str] = field(**setting("extraction", parse_modalities, DEFAULT_MODALITIES))
-    temp_dir: Path = field(**setting("storage", parse_path, required=True))
-    output_dir: Path = field(**setting("storage", parse_path, required=True))
-    manifest: Path = field(**setting("storage", parse_path, Path("MANIFEST.csv")))
-    log_dir: Path = field(**setting("storage", parse_path, Path("logs")))
-    max_temp_size_gb: float = field(**setting("storage", partial(parse_number, float, 1e-6, "GB"), 50.0))
-    min_free_gb: float = field(**setting("storage", partial(parse_number, float, 0, "GB"), 100.0))
-    workers: int = field(**setting("processing", partial(parse_number, int, 1, ""), 4))
-    verify: str = field(**setting("processing", partial(parse_choice, ["fast", "full"]), "fast"))
+    root_folder_id: str = field(metadata={"google_drive": (parse_folder_id, "")})
+    remote_name: str = field(metadata={"google_drive": (parse_remote, None)})
+    layout: str = field(metadata={"google_drive": (partial(parse_choice, ["single", "pair"]), "single")})
+    download: str = field(metadata={"google_drive": (partial(parse_choice, ["full", "selective"]), "full")})
+    rclone_flags: list[str] = field(metadata={"google_drive": (parse_rclone_flags, [])})
+    subjects: list[str] | None = field(metadata={"extraction": (parse_subjects, None)})
+    performances: list[str] | None = field(metadata={"extraction": (parse_performances, SPEECH)})
+    cameras: dict[str, list[int] | None] = field(metadata={"extraction": (parse_cameras, {})})
+    modalities: list[str] = field(metadata={"extraction": (parse_modalities, DEFAULT_MODALITIES)})
+    temp_dir: Path = field(metadata={"storage": (parse_path, None)})
+    output_dir: Path = field(metadata={"storage": (parse_path, None)})
+    manifest: Path = field(metadata={"storage": (parse_path, Path("MANIFEST.csv"))})
+    log_dir: Path = field(metadata={"storage": (parse_path, Path("logs"))})
+    max_temp_size_gb: float = field(metadata={"storage": (partial(parse_number, float, 1e-6), 50.0)})
+    min_free_gb: float = field(metadata={"storage": (partial(parse_number, float, 0), 100.0)})
+    workers: int = field(metadata={"processing": (partial(parse_number, int, 1), 4)})
+    verify: str = field(metadata={"processing": (partial(parse_choice, ["fast", "full"]), "fast")})
     redo: bool = False
 
     def asked_cameras(self, performance: str) -> frozenset[int] | None:
@@ -414,19 +364,18 @@ class Config:
         return self.output_dir / subject / f".{performance}.partial"
 
     def check_folders(self):
-        """Raise ConfigError where a folder of the run cannot be written; this is tried by writing into the nearest one
-        that is there."""
-        folders = {key: getattr(self, key) for key in ("temp_dir", "output_dir", "log_dir")}
-        for key, folder in {**folders, "manifest": Path(os.path.realpath(self.manifest)).parent}.items():
+        """Raise ConfigError where a folder of the run, or the nearest one above it, or the manifest cannot be written."""
+        for key in ("temp_dir", "output_dir", "log_dir", "manifest"):
+            path = Path(os.path.realpath(getattr(self, key)))
             try:
-                with tempfile.TemporaryFile(dir=nearest_folder(folder)) as trial:
+                with tempfile.TemporaryFile(dir=nearest_folder(path)) as trial:
                     trial.write(b"x")
-                if key == "manifest" and self.manifest.exists():
-                    os.close(os.open(self.manifest, os.O_RDWR))
+                if path.is_file():
+                    os.close(os.open(path, os.O_RDWR))
             except OSError as error:
                 if error.errno in DISK_FULL:
                     raise
-                raise ConfigError(f"{self.path}: storage.{key}: {folder} cannot be written: {error.strerror}") from None
+                raise ConfigError(f"{self.path}: storage.{key}: {path} cannot be written: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------- manifest
@@ -453,22 +402,36 @@ class Manifest:
 
     def refresh(self):
         """Reload the file if another process has changed it."""
-        try:
+        with contextlib.suppress(FileNotFoundError):
             content = self.path.read_bytes()
-        except FileNotFoundError:
-            return
-        if content == self.content:
-            return
+            if content != self.content:
+                self.columns, rows, _ = self.parse(content)
+                self.content = content
+                self.rows.update({(row["subject"], row["performance"]): row for row in rows})
+                done = [row for row in rows if row["status"] == "completed"]
+                self.completed.update({(row["subject"], row["performance"]): row for row in done})
+
+    def parse(self, content: bytes) -> tuple[list[str], list[dict], int]:
+        """Return the columns, the rows as dicts of strings, and the length of the whole lines. Raise ConfigError where
+        it is no manifest. An empty file, and a header that a crash has cut, have no columns.
+
+        Other tools have written to these files: lines may end in LF, CRLF or CR, and pandas turns "0018" into 18.0."""
+        end = max(content.rfind(b"\n"), content.rfind(b"\r")) + 1
+        text = content[:end].decode("utf-8-sig", "replace").replace("\0", "")
         try:
-            self.columns, rows, _ = parse_manifest(content)
-        except ValueError as error:
+            columns, *lines = [*csv.reader(io.StringIO(text, newline=""))] or [[]]
+        except csv.Error as error:  # a quotation mark without its second
             raise ConfigError(f"{self.path}: cannot be read as a manifest: {error}") from None
-        self.content = content
-        for row in rows:
-            key = (row["subject"], row["performance"])
-            self.rows[key] = row
-            if row["status"] == "completed":
-                self.completed[key] = row
+        if not {"subject", "performance", "status"} <= set(columns) and not csv_lines([COLUMNS]).startswith(content):
+            advice = "; its columns are separated by ';': save it with commas" if ";" in "".join(columns) else ""
+            raise ConfigError(f"{self.path}: its first line has no columns subject, performance and status{advice}")
+        rows = []
+        for cells in lines:
+            row = {**dict.fromkeys(COLUMNS, ""), **dict(zip(columns, cells))}
+            subject = re.fullmatch(r"\s*([0-9]{1,4})(\.0*)?\s*", row["subject"])
+            if subject and len(cells) >= len(columns):  # else a torn line
+                rows.append({**row, "subject": subject[1].zfill(4), "performance": row["performance"].strip()})
+        return columns, rows, end
 
     def is_done(self, subject: str, performance: str) -> bool:
         """Return whether the last row says that all that is asked for now was extracted."""
@@ -496,26 +459,26 @@ class Manifest:
     def adopt_folders(self, subjects: list[str]):
         """Take finished folders that were never noted for done, as their info.json says: the manifest was lost, or the
         power failed before the row. `append` writes a row of `found` when its subject's turn comes."""
-        for subject in subjects:
-            for performance in self.config.performances or list_folders(self.config.output_dir / subject):
-                key = subject, performance
-                if key not in self.completed and not self.config.redo:
-                    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                        info = json.loads((self.config.folder_of(*key) / "metadata/info.json").read_text())
-                        row = {**dict.fromkeys(COLUMNS, ""), **completed_row(info, self.config.modalities)}
-                        if key == (row["subject"], row["performance"]):
-                            self.rows[key] = self.completed[key] = self.found[key] = row
+        paths = [list_paths(self.config.output_dir / subject, "*/metadata/info.json") for subject in subjects]
+        for path in sorted(itertools.chain(*paths)):
+            key = path.parts[-4:-2]
+            asked = not self.config.redo and key[1] in (self.config.performances or key)
+            if asked and key not in self.completed:
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+                    row = completed_row(json.loads(path.read_text()), self.config.modalities)
+                    if key == (row["subject"], row["performance"]):
+                        row = {**dict.fromkeys(COLUMNS, ""), **row}
+                        self.rows[key] = self.completed[key] = self.found[key] = row
 
     def upgrade(self):
         """Give a file of older columns the new header: once, and with its owner, its mode and its other columns."""
         if self.columns[: len(COLUMNS)] in ([], COLUMNS):
             return
-        with locked(self.path) as descriptor:
-            status = os.fstat(descriptor)
-            columns, rows, _ = parse_manifest(os.pread(descriptor, status.st_size, 0))
-            columns = COLUMNS + [name for name in columns if name not in COLUMNS]
-            new = self.path.with_name(f".{self.path.name}.new")
-            new.write_bytes(csv_lines([columns] + [[row.get(name, "") for name in columns] for row in rows]))
+        with lock_file(self.path) as file:
+            columns, rows, _ = self.parse(file.read())
+            columns = list(dict.fromkeys([*COLUMNS, *columns]))
+            new, status = self.path.with_name(f".{self.path.name}.new"), self.path.stat()
+            new.write_bytes(csv_lines([columns, *([row[name] for name in columns] for row in rows)]))
             os.chmod(new, status.st_mode & 0o7777)
             with contextlib.suppress(PermissionError):  # only root can give a file away
                 os.chown(new, status.st_uid, status.st_gid)
@@ -524,50 +487,23 @@ class Manifest:
             sync_disk(new.parent)
 
     def append(self, row: dict):
-        """Write one row: whole, under a lock, and on disk when this returns. What is absent is written once, and never
-        over what is completed."""
+        """Write one row: whole, under a lock, and on disk when this returns. `absent` is only written as the first."""
         key = row["subject"], row["performance"]
-        if row["status"] == "absent" and (key in self.completed or self.rows.get(key, row) is not row):
+        if row["status"] == "absent" and key in self.rows:
             return
         values = {**row, "timestamp": utc_now(), "error": " ".join(row["error"].split())[:500]}
-        with locked(self.path) as descriptor:
-            columns, _, end = parse_manifest(os.pread(descriptor, os.fstat(descriptor).st_size, 0))
-            header = [] if columns else [COLUMNS]
-            line = csv_lines([*header, [values.get(name, "") for name in columns or COLUMNS]])
-            # A line without its end is what a crash left of a row: that row is lost, and so is the line.
-            os.ftruncate(descriptor, end)
+        with lock_file(self.path) as file:
+            columns, _, end = self.parse(file.read())
+            line = csv_lines([*([] if columns else [COLUMNS]), [values.get(name, "") for name in columns or COLUMNS]])
+            file.truncate(file.seek(end))  # without the rest of a row that a crash has cut
             try:
-                if os.pwrite(descriptor, line, end) != len(line):
+                if file.write(line) != len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(descriptor)
+                os.fsync(file.fileno())
             except OSError as error:  # nothing counts as done that may not be on the disk
-                os.ftruncate(descriptor, end)
+                file.truncate(end)
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.found.pop(key, None)
-
-
-def parse_manifest(content: bytes) -> tuple[list[str], list[dict], int]:
-    """Return the columns, the rows as dicts of strings, and the length of the whole lines. An empty file has none.
-    Raise ValueError where it is no manifest.
-
-    Other tools have written to these files: lines may end in LF, CRLF or CR, and pandas turns "0018" into 18 or 18.0."""
-    end = max(content.rfind(b"\n"), content.rfind(b"\r")) + 1
-    reader = csv.DictReader(io.StringIO(content[:end].decode("utf-8-sig", "replace").replace("\0", ""), newline=""))
-    columns = list(reader.fieldnames or [])
-    torn_header = csv_lines([COLUMNS]).startswith(content)
-    if not torn_header and content.strip() and not {"subject", "performance", "status"} <= set(columns):
-        wrong = next((mark for mark in ";\t" if len(columns) == 1 and mark in columns[0]), None)
-        if wrong:
-            raise ValueError(f"its columns are separated by {wrong!r}: save it with commas")
-        raise ValueError("its first line has no columns subject, performance and status")
-    rows = []
-    for row in reader:
-        row.pop(None, None)
-        subject = re.sub(r"\.0*$", "", (row["subject"] or "").strip())
-        if None not in row.values() and re.fullmatch("[0-9]{1,4}", subject):  # else a torn line
-            names = {"subject": subject.zfill(4), "performance": row["performance"].strip()}
-            rows.append({**dict.fromkeys(COLUMNS, ""), **row, **names})
-    return columns, rows, end
 
 
 def completed_row(info: dict, asked: list[str]) -> dict:
@@ -610,41 +546,28 @@ def parse_numbers(words: str) -> set[int]:
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 UNFINISHED = re.compile(r"\.selected$|\.[^.]*\.partial$")  # ends the name of an SMC that rclone or we are writing
+WORK_FOLDER = re.compile(rf"\.({PLAIN_NAME.pattern})\.(partial|old)")  # beside the folder of that performance
 
 
-def lock_file(path: Path, wait: bool = True) -> int | None:
-    """Return the descriptor of a file, made if need be, that is locked until it is closed or this process dies. Return
-    None where another process has the lock and we don't wait. Raise ConfigError where there are no locks."""
+def lock_file(path: Path, wait: bool = True) -> io.FileIO:
+    """Return a file, made if need be, that is locked until it is closed or this process dies. Raise BlockingIOError
+    where another process has the lock and we don't wait, ConfigError where there are no locks."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | (0 if wait else os.O_NOFOLLOW), 0o666)
+        file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return file
         except BlockingIOError:
-            os.close(descriptor)
-            return None
+            file.close()
+            raise
         except OSError as error:
             if error.errno not in (errno.ENOENT, errno.ESTALE):
-                if not os.fstat(descriptor).st_size:
+                if not file.read(1):
                     path.unlink()
-                os.close(descriptor)
-                raise ConfigError(
-                    f"{path.parent} is on a file system without file locks ({error.strerror}), and without them "
-                    "several runs would do the same subject at once. Use a local disk, NFS with its lock service, or "
-                    "Lustre mounted with -o flock"
-                ) from None
-        os.close(descriptor)  # while we waited, the holder removed or replaced the file: this is the lock of nothing
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Give the descriptor of a file that is locked meanwhile."""
-    descriptor = lock_file(path)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
+                advice = "use a local disk, NFS with its lock service, or Lustre mounted with -o flock"
+                raise ConfigError(f"{path.parent}: {error.strerror}: a disk without file locks; {advice}") from None
+        file.close()  # while we waited, the holder removed or replaced the file: this is the lock of nothing
 
 
 class SubjectLocks:
@@ -653,45 +576,35 @@ class SubjectLocks:
 
     def __init__(self, config: Config, manifest: Manifest):
         self.config, self.manifest = config, manifest
-        self.held: dict[str, list[tuple[Path, int]]] = {}
+        self.held: dict[str, contextlib.ExitStack] = {}
 
     def take(self, subject: str) -> bool:
         """Return whether the subject is ours now, without what a run that ended early has left of it."""
-        paths = [self.manifest.path.with_name(f".{self.manifest.path.name}.{subject}.lock")]
-        paths += [self.config.temp_dir / f".{subject}.lock"]
-        self.held[subject] = []
-        for path in paths:
-            descriptor = lock_file(path, wait=False)
-            if descriptor is None:
-                self.release(subject)
-                return False
-            self.held[subject].append((path, descriptor))
-        clean_up(self.config, self.manifest, subject)
-        return True
+        beside = self.manifest.path.with_name(f".{self.manifest.path.name}.{subject}.lock")
+        with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as locks:
+            for path in (beside, self.config.temp_dir / f".{subject}.lock"):
+                locks.enter_context(lock_file(path, wait=False))
+                locks.callback(path.unlink, missing_ok=True)
+            clean_up(self.config, self.manifest, subject)
+            locks.callback(clean_up, self.config, self.manifest, subject)
+            self.held[subject] = locks.pop_all()
+        return subject in self.held
 
     def release(self, subject: str):
-        """Let go of a subject; without its unfinished files if it was ours."""
-        locks = self.held.pop(subject)
-        try:
-            if len(locks) == 2:
-                clean_up(self.config, self.manifest, subject)
-        finally:
-            for path, descriptor in locks:
-                path.unlink(missing_ok=True)
-                os.close(descriptor)
+        """Delete a subject's unfinished files and let go of it."""
+        self.held.pop(subject).close()
 
 
 def clean_up(config: Config, manifest: Manifest, subject: str):
     """Delete a subject's unfinished files; keep complete SMC files that are still to be extracted."""
     manifest.refresh()
-    finished = config.output_dir / subject
-    if not finished.is_symlink():  # nothing is deleted through a link
-        for path in list_paths(finished, ".*.partial") + list_paths(finished, ".*.old"):
-            folder = path.with_name(path.stem[1:])
-            if path.suffix == ".old" and PLAIN_NAME.fullmatch(folder.name) and not os.path.lexists(folder):
-                os.rename(path, folder)  # killed between two renames: see put_in_place
-            elif PLAIN_NAME.fullmatch(folder.name):
-                remove(path)
+    output = config.output_dir / subject
+    for path in [] if output.is_symlink() else list_paths(output, ".*"):  # nothing is deleted through a link
+        name = WORK_FOLDER.fullmatch(path.name)
+        if name and name[2] == "old" and not os.path.lexists(output / name[1]):
+            os.rename(path, output / name[1])  # killed between two renames: see put_in_place
+        elif name:
+            remove(path)
     for folder in [config.temp_dir / name for name in config.remote_folders(subject)]:
         if folder.is_symlink():  # not followed: rclone will make a folder
             remove(folder)
@@ -712,12 +625,11 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def sync_disk(folder: Path):
     """Bring everything written to the disk of a folder onto it, with one call for any number of files and names."""
-    if not hasattr(libc, "syncfs"):
-        os.sync()
-        return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        if libc.syncfs(descriptor) != 0:
+        if not hasattr(libc, "syncfs"):  # on macOS
+            os.sync()
+        elif libc.syncfs(descriptor) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
     finally:
         os.close(descriptor)
@@ -742,18 +654,13 @@ def remove(path: Path):
 
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, onerror=name_whole_path)
-    elif os.path.lexists(path):
-        path.unlink()
+    else:
+        path.unlink(missing_ok=True)
 
 
 def list_paths(folder: Path, wildcard: str) -> list[Path]:
     """Return what matches below a folder, while other processes remove files there: Path.glob would fail then."""
     return [Path(path) for path in glob.glob(f"{glob.escape(str(folder))}/{wildcard}")]
-
-
-def list_folders(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder; hidden ones left out."""
-    return sorted(path.name for path in list_paths(folder, "*") if path.is_dir())
 
 
 def nearest_folder(path: Path) -> Path:
@@ -769,18 +676,18 @@ def keep_free(folder: Path, config: Config):
 
 def describe_os_error(error: OSError) -> str:
     """Return what is wrong with the machine, where, and what to do about it."""
-    place = f"{error.filename}: " if error.filename else ""
-    advice = "Mend that, then run the same command again"
+    advice = "Mend that"
     if error.errno in DISK_FULL:
-        nearest = nearest_folder(Path(error.filename or ".").absolute())
-        disk = os.statvfs(nearest)
-        left = format_size(disk.f_bavail * disk.f_frsize)
-        advice = f"{nearest} has {left} free. Move finished subjects away, then run the same command again"
+        folder = nearest_folder(Path(error.filename or ".").absolute())
+        disk = os.statvfs(folder)
+        left = f"{format_size(disk.f_bavail * disk.f_frsize)} free"
         if disk.f_files and not disk.f_favail:
-            advice = f"The disk of {nearest} has no inodes left, which limit the number of files. {advice}"
+            left = f"{left}, but no inodes, which limit the number of files"
+        advice = f"{folder} has {left}. Move finished subjects away"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        advice = "Make it writable for this user, then run the same command again"
-    return f"{place}{error.strerror or error}. {advice}"
+        advice = "Make it writable for this user"
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}. {advice}, then run the same command again"
 
 
 def utc_now() -> str:
@@ -1959,19 +1866,15 @@ def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
     config.check_folders()
     plan = make_plan(config, manifest, remote)
     for subject, jobs in plan.subjects.items():
-        alike: dict[str, list[Job]] = {}
-        for job in jobs:
-            alike.setdefault(describe_state(config, job), []).append(job)
-        for state, group in [(state, group) for state, group in alike.items() if len(alike) == 1] or [
-            (describe_state(config, job), [job]) for job in jobs
-        ]:
+        alike = len({describe_state(config, job) for job in jobs}) == 1
+        for group in [jobs] if alike else [[job] for job in jobs]:
             names, size = " ".join(job.performance for job in group), sum(job.bytes for job in group)
-            log.info("%s  %-10s %10s   %s", subject, names, format_size(size) if size else "-", state)
+            shown = format_size(size) if size else "-"
+            log.info("%s  %-10s %10s   %s", subject, names, shown, describe_state(config, group[0]))
     announce(plan)
-    waiting = plan.jobs("to do")
+    waiting, done = plan.jobs("to do"), len(plan.jobs("done"))
     size = sum(job.temp_bytes for job in waiting if not is_downloaded(config, job))
     total = f"{format_size(size)} to be downloaded ({size / 20e6 / 3600:.1f} hours at 20 MB/s)"
-    done = len(plan.jobs("done"))
     log.info("%s; about %s of output; %d performances are done", total, format_size(plan.output_bytes()), done)
     if waiting and (lack := lack_of_room(config, waiting[:1])):
         raise StopEarly(lack)
@@ -1982,11 +1885,9 @@ def describe_state(config: Config, job: Job) -> str:
     """Return what a run will do with a job, in words."""
     if job.state != "to do":
         return f"{job.state}: {job.reason}" if job.state in ("failed", "refused") else job.reason or job.state
-    reason = f" ({job.reason})" if job.reason else ""
-    if is_downloaded(config, job):
-        return f"downloaded already, to be extracted{reason}"
     selection = f", about {format_size(job.selection)} of it" if job.selection else ""
-    return f"to be downloaded{selection}{reason}"
+    what = "downloaded already, to be extracted" if is_downloaded(config, job) else f"to be downloaded{selection}"
+    return f"{what} ({job.reason})" if job.reason else what
 
 
 def show_status(config: Config, manifest: Manifest) -> int:
@@ -1995,24 +1896,25 @@ def show_status(config: Config, manifest: Manifest) -> int:
     asked = [(subject, name) for subject in subjects for name in manifest.asked_performances(subject)]
     rows = {key: manifest.rows[key] for key in asked if key in manifest.rows}
     absent = {key for key, row in rows.items() if row["status"] == "absent"}
-    done = {key for key in asked if manifest.is_done(*key)}
+    left = [key for key in asked if key not in absent and not manifest.is_done(*key)]
     bad = [(key, row) for key, row in rows.items() if row["status"] not in ("completed", "absent")]
-    known = " that the manifest names" if None in (config.subjects, config.performances) else ""
-    of = f"{count_of(len(asked), 'performance')} of {count_of(len(subjects), 'subject')}{known}"
-    log.info(f"{len(done)} of {of} are done, {len(bad)} failed, {len(absent)} absent from the remote")
-    left = [key for key in asked if key not in done | absent]
-    size, output = sum_of(rows.values(), "smc_bytes"), sum_of(rows.values(), "size_gb") * GB
-    mean = {name: mean_size(row for key, row in rows.items() if key[1] == name) for name in {name for _, name in asked}}
-    usual = mean_size(rows.values())
-    missing = sum(mean[name] or usual for _, name in left)
-    finished = len(subjects) - len({subject for subject, _ in left})
+    of = f"{count_of(len(asked), 'performance')} of {count_of(len(subjects), 'subject')}"
+    of += " that the manifest names" if None in (config.subjects, config.performances) else ""
+    done = len(asked) - len(absent) - len(left)
+    log.info(f"{done} of {of} are done, {len(bad)} failed, {len(absent)} absent from the remote")
+    sizes, missing = completed_numbers(rows, "smc_bytes"), 0
+    for performance, number in collections.Counter(name for _, name in left).items():
+        alike = completed_numbers({key: row for key, row in rows.items() if key[1] == performance}, "smc_bytes")
+        missing += number * np.mean(alike or sizes or 0)
+    size, finished = sum(sizes), len(subjects) - len({subject for subject, _ in left})
     share = f", {100 * size / (size + missing):.0f} % of about {format_size(size + missing)}" if size else ""
     log.info(f"{finished} of {count_of(len(subjects), 'subject')} finished{share}")
-    seconds = max(sum_of(rows.values(), "download_s"), sum_of(rows.values(), "extract_s"))
-    if seconds:
-        end = datetime.now() + timedelta(seconds=missing * seconds / size)
-        ends = f"; about {format_duration(missing * seconds / size)} left for one process, until {end:%a %d %b %H:%M}"
-        log.info(f"{format_size(output)} extracted, {format_size(size / seconds)}/s{ends if left else ''}")
+    seconds = max(sum(completed_numbers(rows, column)) for column in ("download_s", "extract_s"))
+    if size and seconds:
+        output, rest = sum(completed_numbers(rows, "size_gb")) * GB, missing * seconds / size
+        end = datetime.now() + timedelta(seconds=rest)
+        ends = f"; about {format_duration(rest)} left for one process, until {end:%a %d %b %H:%M}" if left else ""
+        log.info(f"{format_size(output)} extracted, {format_size(size / seconds)}/s{ends}")
     for key, row in bad[:10]:
         log.info("  %s %s: %s: %s", *key, row["status"].replace("_", " "), row["error"])
     if len(bad) > 10:
@@ -2020,16 +1922,10 @@ def show_status(config: Config, manifest: Manifest) -> int:
     return 0
 
 
-def sum_of(rows: Iterable[dict], column: str) -> float:
-    """Return the sum of a column over completed performances, without what other tools have left there instead."""
-    values = [row[column] for row in rows if row["status"] == "completed"]
-    return sum(float(value) for value in values if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", value))
-
-
-def mean_size(rows: Iterable[dict]) -> float:
-    """Return the mean size of the SMC files of completed performances, 0 without any."""
-    sizes = [sum_of([row], "smc_bytes") for row in rows if row["smc_bytes"] and row["status"] == "completed"]
-    return sum(sizes) / max(1, len(sizes))
+def completed_numbers(rows: dict[tuple[str, str], dict], column: str) -> list[float]:
+    """Return the numbers in a column of completed performances, without what other tools have left there instead."""
+    values = [row[column] for row in rows.values() if row["status"] == "completed"]
+    return [float(value) for value in values if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", value)]
 
 
 def inspect_files(paths: list[str], children: ForkServer) -> int:

@@ -112,10 +112,15 @@ def test_rows_are_appended_and_never_rewritten(one):
     assert one.manifest.read_bytes().startswith(before) and one.manifest.stat().st_ino == inode
 
 
-def test_a_file_that_is_no_manifest_is_refused(one):
-    one.manifest.write_text("name,age\nx,3\n")
+@pytest.mark.parametrize(
+    "content",
+    ["name,age\nx,3\n", "hello", "\n", f"{HEADER}\n{DONE}\n" + '0018,s2_all,"' + "x\n" * 100_000],
+    ids=["other columns", "a word", "an empty line", "an unpaired quotation mark"],
+)
+def test_a_file_that_is_no_manifest_is_refused(one, content):
+    one.manifest.write_text(content)
     assert "MANIFEST.csv" in one.run(expect=2).err
-    assert one.manifest.read_text() == "name,age\nx,3\n" and not one.path("0018").exists()
+    assert one.manifest.read_text() == content and not one.path("0018").exists()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--status"]], ids=["run", "status"])
