@@ -2733,16 +2733,15 @@ def announce(plan: Plan) -> list[str]:
     states = collections.Counter(job.state for job in plan.jobs())
     counts = [f"{states[state]} {state}" for state in ("done", "to do", "absent", "failed", "refused") if states[state]]
     whole = f"{count_of(len(plan.subjects), 'subject')}, {count_of(len(plan.jobs()), 'performance')}"
+    size = sum(job.temp_bytes for job in waiting if not is_downloaded(config, job))
+    log.info("%s: %s; %s to download", whole, ", ".join(counts), format_size(size))
     if waiting:
-        size = sum(job.temp_bytes for job in waiting if not is_downloaded(config, job))
         subjects = len({job.subject for job in waiting})
         room = max(0, measure_free(config.output_dir) - config.min_free_gb * GB)
         fits = int(room * subjects / max(1, plan.output_bytes()))
         fits = f"about {count_of(fits, 'subject')}" if fits < subjects else "all of it"
         free = [format_size(measure_free(folder)) for folder in (config.output_dir, config.temp_dir)]
-        counts[-1] += f"; {format_size(size)} to download; output_dir has {free[0]} free, room for {fits}, "
-        counts[-1] += f"and temp_dir {free[1]}"
-    log.info("%s: %s", whole, ", ".join(counts))
+        log.info("output_dir has %s free, room for %s; temp_dir has %s free", free[0], fits, free[1])
     doubts = find_doubts(plan)
     for number, doubt in enumerate(doubts):
         log.log(logging.WARNING if number < 10 else logging.DEBUG, "warning: %s", doubt)
@@ -2870,7 +2869,10 @@ class Progress:
 
     def show_whole(self, done: int = 0) -> str:
         """Show the whole run, given the bytes that have come of a subject. Return subjects, rate and end in words."""
-        rate, text = self.fetched / (time.monotonic() - self.begin), f"subject {self.finished} of {self.subjects}"
+        rate, text = (
+            self.fetched / (time.monotonic() - self.begin),
+            f"subject {min(self.finished + 1, self.subjects)} of {self.subjects}",
+        )
         if rate:
             end = datetime.now() + timedelta(seconds=max(0, self.total - self.over - done) / rate)
             text += f", {format_size(rate)}/s, ends {end:%a %d %b %H:%M}"
@@ -2881,8 +2883,9 @@ class Progress:
     def finish_subject(self, subject: str, planned: list[Job]):
         """Count a subject as over, whatever became of it, and say so where there are no bars."""
         size = sum(job.temp_bytes for job in planned)
-        self.finished, self.over = self.finished + 1, self.over + size
+        self.over += size
         text = self.show_whole()
+        self.finished += 1
         if size and not self.console.bars:
             share = f"{100 * self.over / self.total:.0f} %, {format_size(self.over)} of {format_size(self.total)}"
             log.info("%s: finished; %s, %s", subject, share, text)
