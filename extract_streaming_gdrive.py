@@ -2796,7 +2796,8 @@ class Progress:
 
     def __init__(self, console: Console):
         self.console, self.state, self.trouble = console, "listing the remote", ""
-        self.total = self.over = self.fetched = self.finished = 0  # bytes; subjects
+        self.total = self.fetched = self.finished = 0  # bytes to come, bytes that came, subjects
+        self.over: dict[str, int] = {}  # bytes of each subject that have come, or will not come any more
         threading.Thread(target=self.say_each_minute, daemon=True).start()
 
     def say_each_minute(self):
@@ -2855,6 +2856,7 @@ class Progress:
             self.show_whole(done)
 
         yield update
+        self.over[subject] = self.over.get(subject, 0) + total
         log.info("%s", self.state)
 
     def extraction(self, job: Job) -> Callable:
@@ -2868,27 +2870,23 @@ class Progress:
         return update
 
     def show_whole(self, done: int = 0) -> str:
-        """Show the whole run, given the bytes that have come of a subject. Return subjects, rate and end in words."""
-        rate, text = (
-            self.fetched / (time.monotonic() - self.begin),
-            f"subject {min(self.finished + 1, self.subjects)} of {self.subjects}",
-        )
+        """Show the whole run, given the bytes that have come of a download. Return how far it is, in words."""
+        over, rate = sum(self.over.values()) + done, self.fetched / (time.monotonic() - self.begin)
+        text = f"subject {min(self.finished + 1, self.subjects)} of {self.subjects}"
         if rate:
-            end = datetime.now() + timedelta(seconds=max(0, self.total - self.over - done) / rate)
+            end = datetime.now() + timedelta(seconds=max(0, self.total - over) / rate)
             text += f", {format_size(rate)}/s, ends {end:%a %d %b %H:%M}"
         self.bars[2].set_postfix_str(text, refresh=False)
-        self.bars[2].update(min(self.over + done, self.total) - self.bars[2].n)
-        return text
+        self.bars[2].update(min(over, self.total) - self.bars[2].n)
+        return f"{100 * over / max(1, self.total):.0f} % of {format_size(self.total)}, {text}"
 
     def finish_subject(self, subject: str, planned: list[Job]):
         """Count a subject as over, whatever became of it, and say so where there are no bars."""
-        size = sum(job.temp_bytes for job in planned)
-        self.over += size
+        self.over[subject] = sum(job.temp_bytes for job in planned)
         text = self.show_whole()
         self.finished += 1
-        if size and not self.console.bars:
-            share = f"{100 * self.over / self.total:.0f} %, {format_size(self.over)} of {format_size(self.total)}"
-            log.info("%s: finished; %s, %s", subject, share, text)
+        if self.over[subject] and not self.console.bars:
+            log.info("%s: finished; %s", subject, text)
 
 
 def narrow_shape(stream) -> tuple[int, int]:
