@@ -2812,7 +2812,15 @@ class Progress:
         """Show a run."""
         self.begin, self.subjects = time.monotonic(), len(plan.subjects)
         self.total = sum(job.temp_bytes for job in plan.jobs())
-        options = {"leave": False, "disable": None, "dynamic_ncols": True, "mininterval": 0.2, "unit_scale": True}
+        columns, lines = narrow_shape()
+        options = {
+            "leave": False,
+            "disable": None,
+            "mininterval": 0.2,
+            "unit_scale": True,
+            "ncols": columns,
+            "nrows": lines,
+        }
         whole = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
         titles = [("download", "{desc}", "B"), ("extraction", "{desc}", " pictures"), ("run", whole, "B")]
         self.bars = [
@@ -2889,7 +2897,7 @@ class Progress:
             log.info("%s: finished; %s", subject, text)
 
 
-def narrow_shape(stream) -> tuple[int, int]:
+def narrow_shape(stream=None) -> tuple[int, int]:
     """Return the columns and lines for bars on a terminal: so many that a ^C beside them wraps no line."""
     columns, lines = shutil.get_terminal_size()
     return columns - 4, lines
