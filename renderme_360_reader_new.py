@@ -31,10 +31,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import math
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Callable, NamedTuple
@@ -46,12 +46,12 @@ from h5py import h5a, h5d, h5g, h5i, h5l, h5o, h5s
 NUM_CAMERAS = 60
 MAX_PICTURE_BYTES = 64 << 20  # an encoded picture has 0.33 MB; the raw pixels of one have 15 MB
 MAX_PICTURE_PIXELS = 1 << 26
-MAX_ARRAY_BYTES = 256 << 20  # the longest audio seen, 85 s, has 32 MB
+MAX_ARRAY_BYTES = 128 << 20  # the longest audio seen, 85 s, has 32 MB
 MAX_ATTRIBUTE_BYTES = 64 << 10
 MAX_EXPANSION = 10  # of the encoded pictures in a chunked, compressed file: there is hardly anything left to compress
 MAX_FRAMES = 100_000  # the longest performance seen has 2529
 MAX_ODDITIES = 50
-MAX_CHANNELS = 32  # of sound; an array with more columns than that is stored the other way round
+MAX_CHANNELS = 32  # of sound
 HEADER_CACHE_BYTES = 256 << 10  # that HDF5 keeps of the headers that it has read, each of which takes 5 kB of memory
 
 # The name of an SMC file, or of a copy of it: "Copy of 0018_s1_all_raw.smc", "0018_s1_all_raw (1).smc",
@@ -62,12 +62,12 @@ SMC_NAME = re.compile(
     r"(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)"
     r"(?:[^0-9A-Za-z_].*)?\.smc(?:[^!-'*-,.-\x7f][^.~]*)?"
 )
-CAMERA_NAME = re.compile(r"0{0,8}[0-5]?[0-9]")
-FRAME_NAME = re.compile(r"[0-9]{1,12}")
-USUAL_NAME = {CAMERA_NAME: "{:02d}", FRAME_NAME: "{}"}  # how the numbers of both are usually written
+NAMES = {  # of entries that are numbered: those that are understood, and how the number is usually written
+    "cameras": (re.compile(r"0{0,8}[0-5]?[0-9]"), "{:02d}"),
+    "frames": (re.compile(r"[0-9]{1,12}"), "{}"),
+}
 PARAMETER_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
-SOUND_TYPES = {("f", 2): "f4", ("f", 4): "f4", ("f", 8): "f8"}  # as what types of samples, (kind, bytes), are read
-SOUND_TYPES |= {("u", 1): "i2", ("i", 1): "i2", ("i", 2): "i2", ("i", 4): "i4"}
+SOUND_TYPES = ("f4", "f8", "i2", "i4")
 DETECTING_CAMERAS = {f"{camera:02d}" for camera in range(18, 33)}  # in whose pictures key points were looked for
 
 
@@ -82,11 +82,6 @@ class Modality(NamedTuple):
     from_raw: bool = False  # it is taken from the raw file where both files of a pair have it
     default: bool = False  # it is extracted where nobody says what to extract
     derived: bool = False  # it is made of others that were extracted
-
-    @property
-    def pattern(self) -> re.Pattern:
-        """What the names in its group look like."""
-        return CAMERA_NAME if self.numbered == "cameras" else FRAME_NAME
 
 
 # All that is known of a modality. What is written of it is one function in the script's table.
@@ -134,28 +129,17 @@ class Picture(NamedTuple):
 
 def probe_picture(data: bytes) -> Picture:
     """Return format, size in pixels and completeness of an encoded picture, from its header and its end alone."""
-    if data[:3] == b"\xff\xd8\xff":
-        height, width, at = _jpeg_frame(data)
-        return Picture("jpg", height, width, bool(height and width) and data.rfind(b"\xff\xd9", at) >= 0)
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-        whole = data[12:16] == b"IHDR" and data.rfind(b"\0\0\0\0IEND\xaeB`\x82") >= 0
-        return Picture("png", height, width, bool(whole and height and width))
-    return Picture(None, 0, 0, False)
-
-
-def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
-    """Return (height, width, place) of the frame header of a JPEG, zeros where there is none before the pixels. (A
-    preview, with an end marker of its own, lies before it.)"""
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
+        width, height = struct.unpack_from(">II", data, 16)
+        return Picture("png", height, width, data.rfind(b"\0\0\0\0IEND\xaeB`\x82") >= 0 < height * width)
+    is_jpeg, at = data[:3] == b"\xff\xd8\xff", 2
+    # One segment after the other, up to that of the size. (A preview, with an end marker of its own, lies in one.)
+    while is_jpeg and at + 9 <= len(data) and data[at] == 0xFF:
+        marker, length, _, height, width = struct.unpack_from(">BHBHH", data, at + 1)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF0…SOF15 without DHT, JPG, DAC
-            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big"), at
-        if marker == 0xDA:
-            break
+            return Picture("jpg", height, width, data.rfind(b"\xff\xd9", at) >= 0 < height * width)
         at += 1 if marker == 0xFF else 2 + length
-    return 0, 0, 0
+    return Picture("jpg" if is_jpeg else None, 0, 0, False)
 
 
 def camera_name(camera: int | str) -> str:
@@ -209,13 +193,11 @@ class SMCReader:
         for part, stated in (("subject", self.actor_id), ("performance", self.performance_part)):
             if name and stated not in (None, name[part]):
                 self.note(f"it says that it is of {printable(stated)!r}")
-        if len(self._files) == 2:
-            shared = [("", "actor_id", str), ("", "performance_part", str), ("Camera", "num_frame", int)]
-            for group, name, kind in shared:
-                raw, anno = (file.attribute(group, name, kind) for file in self._files)
-                if None not in (raw, anno) and raw != anno:
-                    said = f"{name} is {printable(str(raw))}, but {printable(str(anno))} in {self._files[1].name}"
-                    self.note(said)
+        for place, name, kind in (("", "actor_id", str), ("", "performance_part", str), ("Camera", "num_frame", int)):
+            stated = {file.attribute(place, name, kind) for file in self._files} - {None}
+            if len(stated) > 1:
+                said = " and ".join(printable(str(value)) for value in sorted(stated))
+                self.note(f"{name} is {said} in the two files of the performance")
 
     def _attribute(self, group, name, kind):
         values = (file.attribute(group, name, kind) for file in self._files)
@@ -240,11 +222,11 @@ class SMCReader:
         row = MODALITIES[modality]
         if row.numbered == "cameras":
             file, group = self._open(modality)
-            return sorted(file.numbers_in(group, row.pattern))
+            return sorted(file.numbers_in(group, "cameras"))
         parent, by_camera, below = row.path.partition("/{}")
         for file in self._ordered(modality) if by_camera else ():
-            names = file.numbers_in(file.open_group(parent), CAMERA_NAME)
-            found = [number for number in sorted(names) if file.has(f"{parent}/{number:02d}{below}")]
+            numbers = file.numbers_in(file.open_group(parent), "cameras")
+            found = [number for number in sorted(numbers) if file.has(f"{parent}/{number:02d}{below}")]
             if found:
                 return found
         return []
@@ -253,30 +235,26 @@ class SMCReader:
         """Return the frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps.
         Return [] for a modality that has no frames."""
         file, group = self._open(modality, camera)
-        return sorted(file.numbers_in(group, FRAME_NAME)) if MODALITIES[modality].numbered == "frames" else []
+        return sorted(file.numbers_in(group, "frames")) if MODALITIES[modality].numbered == "frames" else []
 
     def has(self, modality: str) -> bool:
         """Return whether there is anything of a modality, be it damaged."""
         path = MODALITIES[modality].path
         return bool(self.cameras(modality)) if "{}" in path else any(file.has(path) for file in self._files)
 
-    def places(
-        self, modality: str, camera: int | str | None = None, frames: Iterable[int] | None = None
-    ) -> list[tuple[object, int, int]]:
+    def places(self, modality: str, camera=None, frames: Iterable[int] | None = None) -> list[tuple[object, int, int]]:
         """Return where the data of a modality (of a camera, of some frames) lies: (file as it was given to this reader,
         first byte, byte after the last) of each data set or chunk. What is damaged has no place."""
         with contextlib.suppress(SMCError):
             file, group = self._open(modality, camera)
-            names = None if frames is None else [file.name_of(group, frame, FRAME_NAME) for frame in frames]
+            names = None if frames is None else [file.name_of(group, frame, "frames") for frame in frames]
             return [(file.source, *place) for place in file.places(group, names)]
         return []
 
     def unknown_groups(self) -> list[str]:
         """Return the groups at the top of the file(s) of which this reader knows nothing: formats change."""
-        return sorted(
-            set().union(*(file.links(file.open_group("")) for file in self._files))
-            - {row.path.split("/")[0] for row in MODALITIES.values()}
-        )
+        known = {row.path.split("/")[0] for row in MODALITIES.values()}
+        return sorted({name for file in self._files for name in file.links(file.open_group(""))} - known)
 
     @property
     def num_frame(self) -> int:
@@ -322,9 +300,9 @@ class SMCReader:
         row = MODALITIES[modality]
         file, group = self._open(modality, camera)
         if row.pictures:
-            yield from file.pictures(group, row.pattern)
+            yield from file.pictures(group, row.numbered)
         elif row.numbered:
-            for number, (name, _) in sorted(file.numbers_in(group, row.pattern).items()):
+            for number, (name, _) in sorted(file.numbers_in(group, row.numbered).items()):
                 where = (camera, number) if "{}" in row.path else (number,)
                 get = partial(getattr(self, row.method), *where) if row.method else None
                 yield Entry(number, get or partial(file.read_array, group, name, None))
@@ -359,23 +337,19 @@ class SMCReader:
         """Return {"K" (3, 3) intrinsics in pixels, "D" (5,) distortion k1 k2 p1 p2 k3, "RT" (4, 4) camera to world,
         metres} of a camera, float64."""
         file, group, name = self._find("calibration", Camera_id)
-        camera = file.group_in(group, name)
-        if camera is None:
-            raise file.error(f"there is no Calibration/{name}")
+        camera = file.group_in(group, name, needed=True)
         shapes = {"K": (3, 3), "D": (None,), "RT": (4, 4)}
         matrices = {key: file.read_array(camera, key, shape).astype(np.float64) for key, shape in shapes.items()}
-        if not all(np.isfinite(matrix).all() for matrix in matrices.values()):
-            raise file.error(f"Calibration/{name} holds values that are no finite numbers")
         if matrices["D"].size == 4:  # k3 is 0 then
             matrices["D"] = np.append(matrices["D"], 0)
-        if matrices["D"].size != 5:
-            raise file.error(f"Calibration/{name}/D has {matrices['D'].size} numbers, not 5")
+        if matrices["D"].size != 5 or not all(np.isfinite(matrix).all() for matrix in matrices.values()):
+            raise file.error(f"Calibration/{name} holds values that are no finite numbers, or too many of them")
         return matrices
 
     def get_Calibration_all(self) -> dict:
         """Return {"00": what get_Calibration returns, …} of every camera in the file, without those for which it
         raises SMCError."""
-        self._required("calibration")
+        self._open("calibration", needed=True)
         matrices = {}
         for entry in self.entries("calibration"):
             with contextlib.suppress(SMCError):
@@ -389,33 +363,26 @@ class SMCReader:
         if info is None:
             return None
         file, group = self._open("audio")
-        audio = file.read_array(group, "audio", None)
-        samples, channels, turned = _sound_shape(audio.shape)
-        audio = audio.reshape(channels, samples).T if turned else audio.reshape(samples, channels)
-        stored = audio.dtype
-        audio = audio.astype(SOUND_TYPES[stored.kind, stored.itemsize], copy=False)
-        if stored.itemsize == 1:
-            audio = (audio - (128 if stored.kind == "u" else 0)) * 256
+        audio = np.squeeze(file.read_array(group, "audio", None))
+        audio = audio.T if audio.shape[:1] == (info["channels"],) else audio
+        audio = audio.reshape(info["samples"], info["channels"]).astype(audio.dtype.str[1:], copy=False)
         return {"audio": audio, "sample_rate": info["sample_rate"]}
 
     def audio_info(self) -> dict | None:
         """Return {"sample_rate" Hz, "channels", "samples", "duration_s"} without reading the samples; None without
-        audio."""
+        audio. Of two axes the longer one is that of the samples."""
         file, group = self._open("audio")
         if group is None:
             return None
-        data = file.dataset(group, "audio", None)
-        shape, dtype, place = data.shape, data.dtype, file.where(group)
-        with file.reading(group, "audio"):
-            samples, channels, turned = _sound_shape(shape)
-            if (dtype.kind, dtype.itemsize) not in SOUND_TYPES:
-                raise ValueError(f"it holds {dtype}, which is no known form of sound")
-        rate = file.read_array(group, "sample_rate", None)
-        rate = rate.item() if rate.size == 1 else math.nan
-        if not 0 < rate <= 10**6 or rate != int(rate) or not 0 < channels <= MAX_CHANNELS:
-            raise file.error(f"{place} has {channels} channels and the sample rate {rate}")
-        if turned or len(shape) != 2 or dtype != np.float32:
-            file.note(f"{place}/audio is stored as {dtype} {shape}, and not as float32 (n, 2)".replace(",)", ")"))
+        data, rate = file.dataset(group, "audio", None), file.read_array(group, "sample_rate", None)
+        form, rate = f"{data.dtype} {data.shape}", rate.item() if rate.size == 1 else math.nan
+        samples, channels = sorted([*(length for length in data.shape if length != 1), 1, 1])[:-3:-1]
+        if data.dtype.str[1:] not in SOUND_TYPES or not samples * channels == math.prod(data.shape) > 0:
+            raise file.error(f"{file.where(group)} holds {form}, which is no known form of sound")
+        if channels > MAX_CHANNELS or not 0 < rate <= 10**6 or rate != int(rate):
+            raise file.error(f"{file.where(group)} has {channels} channels and the sample rate {rate}")
+        if data.dtype != np.float32 or data.shape != (samples, channels):
+            file.note(f"{file.where(group)}/audio is stored as {form}, and not as float32 (n, 2)".replace(",)", ")"))
         rate = int(rate)
         return {"sample_rate": rate, "channels": channels, "samples": samples, "duration_s": samples / rate}
 
@@ -423,7 +390,7 @@ class SMCReader:
         """Return (106, 2) float64 pixels (x, y) of a frame, None where no face was found in it. A list of frames, or
         None for all, stacks those that have them (N, 106, 2). Cameras 18…32 can have key points."""
         if camera_name(Camera_id) not in DETECTING_CAMERAS:
-            self._required("keypoints2d", Camera_id)
+            self._open("keypoints2d", Camera_id, needed=True)
         return self._keypoints((106, 2), Frame_id, "keypoints2d", Camera_id)
 
     def get_Keypoints3d(self, Frame_id=None) -> np.ndarray | None:
@@ -433,15 +400,13 @@ class SMCReader:
 
     def _keypoints(self, shape, frame, modality, camera=None):
         file, group = self._open(modality, camera)
-        if group is None:
-            return None
 
         def points_of(number):
-            name = file.name_of(group, int(number), FRAME_NAME)
+            name = file.name_of(group, int(number), "frames")
             found = file.entry(group, name)
             return found and file.read_array(group, name, shape).astype(np.float64, copy=False)
 
-        return self._frames(points_of, frame, modality, camera)
+        return None if group is None else self._frames(points_of, frame, modality, camera)
 
     def get_FLAME(self, Frame_id=None) -> dict | None:
         """Return {name: array} of the FLAME parameters of a frame: global_pose, neck_pose, jaw_pose, left_eye_pose,
@@ -453,9 +418,7 @@ class SMCReader:
             return None
         if isinstance(Frame_id, (int, str, np.integer)):
             _, _, name = self._find("flame", frame=Frame_id)
-            frame = file.group_in(group, name)
-            if frame is None:
-                raise file.error(f"there is no FLAME/{name}")
+            frame = file.group_in(group, name, needed=True)
             names = list(file.links(frame))
             file.note_left_out(frame, [name for name in names if not PARAMETER_NAME.fullmatch(name)])
             return {name: file.read_array(frame, name, None) for name in names if PARAMETER_NAME.fullmatch(name)}
@@ -500,31 +463,24 @@ class SMCReader:
     def _ordered(self, modality) -> list[_File]:
         return self._files if MODALITIES[modality].from_raw else self._files[::-1]
 
-    def _open(self, modality, camera=None):
+    def _open(self, modality, camera=None, needed=False):
         """Return (file, group) of a modality: the first file in which the group is there and not empty; group None if
-        none."""
+        none. needed: raise SMCError then."""
         path = MODALITIES[modality].path
-        if "{}" in path:
-            path = path.format(camera_name(camera))
+        path = path.format(camera_name(camera)) if "{}" in path else path
         for file in self._ordered(modality):
             group = file.open_group(path)
             if file.filled(group):
                 return file, group
+        if needed:
+            raise self._files[0].error(f"there is no {path}")
         return self._files[0], None
-
-    def _required(self, modality, camera=None):
-        file, group = self._open(modality, camera)
-        if group is None:
-            place = MODALITIES[modality].path.format(camera_name(camera) if camera is not None else "")
-            raise file.error(f"there is no {place}")
-        return file, group
 
     def _find(self, modality, camera=None, frame=None):
         """Return (file, group, name) of the entry of a frame, or of a camera where a modality's entries are cameras."""
-        row = MODALITIES[modality]
-        file, group = self._required(modality, camera)
-        number = int(camera_name(camera)) if row.numbered == "cameras" else int(frame)
-        return file, group, file.name_of(group, number, row.pattern)
+        numbered = MODALITIES[modality].numbered
+        file, group = self._open(modality, camera, needed=True)
+        return file, group, file.name_of(group, int(camera_name(camera) if numbered == "cameras" else frame), numbered)
 
     def _frames(self, one, frame, modality, camera=None) -> np.ndarray:
         """Return one(frame), or the stack of it for a list of frames or None, without those for which it is None."""
@@ -534,7 +490,7 @@ class SMCReader:
         return self._stack([array for array in arrays if array is not None], modality, camera)
 
     def _stack(self, arrays, modality, camera=None) -> np.ndarray:
-        file, group = self._required(modality, camera)
+        file, group = self._open(modality, camera, needed=True)
         if len({array.shape for array in arrays}) != 1:
             what = "entries of different shapes" if arrays else "no entry to be read"
             raise file.error(f"{file.where(group)} has {what}")
@@ -566,9 +522,9 @@ class _File:
         self.source, self.oddities = source, oddities
         self.name = os.path.basename(str(getattr(source, "name", source)))
         self.h5, self.listed = None, (None, {})
+        if not hasattr(source, "read") and not os.path.isfile(source):
+            raise self.error("is a folder" if os.path.isdir(source) else "there is no such file")
         try:
-            if not hasattr(source, "read") and not os.path.isfile(source):
-                raise FileNotFoundError("there is no such file")
             self.h5 = _open_hdf5(source)
         except Exception as error:
             raise self.error(_what_is_wrong(source, error)) from error
@@ -612,7 +568,7 @@ class _File:
             group = h5g.open(self.h5.id, b"/")
         for name in filter(None, path.split("/")):
             if group and name.isdigit():
-                name = self.name_of(group, int(name), CAMERA_NAME)
+                name = self.name_of(group, int(name), "cameras")
             group = group and self.group_in(group, name)
         return group
 
@@ -623,9 +579,11 @@ class _File:
         except SMCError:
             return True
 
-    def group_in(self, parent, name: str):
-        """Return the group of that name in a group, or None."""
+    def group_in(self, parent, name: str, needed=False):
+        """Return the group of that name in a group, or None. needed: raise SMCError then."""
         found = self.entry(parent, name)
+        if found is None and needed:
+            raise self.error(f"there is no {self.where(parent, name)}")
         if found is not None and not isinstance(found, h5g.GroupID):
             raise self.error(f"{self.where(parent, name)} is no group")
         return found
@@ -666,40 +624,32 @@ class _File:
                 )
         return found
 
-    def numbers_in(self, group, pattern) -> dict[int, tuple[str, int]]:
-        """Return {number: (name, kind of link)} of the entries of a group that are numbered by camera or by frame.
+    def numbers_in(self, group, kind: str) -> dict[int, tuple[str, int]]:
+        """Return {number: (name, kind of link)} of the entries of a group that are numbers of "cameras" or "frames".
 
         Of several names for one number the usual one counts: two digits for a camera, no zeros before those of a frame.
         Other names are noted as an oddity. Raise SMCError where there are none but these."""
-        found: dict[int, tuple[str, int]] = {}
-        left_out = []
-        for link in self.links(group).items():
-            if not pattern.fullmatch(link[0]):
-                left_out.append(link[0])
-                continue
-            number = int(link[0])
-            if number in found:
-                usual = USUAL_NAME[pattern].format(number)
-                link, other = sorted((found[number], link), key=lambda each: (each[0] != usual, len(each[0])))
-                left_out.append(other[0])
-            found[number] = link
-        for number, (name, _) in itertools.islice(found.items(), 1):
-            if name != USUAL_NAME[pattern].format(number):
-                self.note(f"numbers in names are padded, as in {name!r}")
+        (pattern, usual), links = NAMES[kind], self.links(group)
+        numbers = {name: int(name) for name in links if pattern.fullmatch(name)}
+        padded = [name for name, number in numbers.items() if name != usual.format(number)]
+        found = {numbers[name]: (name, links[name]) for name in [*padded, *(numbers.keys() - padded)]}
+        used = {name for name, _ in found.values()}
+        left_out = [name for name in links if name not in used]
+        for name in used.intersection(padded[:1]):
+            self.note(f"numbers in names are padded, as in {name!r}")
         self.note_left_out(group, left_out)
         if left_out and not found:
             raise self.error(f"{self.where(group)} has no numbers for names, but {printable(left_out[0])!r}")
         return found
 
-    def name_of(self, group, number: int, pattern) -> str:
+    def name_of(self, group, number: int, kind: str) -> str:
         """Return the name in a group that stands for a camera or frame: the usual one, or else one that is there."""
-        usual = USUAL_NAME[pattern].format(number)
+        usual = NAMES[kind][1].format(number)
         with self.reading(group, usual):
             if group is None or group.links.exists(usual.encode()):
                 return usual
-        key = self.where(group), pattern
-        if self.listed[0] != key:  # kept, because a file that has one unusual name has only such
-            self.listed = key, self.numbers_in(group, pattern)
+        if self.listed[0] != self.where(group):  # kept, because a file that has one unusual name has only such
+            self.listed = self.where(group), self.numbers_in(group, kind)
         return self.listed[1].get(number, [usual])[0]
 
     def note_left_out(self, group, names: list[str]):
@@ -719,26 +669,15 @@ class _File:
         """Yield (first byte, byte after the last) of the data sets and chunks in a group and in the groups in it: in
         all of its entries, or in those of some names, without damaged ones. (No deeper: groups can hold themselves.)"""
         for name in self.links(group) if names is None else names:
-            with contextlib.suppress(SMCError):
+            with contextlib.suppress(SMCError), self.reading(group, name):
                 found = self.entry(group, name)
-                if isinstance(found, h5d.DatasetID):
-                    with self.reading(group, name):
-                        yield from self._pieces(found)
-                elif isinstance(found, h5g.GroupID) and deepest > 1:
+                if isinstance(found, h5g.GroupID) and deepest > 1:
                     yield from self.places(found, None, deepest - 1)
-
-    def _pieces(self, data) -> list[tuple[int, int]]:
-        """Return (first byte, byte after the last) of a data set or of each of its chunks; [] for one that lies in its
-        header."""
-        self._refuse_elsewhere(data)
-        layout = data.get_create_plist().get_layout()
-        pieces = []
-        if layout == h5d.CHUNKED:
-            chunks = map(data.get_chunk_info, range(data.get_num_chunks()))
-            pieces = [(chunk.byte_offset, chunk.size) for chunk in chunks]
-        elif layout == h5d.CONTIGUOUS and data.get_offset() is not None:
-            pieces = [(data.get_offset(), data.get_storage_size())]
-        return [(offset, offset + size) for offset, size in pieces]
+                elif isinstance(found, h5d.DatasetID) and found.get_offset() is not None:
+                    yield found.get_offset(), found.get_offset() + found.get_storage_size()
+                elif isinstance(found, h5d.DatasetID) and found.get_create_plist().get_layout() == h5d.CHUNKED:
+                    for chunk in map(found.get_chunk_info, range(found.get_num_chunks())):
+                        yield chunk.byte_offset, chunk.byte_offset + chunk.size
 
     # ---- attributes and arrays
 
@@ -773,17 +712,15 @@ class _File:
     def dataset(self, group, name: str, shape: tuple | None):
         """Return a numeric data set of a shape, but for axes of length one. In the shape None stands for any length;
         shape None: of any."""
-        place = self.where(group, name)
         data = self.entry(group, name)
         if not isinstance(data, h5d.DatasetID):
+            place = self.where(group, name)
             raise self.error(f"there is no {place}" if data is None else f"{place} is no data set")
         with self.reading(group, name):
             self._refuse_elsewhere(data)
             found, dtype = data.shape, data.dtype
-            if dtype.kind not in "fiub":
-                raise ValueError(f"it holds {dtype}, no numbers")
-            if found is None or shape is not None and _fit(found, shape) is None:
-                raise ValueError(f"its shape is {found}, not {shape}".replace("None", "n"))
+            if dtype.kind not in "fiub" or found is None or shape is not None and _fit(found, shape) is None:
+                raise ValueError(f"it holds {dtype} {found}, not numbers {shape or ''}".replace("None", "n"))
             self._check_size(data, math.prod(found) * dtype.itemsize, MAX_ARRAY_BYTES)
         return data
 
@@ -803,21 +740,20 @@ class _File:
 
     # ---- encoded pictures
 
-    def pictures(self, group, pattern) -> Iterator[Entry]:
+    def pictures(self, group, kind: str) -> Iterator[Entry]:
         """Yield the pictures of a group, in the order in which they lie in the file."""
         found: list[tuple] = []  # (offset or 0, number, bytes in the file, what read_extent needs)
-        for number, (name, kind) in self.numbers_in(group, pattern).items():
+        for number, (name, link) in self.numbers_in(group, kind).items():
             try:
-                self._refuse_soft(group, name, kind)
+                self._refuse_soft(group, name, link)
                 offset, size, stored = self._extent(group, name)
                 found.append((offset or 0, number, stored, name, offset, size))
             except SMCError as fault:
                 yield Entry(number, None, fault)
         claimed, stored = sum(extent[-1] for extent in found), sum(extent[2] for extent in found)
         if stored > self.bytes or claimed > MAX_EXPANSION * self.bytes:
-            raise self.error(
-                f"the pictures of {self.where(group)} claim {claimed} bytes, which cannot be in {self.bytes}"
-            )
+            said = f"claim {claimed} bytes, which cannot be in {self.bytes}"
+            raise self.error(f"the pictures of {self.where(group)} {said}")
         for _, number, _, *extent in sorted(found):
             yield Entry(number, partial(self._read_extent, group, *extent))
 
@@ -829,24 +765,21 @@ class _File:
             offset = data.get_offset()
             if offset is None:
                 self._refuse_elsewhere(data)
-            shape, stored = data.shape, data.get_storage_size()
-            if offset is not None and shape and max(shape) == stored:  # bytes in one piece: there is no more to ask
-                self._check_size(data, stored, MAX_PICTURE_BYTES)
-                if offset + stored > self.bytes:
-                    raise ValueError("its place contradicts its size")
-                return offset, stored, stored
-            dtype, count = data.dtype, -1 if shape is None else math.prod(shape)
-            # One string, one opaque value or one list of bytes is as good as an array of bytes.
-            if not (dtype.itemsize == 1 and count in (0, *shape)) and not (dtype.kind in "SVO" and count == 1):
-                raise ValueError("it is no list of bytes")
-            self._check_size(data, count * dtype.itemsize, MAX_PICTURE_BYTES)
-            return None if count else 0, count * dtype.itemsize, stored
+            shape, stored = data.shape or (), data.get_storage_size()
+            size = max(shape, default=-1)
+            if offset is None or size != stored:  # else bytes in one piece: there is no more to ask
+                offset = None
+                if data.dtype.itemsize != 1 or math.prod(shape) != size:
+                    raise ValueError(f"it holds {data.dtype} {shape}, no list of bytes")
+            self._check_size(data, size, MAX_PICTURE_BYTES)
+            if offset is not None and offset + size > self.bytes:
+                raise ValueError("its place contradicts its size")
+            return offset, size, stored
 
     def _read_extent(self, group, name: str, offset: int | None, size: int) -> bytes:
         """Return the bytes of one picture."""
         if offset is None:
-            array = self._read_whole(self.entry(group, name), group, name)
-            return bytes(array.item()) if array.dtype.hasobject else array.tobytes()
+            return self._read_whole(self.entry(group, name), group, name).tobytes()
         if self.descriptor is None:
             self.source.seek(offset)
             data = self.source.read(size)
@@ -872,18 +805,6 @@ def _fit(found: tuple, shape: tuple) -> tuple | None:
     return None
 
 
-def _sound_shape(shape: tuple) -> tuple[int, int, bool]:
-    """Return (samples, channels, whether it is stored channel by channel) of sound of one channel (N,) or several (N,
-    channels), (channels, N), but for axes of length one. Raise ValueError for another shape."""
-    if len(shape) != 2:
-        shape = tuple(length for length in shape if length != 1)
-    if len(shape) not in (1, 2):
-        raise ValueError(f"its shape is {shape}, not (n, channels)")
-    samples, channels = shape if len(shape) == 2 else (*shape, 1)
-    turned = channels > MAX_CHANNELS >= samples
-    return (channels, samples, True) if turned else (samples, channels, False)
-
-
 def _open_hdf5(source) -> h5py.File:
     """Open a file without HDF5's locks, which file systems of clusters often lack; with them, where this process has
     the file open in that way already: HDF5 wants the same for both."""
@@ -896,40 +817,26 @@ def _open_hdf5(source) -> h5py.File:
 
 
 def _what_is_wrong(source, error: Exception) -> str:
-    """Return in plain words why a file cannot be opened as HDF5, as far as its size and its first bytes tell it."""
-    reason = "is damaged: " + printable(" ".join(str(error).split()), 200)
-    if hasattr(source, "read") or isinstance(error, FileNotFoundError):
-        return "is a folder" if not hasattr(source, "read") and os.path.isdir(source) else str(error)
-    size = os.path.getsize(source)
-    with open(source, "rb") as file:
-        head = file.read(100)
-    if not head:
-        return "is empty"
-    if not head.startswith(b"\x89HDF\r\n\x1a\n"):
-        return f"is no HDF5 file (it begins with {printable(repr(head[:12])[1:])})"
-    head = head.ljust(100, b"\0")
-    # The superblock says where the file ends, in the third of its addresses.
-    at, width = (24 + 4 * head[8], head[13]) if head[8] < 2 else (12, head[9])
-    end = int.from_bytes(head[at + 2 * width : at + 3 * width], "little")
-    if not size < end < 1 << 44:
-        return reason
-    scale, unit = (1e9, "GB") if end >= 1e9 else (1e6, "MB") if end >= 1e6 else (1e3, "kB")
-    return f"is cut short: {size / scale:.2f} of {end / scale:.2f} {unit}"
+    """Return in plain words why a file cannot be opened as HDF5."""
+    if cut := re.search(r"truncated file: eof = ([0-9]+),.* stored_eof = ([0-9]+)", str(error)):
+        scale, unit = (1e9, "GB") if len(cut[2]) > 9 else (1e6, "MB") if len(cut[2]) > 6 else (1e3, "kB")
+        return f"is cut short: {int(cut[1]) / scale:.2f} of {int(cut[2]) / scale:.2f} {unit}"
+    if "signature not found" in str(error) and not hasattr(source, "read"):
+        with open(source, "rb") as file:
+            head = file.read(12)
+        return f"is no HDF5 file (it begins with {printable(repr(head)[1:])})" if head else "is empty"
+    return "is damaged: " + printable(" ".join(str(error).split()), 200)
 
 
 def _as_kind(value, kind: type):
     """Return a value of an HDF5 attribute as a str, int, float or pair of ints. Raise an exception where it is none."""
-    value = np.asarray(value)
     if kind is np.ndarray:
-        return value.astype(np.int64, casting="safe").reshape(2)
-    value = value.item()
-    if isinstance(value, str):
-        value = value.encode("utf-8", "surrogateescape")  # which is how h5py marks bytes that are no UTF-8
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if not isinstance(value, (str, int, float)) or kind is not str and not math.isfinite(float(value)):
+        return np.asarray(value).astype(np.int64, casting="safe").reshape(2)
+    value = np.asarray(value).item()
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    if not isinstance(value, (str, bytes, int, float)) or kind is not str and not math.isfinite(float(text)):
         raise ValueError(f"it is {value!r:.50}")
-    return kind(value)
+    return text.encode("utf-8", "replace").decode() if kind is str else kind(float(text))
 
 
 def printable(text: str, longest: int = 60) -> str:
