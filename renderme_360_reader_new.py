@@ -8,20 +8,19 @@
         reader.get_audio()["audio"]                (N, 2) float32 in [-1, 1)
         reader.fps()                               30
 
-The methods called `get_…` have the names and the returns of the reader that is published with the data set, so that
-code written for that one runs unchanged: like that one, they return None for what a performance does not have. The
-other methods are this module's own. Whatever is wrong with a file is raised as one exception, `SMCError`, with the
-file's name; the rest of it can be read all the same, with `entries` frame by frame. What is merely unusual is no error:
-padded names ("000012", "7"), axes of length one, mono or integer sound, pictures in other types of bytes.
+The methods called `get_…` have the names and the returns of the reader that is published with the data set, and like
+that one they return None for what a performance does not have; the others are this module's own. Whatever is wrong with
+a file is raised as one exception, `SMCError`, with the file's name; the rest of it can be read all the same, with
+`entries` frame by frame. What is merely unusual is no error: padded names ("000012", "7"), axes of length one, mono or
+integer sound.
 
 A release of 21 subjects keeps a performance in two files: pictures and audio in `…_raw.smc`, masks, calibration and
 everything fitted in `…_anno.smc`. `SMCReader(raw, anno)` presents the two as one performance.
 
-Files come from a network, so nothing in them is trusted: only what lies in the file itself is read (soft and external
-links, external storage and virtual data sets are refused), sizes are checked before memory is asked for, and an entry
-whose name is no camera or frame number is left alone and named in `oddities`. HDF5's own library can still spin or
-crash over a damaged file (a string attribute in a zeroed heap is enough): who must not be stopped by that calls this
-module in a process of its own, with a limit on its time.
+Nothing in a file is trusted: only what lies in the file itself is read (soft and external links, external storage and
+virtual data sets are refused), sizes are checked before memory is asked for, and an entry whose name is no camera or
+frame number is left alone and named in `oddities`. HDF5's own library can still spin or crash over a damaged file: who
+must not be stopped by that calls this module in a process of its own, with a limit on its time.
 
 Conventions: cameras are numbered 0…59 and written with two digits; `RT` maps camera to world coordinates, in metres,
 with OpenCV axes (x right, y down, z forward); key points of a picture are (x, y) in pixels.
@@ -150,7 +149,7 @@ def camera_name(camera: int | str) -> str:
     raise ValueError(f"no camera {camera!r}: cameras are 0 to {NUM_CAMERAS - 1}")
 
 
-class SMCReader:
+class SMCReader(contextlib.AbstractContextManager):
     """One performance, from its SMC file or from the two files of a pair.
 
     file_path: path of the SMC file, or an open binary file object that can seek; then every byte is read through it.
@@ -187,8 +186,6 @@ class SMCReader:
         self.actor_info = {name: self._attribute("", name, kind) for name, kind in kinds.items()}
         self.Camera_info = {name: self._attribute("Camera", name, int) for name in ("num_device", "num_frame")}
         self.Camera_info["resolution"] = self._attribute("Camera", "resolution", np.ndarray)
-        if self.Camera_info["num_frame"] is not None and not 0 < self.Camera_info["num_frame"] <= MAX_FRAMES:
-            self.note(f"Camera has {self.Camera_info['num_frame']} for the number of frames")
         name = SMC_NAME.fullmatch(self._files[0].name)
         for part, stated in (("subject", self.actor_id), ("performance", self.performance_part)):
             if name and stated not in (None, name[part]):
@@ -206,9 +203,6 @@ class SMCReader:
     def close(self):
         for file in self._files:
             file.close()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         self.close()
@@ -262,11 +256,11 @@ class SMCReader:
         stated = self.Camera_info["num_frame"]
         if stated is not None and 0 < stated <= MAX_FRAMES:
             return stated
-        counts = [0]
-        with contextlib.suppress(SMCError):  # from a camera on that cannot be read
-            for camera in self.cameras():
-                counts.append(len(self.frame_numbers("images", camera)))
-        return max(counts)
+        if stated is not None:
+            self.note(f"Camera has {stated} for the number of frames")
+        with contextlib.suppress(SMCError):
+            return max((len(self.frame_numbers("images", camera)) for camera in self.cameras()), default=0)
+        return 0
 
     def fps(self) -> int | float | None:
         """Return pictures per second, from the number of frames and the length of the audio: no attribute says it.
@@ -343,7 +337,7 @@ class SMCReader:
         if matrices["D"].size == 4:  # k3 is 0 then
             matrices["D"] = np.append(matrices["D"], 0)
         if matrices["D"].size != 5 or not all(np.isfinite(matrix).all() for matrix in matrices.values()):
-            raise file.error(f"Calibration/{name} holds values that are no finite numbers, or too many of them")
+            raise file.error(f"Calibration/{name} holds values that are no finite numbers, or not 5 in D")
         return matrices
 
     def get_Calibration_all(self) -> dict:
@@ -504,13 +498,11 @@ class SMCReader:
         data = file.encoded(group, name)
         picture = probe_picture(data)
         with file.reading(group, name, what="cannot be decoded"):
-            if picture.format is None:
-                raise ValueError(f"its {len(data)} bytes are neither JPEG nor PNG")
             if picture.height * picture.width > MAX_PICTURE_PIXELS:
                 raise ValueError(f"it claims {picture.width} x {picture.height} pixels")
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if picture.format else None
             if pixels is None:
-                raise ValueError(f"its {len(data)} bytes are damaged")
+                raise ValueError(f"its {len(data)} bytes are no JPEG or PNG, or damaged")
         return pixels.max(axis=2) if modality in ("masks", "scan_masks") else pixels
 
 
@@ -528,7 +520,7 @@ class _File:
             self.h5 = _open_hdf5(source)
         except Exception as error:
             raise self.error(_what_is_wrong(source, error)) from error
-        with self.reading("the file"):
+        with self.reading(None, "the file"):
             cache = self.h5.id.get_mdc_config()
             cache.set_initial_size, cache.initial_size = True, HEADER_CACHE_BYTES
             cache.min_size = cache.max_size = HEADER_CACHE_BYTES
@@ -564,7 +556,7 @@ class _File:
     def open_group(self, path: str):
         """Return the group at a path of plain names ("" is the root), or None where it or one above it is missing. A
         name of digits stands for that camera."""
-        with self.reading("the root group"):
+        with self.reading(None, "the root group"):
             group = h5g.open(self.h5.id, b"/")
         for name in filter(None, path.split("/")):
             if group and name.isdigit():
@@ -603,8 +595,6 @@ class _File:
 
     def where(self, parent, name: str = "") -> str:
         """Return the path of something in the file, fit for a message."""
-        if isinstance(parent, str):
-            return parent
         with contextlib.suppress(Exception):
             name = f"{h5i.get_name(parent).decode('utf-8', 'replace')}/{name}"
         return printable(name.strip("/"))
@@ -635,8 +625,8 @@ class _File:
         found = {numbers[name]: (name, links[name]) for name in [*padded, *(numbers.keys() - padded)]}
         used = {name for name, _ in found.values()}
         left_out = [name for name in links if name not in used]
-        for name in used.intersection(padded[:1]):
-            self.note(f"numbers in names are padded, as in {name!r}")
+        if padded and padded[0] in used:
+            self.note(f"numbers in names are padded, as in {padded[0]!r}")
         self.note_left_out(group, left_out)
         if left_out and not found:
             raise self.error(f"{self.where(group)} has no numbers for names, but {printable(left_out[0])!r}")
@@ -688,7 +678,7 @@ class _File:
         if group is None:
             return None
         try:
-            with self.reading(f"the attribute {name}"):
+            with self.reading(None, f"the attribute {name}"):
                 if not h5a.exists(group, name.encode()):
                     return None
                 if h5a.open(group, name.encode()).get_storage_size() > MAX_ATTRIBUTE_BYTES:
@@ -700,14 +690,11 @@ class _File:
 
     def read_array(self, group, name: str, shape: tuple | None) -> np.ndarray:
         """Return a numeric data set, whole, in its stored type; see `dataset`."""
-        array = self._read_whole(self.dataset(group, name, shape), group, name)
-        return array if shape is None else array.reshape(_fit(array.shape, shape))
-
-    def _read_whole(self, data, *place) -> np.ndarray:
-        with self.reading(*place):
+        data = self.dataset(group, name, shape)
+        with self.reading(group, name):
             array = np.empty(data.shape, data.dtype)
             data.read(h5s.ALL, h5s.ALL, array)
-            return array
+        return array if shape is None else array.reshape(_fit(array.shape, shape))
 
     def dataset(self, group, name: str, shape: tuple | None):
         """Return a numeric data set of a shape, but for axes of length one. In the shape None stands for any length;
@@ -779,7 +766,7 @@ class _File:
     def _read_extent(self, group, name: str, offset: int | None, size: int) -> bytes:
         """Return the bytes of one picture."""
         if offset is None:
-            return self._read_whole(self.entry(group, name), group, name).tobytes()
+            return self.read_array(group, name, None).tobytes()
         if self.descriptor is None:
             self.source.seek(offset)
             data = self.source.read(size)

@@ -976,7 +976,6 @@ def test_sound_of_any_form_is_samples_by_channels(copy, stored, expected, rate):
         lambda data: {"data": np.frombuffer(data, np.uint8)[:, None, None]},
         lambda data: {"data": np.frombuffer(data, np.uint8)[None], "chunks": (1, 100)},
         lambda data: {"data": np.frombuffer(data, np.int8)},
-        lambda data: {"data": np.frombuffer(data, "S1")},
     ],
 )
 def test_pictures_may_be_stored_as_any_array_of_bytes(copy, form):
