@@ -296,7 +296,7 @@ class SMCReader(contextlib.AbstractContextManager):
         if row.pictures:
             yield from file.pictures(group, row.numbered)
         elif row.numbered:
-            for number, (name, _) in sorted(file.numbers_in(group, row.numbered).items()):
+            for number, name in sorted(file.numbers_in(group, row.numbered).items()):
                 where = (camera, number) if "{}" in row.path else (number,)
                 get = partial(getattr(self, row.method), *where) if row.method else None
                 yield Entry(number, get or partial(file.read_array, group, name, None))
@@ -413,7 +413,7 @@ class SMCReader(contextlib.AbstractContextManager):
         if isinstance(Frame_id, (int, str, np.integer)):
             _, _, name = self._find("flame", frame=Frame_id)
             frame = file.group_in(group, name, needed=True)
-            names = list(file.links(frame))
+            names = file.links(frame)
             file.note_left_out(frame, [name for name in names if not PARAMETER_NAME.fullmatch(name)])
             return {name: file.read_array(frame, name, None) for name in names if PARAMETER_NAME.fullmatch(name)}
         frames = [self.get_FLAME(frame) for frame in (self.frame_numbers("flame") if Frame_id is None else Frame_id)]
@@ -586,12 +586,8 @@ class _File:
             key = name.encode()
             if not parent.links.exists(key):
                 return None
-            self._refuse_soft(parent, name, parent.links.get_info(key).type)
+            _refuse_soft(parent.links.get_info(key).type)
             return h5o.open(parent, key)
-
-    def _refuse_soft(self, parent, name, kind):
-        if kind != h5l.TYPE_HARD:
-            raise self.error(f"{self.where(parent, name)} is a link to another place; such links are not followed")
 
     def where(self, parent, name: str = "") -> str:
         """Return the path of something in the file, fit for a message."""
@@ -606,30 +602,27 @@ class _File:
 
     def links(self, group) -> dict[str, int]:
         """Return {name: kind of link} of the entries of a group; {} for None."""
-        found: dict[str, int] = {}
+        found: dict[bytes, int] = {}
         if group is not None:
             with self.reading(group):
-                group.links.iterate(
-                    lambda name, info: found.update({name.decode("utf-8", "replace"): info.type}), info=True
-                )
-        return found
+                group.links.iterate(lambda name, link: found.update({name: link.type}), info=True)
+        return {name.decode("utf-8", "replace"): kind for name, kind in found.items()}
 
-    def numbers_in(self, group, kind: str) -> dict[int, tuple[str, int]]:
-        """Return {number: (name, kind of link)} of the entries of a group that are numbers of "cameras" or "frames".
+    def numbers_in(self, group, kind: str) -> dict[int, str]:
+        """Return {number: name} of the entries of a group that are numbers of "cameras" or "frames".
 
         Of several names for one number the usual one counts: two digits for a camera, no zeros before those of a frame.
         Other names are noted as an oddity. Raise SMCError where there are none but these."""
-        (pattern, usual), links = NAMES[kind], self.links(group)
-        numbers = {name: int(name) for name in links if pattern.fullmatch(name)}
+        (pattern, usual), names = NAMES[kind], list(self.links(group))
+        numbers = {name: int(name) for name in names if pattern.fullmatch(name)}
         padded = [name for name, number in numbers.items() if name != usual.format(number)]
-        found = {numbers[name]: (name, links[name]) for name in [*padded, *(numbers.keys() - padded)]}
-        used = {name for name, _ in found.values()}
-        left_out = [name for name in links if name not in used]
+        found = {numbers[name]: name for name in [*padded, *(numbers.keys() - padded)]}
+        used = set(found.values())
         if padded and padded[0] in used:
             self.note(f"numbers in names are padded, as in {padded[0]!r}")
-        self.note_left_out(group, left_out)
-        if left_out and not found:
-            raise self.error(f"{self.where(group)} has no numbers for names, but {printable(left_out[0])!r}")
+        self.note_left_out(group, [name for name in names if name not in used])
+        if names and not found:
+            raise self.error(f"{self.where(group)} has no numbers for names, but {printable(names[0])!r}")
         return found
 
     def name_of(self, group, number: int, kind: str) -> str:
@@ -640,7 +633,7 @@ class _File:
                 return usual
         if self.listed[0] != self.where(group):  # kept, because a file that has one unusual name has only such
             self.listed = self.where(group), self.numbers_in(group, kind)
-        return self.listed[1].get(number, [usual])[0]
+        return self.listed[1].get(number, usual)
 
     def note_left_out(self, group, names: list[str]):
         """Remember that some entries of a group are not used."""
@@ -704,36 +697,22 @@ class _File:
             place = self.where(group, name)
             raise self.error(f"there is no {place}" if data is None else f"{place} is no data set")
         with self.reading(group, name):
-            self._refuse_elsewhere(data)
+            _refuse_elsewhere(data)
             found, dtype = data.shape, data.dtype
             if dtype.kind not in "fiub" or found is None or shape is not None and _fit(found, shape) is None:
                 raise ValueError(f"it holds {dtype} {found}, not numbers {shape or ''}".replace("None", "n"))
-            self._check_size(data, math.prod(found) * dtype.itemsize, MAX_ARRAY_BYTES)
+            _check_size(data, math.prod(found) * dtype.itemsize, MAX_ARRAY_BYTES)
         return data
-
-    @staticmethod
-    def _refuse_elsewhere(data):
-        """Refuse data outside the file, before anything is asked that would make HDF5 look there."""
-        properties = data.get_create_plist()
-        layout = properties.get_layout()
-        if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and properties.get_external_count()):
-            raise ValueError("its data lies in another file")
-
-    @staticmethod
-    def _check_size(data, size, limit):
-        """Refuse data that claims more than it has or than anybody needs."""
-        if size > limit or size and not data.get_storage_size():
-            raise ValueError(f"it claims {size} bytes and has {data.get_storage_size()}")
 
     # ---- encoded pictures
 
     def pictures(self, group, kind: str) -> Iterator[Entry]:
         """Yield the pictures of a group, in the order in which they lie in the file."""
         found: list[tuple] = []  # (offset or 0, number, bytes in the file, what read_extent needs)
-        for number, (name, link) in self.numbers_in(group, kind).items():
+        links = self.links(group)
+        for number, name in self.numbers_in(group, kind).items():
             try:
-                self._refuse_soft(group, name, link)
-                offset, size, stored = self._extent(group, name)
+                offset, size, stored = self._extent(group, name, links[name])
                 found.append((offset or 0, number, stored, name, offset, size))
             except SMCError as fault:
                 yield Entry(number, None, fault)
@@ -744,21 +723,22 @@ class _File:
         for _, number, _, *extent in sorted(found):
             yield Entry(number, partial(self._read_extent, group, *extent))
 
-    def _extent(self, group, name: str) -> tuple[int | None, int, int]:
+    def _extent(self, group, name: str, link: int) -> tuple[int | None, int, int]:
         """Return where the bytes of a picture are, None where HDF5 has to put them together, how many they are, and how
         many they are in the file."""
         with self.reading(group, name):
+            _refuse_soft(link)
             data = h5d.open(group, name.encode())
             offset = data.get_offset()
             if offset is None:
-                self._refuse_elsewhere(data)
+                _refuse_elsewhere(data)
             shape, stored = data.shape or (), data.get_storage_size()
             size = max(shape, default=-1)
             if offset is None or size != stored:  # else bytes in one piece: there is no more to ask
                 offset = None
                 if data.dtype.itemsize != 1 or math.prod(shape) != size:
                     raise ValueError(f"it holds {data.dtype} {shape}, no list of bytes")
-            self._check_size(data, size, MAX_PICTURE_BYTES)
+            _check_size(data, size, MAX_PICTURE_BYTES)
             if offset is not None and offset + size > self.bytes:
                 raise ValueError("its place contradicts its size")
             return offset, size, stored
@@ -780,7 +760,26 @@ class _File:
         """Return the bytes of the picture of that name."""
         if self.entry(group, name) is None:
             raise self.error(f"there is no {self.where(group, name)}")
-        return self._read_extent(group, name, *self._extent(group, name)[:2])
+        return self._read_extent(group, name, *self._extent(group, name, h5l.TYPE_HARD)[:2])
+
+
+def _refuse_soft(link: int):
+    if link != h5l.TYPE_HARD:
+        raise ValueError("it is a link to another place; such links are not followed")
+
+
+def _refuse_elsewhere(data):
+    """Refuse data outside the file, before anything is asked that would make HDF5 look there."""
+    properties = data.get_create_plist()
+    layout = properties.get_layout()
+    if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and properties.get_external_count()):
+        raise ValueError("its data lies in another file")
+
+
+def _check_size(data, size: int, limit: int):
+    """Refuse data that claims more than it has or than anybody needs."""
+    if size > limit or size and not data.get_storage_size():
+        raise ValueError(f"it claims {size} bytes and has {data.get_storage_size()}")
 
 
 def _fit(found: tuple, shape: tuple) -> tuple | None:
