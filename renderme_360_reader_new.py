@@ -615,11 +615,11 @@ class _File:
         Other names are noted as an oddity. Raise SMCError where there are none but these."""
         (pattern, usual), names = NAMES[kind], list(self.links(group))
         numbers = {name: int(name) for name in names if pattern.fullmatch(name)}
-        padded = [name for name, number in numbers.items() if name != usual.format(number)]
-        found = {numbers[name]: name for name in [*padded, *(numbers.keys() - padded)]}
+        by_use = sorted(numbers, key=lambda name: name == usual.format(numbers[name]))  # the last one counts
+        found = {numbers[name]: name for name in by_use}
         used = set(found.values())
-        if padded and padded[0] in used:
-            self.note(f"numbers in names are padded, as in {padded[0]!r}")
+        if used and by_use[0] in used and by_use[0] != usual.format(numbers[by_use[0]]):
+            self.note(f"numbers in names are padded, as in {by_use[0]!r}")
         self.note_left_out(group, [name for name in names if name not in used])
         if names and not found:
             raise self.error(f"{self.where(group)} has no numbers for names, but {printable(names[0])!r}")
