@@ -1445,8 +1445,8 @@ def store_pictures(extraction: Extraction, modality: str, folder: str, camera: i
     """Write the pictures of a modality (of a camera) to a folder and check what is there then; empty ones are left out.
     Return {number: (name below the performance's folder, height, width)}, the height 0 where it is damaged; with
     `verify: full`, those that cannot be decoded are damaged too."""
-    by_camera = MODALITIES[modality].numbered == "cameras"
-    name, usual = "cam_{:02d}.{}" if by_camera else "frame_{:06d}.{}", "jpg" if modality == "images" else "png"
+    by_camera, usual = MODALITIES[modality].numbered == "cameras", "jpg" if modality == "images" else "png"
+    name = "cam_{:02d}.{}" if by_camera else "frame_{:06d}.{}"
     stored, sizes = {}, {}
     # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
     for number, data in extraction.entries(modality, camera):
@@ -1499,14 +1499,9 @@ def write_audio(extraction: Extraction, modality: str):
         samples, rate = audio["audio"], audio["sample_rate"]
         if samples.dtype.kind == "f" and np.array_equal((samples * 32768).astype(np.int16), samples * 32768):
             samples = (samples * 32768).astype(np.int16)
-        channels, width, kind = samples.shape[1], samples.itemsize, 3 if samples.dtype.kind == "f" else 1
-        form = struct.pack("<HHIIHH", kind, channels, rate, rate * channels * width, channels * width, 8 * width)
-        header = struct.pack(
-            "<4sI4s4sI16s4sI",
-            *(b"RIFF", 36 + samples.nbytes, b"WAVE"),
-            *(b"fmt ", 16, form),
-            *(b"data", samples.nbytes),
-        )
+        size, frame, kind = samples.nbytes, samples[:1].nbytes, {"i": 1, "f": 3}[samples.dtype.kind]
+        form = 16, kind, samples.shape[1], rate, rate * frame, frame, 8 * samples.itemsize
+        header = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 36 + size, b"WAVEfmt ", *form, b"data", size)
         extraction.save("audio/audio.wav", header + samples.astype(samples.dtype.newbyteorder("<")).tobytes())
 
 
@@ -1643,7 +1638,7 @@ def modalities_in(folder: Path) -> list[str]:
 
 def extract(job: Job, config: Config, blocks: tuple | None, progress: Callable) -> dict:
     """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk.
-    Return what is in its info.json. Raise SMCError where nothing can be read, or OSError. progress: called with pictures=n for n pictures more, and once with total=n."""
+    Return what is in its info.json. Raise SMCError where nothing can be read, or OSError."""
     folder = config.partial_of(job.subject, job.performance)
     remove(folder)
     folder.mkdir(parents=True)
@@ -1744,8 +1739,9 @@ def notes(extraction: Extraction, content: dict) -> list[str]:
         if count := sum(map(len, itertools.chain(*lists))):
             found.append(f"{count_of(count, f'{kind} picture')}, listed in info.json")
     if unreadable:
-        entries = "1 entry" if len(unreadable) == 1 else f"{len(unreadable)} entries"
-        found.append(f"{entries} could not be read, listed in info.json")
+        found.append(
+            f"{len(unreadable)} {'entries' if unreadable[1:] else 'entry'} could not be read, listed in info.json"
+        )
     if "transforms" in asked and "transforms" not in written:
         without = "no undamaged pictures were extracted" if extraction.reader.has("calibration") else None
         found.append(f"no transforms.json: {without or 'the file has no calibration'}")
@@ -1756,20 +1752,16 @@ def format_numbers(numbers: Iterable[int]) -> str:
     return " ".join(str(number) for number in sorted(numbers))
 
 
-class ForkServer:
+class ForkServer(contextlib.AbstractContextManager):
     """A process that was forked before this one had threads, and that forks a child for each piece of work: libhdf5 can
     crash, spin or ask for any amount of memory over a damaged file, and must not take us with it. A child starts in
     milliseconds, and runs the code that this process began with, even if the program's files change meanwhile."""
 
     def __init__(self):
-        self.start()
-
-    def start(self):
         # These signals can reach the whole group; blocked in the children, they are left to this process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
         self.socket, theirs = socket.socketpair()
-        parent = os.getpid()
-        self.pid = os.fork()
+        parent, self.pid = os.getpid(), os.fork()
         if not self.pid:
             try:
                 self.socket.close()
@@ -1778,9 +1770,6 @@ class ForkServer:
                 os._exit(1)
         theirs.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         """End the server. On Linux its child ends with it."""
@@ -1809,16 +1798,14 @@ class ForkServer:
             if code != -signal.SIGKILL:
                 raise StopEarly(f"{name}: the process that read it ended with code {code} and without an answer")
             log.info("%s: the process that read it was killed from outside; it is started once more", name)
-        raise StopEarly(
-            f"{name}: the process that read it was killed twice, probably for a lack of memory. Free some, or give the "
-            "job more, then run the same command again"
-        )
+        advice = "Free some, or give the job more, then run the same command again"
+        raise StopEarly(f"{name}: the process that read it was killed twice, probably for a lack of memory. {advice}")
 
     def try_once(self, task: tuple, progress: Callable) -> tuple[tuple | None, int]:
         """Return (kind, value) of a child's answer, None if it gave none, and its exit code."""
         if os.waitpid(self.pid, os.WNOHANG)[0]:  # it has been killed
             self.socket.close()
-            self.start()
+            self.__init__()
         ours, theirs = multiprocessing.Pipe()
         answer, code = None, b""
         with contextlib.closing(ours), contextlib.suppress(EOFError, ConnectionError):
@@ -1857,7 +1844,7 @@ def serve_children(requests: socket.socket, parent: int):
 
 
 def end_with_parent(parent: int):
-    """Make Linux kill this process when its parent ends. Elsewhere it ends with the next report, or the next request."""
+    """Make Linux kill this process when its parent ends. Elsewhere it ends with the next report or request."""
     if hasattr(libc, "prctl"):
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
@@ -1894,7 +1881,7 @@ def limit_resources(memory: int, seconds: int):
 
 
 def extract_in_child(job: Job, config: Config, blocks: tuple | None, children: ForkServer, progress: Progress) -> dict:
-    """Return what `extract` returns, called in a child, with its progress shown. Raise SMCError, OSError or StopEarly."""
+    """Return what `extract` returns, called in a child. Raise SMCError, OSError or StopEarly."""
     full = config.verify == "full"
     limits = MEMORY_LIMIT + DECODER_MEMORY * config.workers * full, cpu_limit(job.bytes, full)
     options = {"name": job.files[0].name, "limits": limits, "progress": progress.extraction(job)}
@@ -2043,14 +2030,17 @@ def content_lines(reader: SMCReader, files: list[Path], damage: dict) -> Iterato
     yield "frames", f"{reader.num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}"
     with collecting_damage(damage, "audio"):
         if audio := reader.audio_info():
-            yield "audio", "{duration_s:.2f} s, {channels} channels, {sample_rate} Hz".format(**audio)
+            channels = count_of(audio["channels"], "channel")
+            yield "audio", f"{audio['duration_s']:.2f} s, {channels}, {audio['sample_rate']} Hz"
     yield "modality", "cameras  entries        size  encoding (of each camera's first picture)"
-    sizes: list[tuple[int, int]] = []
+    sizes, views = [], []
     for modality in [name for name, row in MODALITIES.items() if not row.derived]:
         with collecting_damage(damage, modality):
             if reader.has(modality):
-                for line in modality_lines(reader, modality, damage, sizes):
-                    yield modality, line
+                cells, *lines = modality_lines(reader, modality, damage, sizes)
+                yield modality, cells
+                views += [(modality, line) for line in lines]
+    yield from views
     for name in reader.unknown_groups():
         yield "unknown", printable(name)
     note_sizes(reader, sizes)
