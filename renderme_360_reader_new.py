@@ -5,7 +5,6 @@
         reader.get_img("25", "color", 0)           (2048, 2448, 3) uint8, BGR
         reader.encoded("images", 25, 0)            the stored JPEG, as bytes
         reader.get_Calibration("25")["RT"]         (4, 4) float64, camera to world
-        reader.get_audio()["audio"]                (N, 2) float32 in [-1, 1)
         reader.fps()                               30
 
 The methods called `get_…` have the names and the returns of the reader that is published with the data set, and like
@@ -158,47 +157,37 @@ class SMCReader(contextlib.AbstractContextManager):
     Attributes, as in the published reader: `smc` (the open h5py.File of the first file), `actor_id`,
     `performance_part`, `capture_date` (str, None where the file has none), `actor_info` {"age" int, "color" str,
     "gender" str, "height" float cm, "weight" float kg} and `Camera_info` {"num_device" int, "num_frame" int,
-    "resolution" int array (height, width)}. `num_device` says 60 whatever the file has: ask `cameras()`.
-    `oddities` is a list of sentences about what was left out or looks wrong but doesn't keep the file from being read;
-    `note` adds one. `sources` are the files as they were given.
+    "resolution" int array (height, width)}. `num_device` says 60 whatever the file has: ask `cameras()`. `oddities` is
+    a list of sentences about what was left out or looks wrong; `note` adds one. `sources` are the files as given.
 
-    Raise SMCError where a file is no HDF5 file, is cut short or damaged.
-    """
+    Raise SMCError where a file is no HDF5 file, is cut short or damaged."""
 
     def __init__(self, file_path, anno_path=None):
         self.oddities: list[str] = []
-        self._files: list[_File] = []
         self.sources = [source for source in (file_path, anno_path) if source is not None]
-        try:
-            for source in self.sources:
-                self._files.append(_File(source, self.oddities))
-            self.smc, self.note = self._files[0].h5, self._files[0].note
-            self._read_header()
-        except BaseException:
-            self.close()
-            raise
+        self._files = [_File(source, self.oddities) for source in self.sources]
+        self.smc, self.note = self._files[0].h5, self._files[0].note
+        self._read_header()
 
     def _read_header(self):
-        self.actor_id = self._attribute("", "actor_id", str)
-        self.performance_part = self._attribute("", "performance_part", str)
-        self.capture_date = self._attribute("", "capture_date", str)
+        names = "actor_id", "performance_part", "capture_date"
+        self.actor_id, self.performance_part, self.capture_date = (self._attribute("", name, str) for name in names)
         kinds = {"age": int, "color": str, "gender": str, "height": float, "weight": float}
         self.actor_info = {name: self._attribute("", name, kind) for name, kind in kinds.items()}
-        self.Camera_info = {name: self._attribute("Camera", name, int) for name in ("num_device", "num_frame")}
-        self.Camera_info["resolution"] = self._attribute("Camera", "resolution", np.ndarray)
+        kinds = {"num_device": int, "num_frame": int, "resolution": np.ndarray}
+        self.Camera_info = {name: self._attribute("Camera", name, kind) for name, kind in kinds.items()}
         name = SMC_NAME.fullmatch(self._files[0].name)
         for part, stated in (("subject", self.actor_id), ("performance", self.performance_part)):
             if name and stated not in (None, name[part]):
                 self.note(f"it says that it is of {printable(stated)!r}")
-        for place, name, kind in (("", "actor_id", str), ("", "performance_part", str), ("Camera", "num_frame", int)):
-            stated = {file.attribute(place, name, kind) for file in self._files} - {None}
-            if len(stated) > 1:
-                said = " and ".join(printable(str(value)) for value in sorted(stated))
-                self.note(f"{name} is {said} in the two files of the performance")
 
     def _attribute(self, group, name, kind):
-        values = (file.attribute(group, name, kind) for file in self._files)
-        return next((value for value in values if value is not None), None)
+        values = [file.attribute(group, name, kind) for file in self._files]
+        values = [value for value in values if value is not None]
+        if len({str(value) for value in values}) > 1:
+            said = " and ".join(printable(str(value)) for value in values)
+            self.note(f"{name} is {said} in the two files of the performance")
+        return values[0] if values else None
 
     def close(self):
         for file in self._files:
@@ -210,15 +199,14 @@ class SMCReader(contextlib.AbstractContextManager):
     # ---- what the file has
 
     def cameras(self, modality: str = "images") -> list[int]:
-        """Return the numbers of the cameras that have data of a modality, ascending; [] for one without cameras.
-
-        Read from the groups in the file; an empty group doesn't count, one that is damaged does."""
+        """Return the numbers of the cameras that have data of a modality, ascending; [] for one without cameras. A
+        camera with an empty group doesn't count, one with a damaged group does."""
         row = MODALITIES[modality]
         if row.numbered == "cameras":
             file, group = self._open(modality)
             return sorted(file.numbers_in(group, "cameras"))
         parent, by_camera, below = row.path.partition("/{}")
-        for file in self._ordered(modality) if by_camera else ():
+        for file in self._files[:: 1 if row.from_raw else -1] if by_camera else ():
             numbers = file.numbers_in(file.open_group(parent), "cameras")
             found = [number for number in sorted(numbers) if file.has(f"{parent}/{number:02d}{below}")]
             if found:
@@ -263,21 +251,20 @@ class SMCReader(contextlib.AbstractContextManager):
         return 0
 
     def fps(self) -> int | float | None:
-        """Return pictures per second, from the number of frames and the length of the audio: no attribute says it.
-
-        30 or 15 where the ratio is within 5 % of it, else the ratio itself, noted as an oddity; None without pictures
-        or without audio that can be read."""
+        """Return pictures per second, from the number of frames and the length of the audio: no attribute says it. 30
+        or 15 where the ratio is within 5 % of it, else the ratio itself, noted as an oddity; None without pictures or
+        without audio that can be read."""
         audio = None
         with contextlib.suppress(SMCError):
             audio = self.audio_info()
-        if not audio or not audio["duration_s"] or not self.num_frame:
+        if not audio or not self.num_frame:
             return None
         ratio = self.num_frame / audio["duration_s"]
-        near = next((rate for rate in (15, 30) if abs(ratio / rate - 1) <= 0.05), None)
-        if near is None:
-            said = f"{self.num_frame} frames and {audio['duration_s']:.2f} s of audio make {ratio:.2f}"
-            self.note(f"{said} pictures per second, not 15 or 30")
-        return near or ratio
+        for rate in (15, 30):
+            if abs(ratio / rate - 1) <= 0.05:
+                return rate
+        self.note(f"{self.num_frame} frames with its audio make {ratio:.2f} pictures per second, not 15 or 30")
+        return ratio
 
     def expected_frames(self, of_cameras: Iterable[Iterable[int]]) -> set[int]:
         """Return the frames that every camera should have, given those that each has. Key frames keep the numbers that
@@ -319,9 +306,7 @@ class SMCReader(contextlib.AbstractContextManager):
 
     def get_img(self, Camera_id, Image_type, Frame_id=None, disable_tqdm=True) -> np.ndarray:
         """Return decoded pictures. Image_type "color": (H, W, 3) uint8 BGR; "mask": (H, W) uint8, the maximum over
-        channels.
-
-        A list of frames gives them stacked (N, …) in its order, None gives all of them in frame order."""
+        channels. A list of frames gives them stacked (N, …) in its order, None gives all of them in frame order."""
         modality = {"color": "images", "mask": "masks"}.get(Image_type)
         if modality is None:
             raise ValueError(f"no Image_type {Image_type!r}: there are 'color' and 'mask'")
@@ -341,8 +326,7 @@ class SMCReader(contextlib.AbstractContextManager):
         return matrices
 
     def get_Calibration_all(self) -> dict:
-        """Return {"00": what get_Calibration returns, …} of every camera in the file, without those for which it
-        raises SMCError."""
+        """Return {"00": what get_Calibration returns, …} of every camera of which it can be read."""
         self._open("calibration", needed=True)
         matrices = {}
         for entry in self.entries("calibration"):
@@ -411,11 +395,10 @@ class SMCReader(contextlib.AbstractContextManager):
         if group is None:
             return None
         if isinstance(Frame_id, (int, str, np.integer)):
-            _, _, name = self._find("flame", frame=Frame_id)
-            frame = file.group_in(group, name, needed=True)
-            names = file.links(frame)
-            file.note_left_out(frame, [name for name in names if not PARAMETER_NAME.fullmatch(name)])
-            return {name: file.read_array(frame, name, None) for name in names if PARAMETER_NAME.fullmatch(name)}
+            frame = file.group_in(*self._find("flame", frame=Frame_id)[1:], needed=True)
+            names = [name for name in file.links(frame) if PARAMETER_NAME.fullmatch(name)]
+            file.note_left_out(frame, names)
+            return {name: file.read_array(frame, name, None) for name in names}
         frames = [self.get_FLAME(frame) for frame in (self.frame_numbers("flame") if Frame_id is None else Frame_id)]
         if any(frame.keys() != frames[0].keys() for frame in frames):
             raise file.error("the frames of FLAME have different parameters")
@@ -429,8 +412,7 @@ class SMCReader(contextlib.AbstractContextManager):
         return self._frames(lambda frame: self._decoded("uv_textures", frame=frame), Frame_id, "uv_textures")
 
     def get_scanmesh(self) -> dict | None:
-        """Return {"vertex": (n, 3) float64, "vertex_indices": (m, 3) int} of the scanned mesh, None where there is
-        none."""
+        """Return {"vertex": (n, 3) float64, "vertex_indices": (m, 3) int} of the scanned mesh, or None."""
         file, group = self._open("scan")
         if group is None:
             return None
@@ -439,8 +421,7 @@ class SMCReader(contextlib.AbstractContextManager):
             raise file.error(f"Scan/vertex_indices holds {indices.dtype}, no whole numbers")
         vertex = file.read_array(group, "vertex", (None, 3)).astype(np.float64, copy=False)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(vertex):
-            found = f"goes from {indices.min()} to {indices.max()}, of {len(vertex)} vertices"
-            raise file.error(f"Scan/vertex_indices {found}")
+            raise file.error(f"Scan/vertex_indices goes beyond the {len(vertex)} vertices")
         return {"vertex": vertex, "vertex_indices": indices}
 
     def get_scanmask(self, Camera_id=None) -> np.ndarray | None:
@@ -448,23 +429,19 @@ class SMCReader(contextlib.AbstractContextManager):
         the performance has no scan."""
         if not self.has("scan_masks"):
             return None
-        if Camera_id is None:
-            return self._stack([self.get_scanmask(camera) for camera in self.cameras("scan_masks")], "scan_masks")
-        return self._decoded("scan_masks", Camera_id)
+        cameras = self.cameras("scan_masks") if Camera_id is None else Camera_id
+        return self._frames(lambda camera: self._decoded("scan_masks", camera), cameras, "scan_masks")
 
     # ---- shared by the methods above
-
-    def _ordered(self, modality) -> list[_File]:
-        return self._files if MODALITIES[modality].from_raw else self._files[::-1]
 
     def _open(self, modality, camera=None, needed=False):
         """Return (file, group) of a modality: the first file in which the group is there and not empty; group None if
         none. needed: raise SMCError then."""
-        path = MODALITIES[modality].path
-        path = path.format(camera_name(camera)) if "{}" in path else path
-        for file in self._ordered(modality):
+        row = MODALITIES[modality]
+        path = row.path.format(camera_name(camera)) if "{}" in row.path else row.path
+        for file in self._files[:: 1 if row.from_raw else -1]:
             group = file.open_group(path)
-            if file.filled(group):
+            if file.links(group, first=True):
                 return file, group
         if needed:
             raise self._files[0].error(f"there is no {path}")
@@ -558,16 +535,15 @@ class _File:
         name of digits stands for that camera."""
         with self.reading(None, "the root group"):
             group = h5g.open(self.h5.id, b"/")
-        for name in filter(None, path.split("/")):
-            if group and name.isdigit():
-                name = self.name_of(group, int(name), "cameras")
+        for name in path.split("/") if path else ():
+            name = self.name_of(group, int(name), "cameras") if name.isdigit() else name
             group = group and self.group_in(group, name)
         return group
 
     def has(self, path: str) -> bool:
         """Return whether there is a group at a path that is not empty, or something that can't be opened as one."""
         try:
-            return self.filled(self.open_group(path))
+            return bool(self.links(self.open_group(path), first=True))
         except SMCError:
             return True
 
@@ -595,17 +571,12 @@ class _File:
             name = f"{h5i.get_name(parent).decode('utf-8', 'replace')}/{name}"
         return printable(name.strip("/"))
 
-    def filled(self, group) -> bool:
-        """Return whether a group is there and not empty. (To ask how many entries it has can mean to read all.)"""
-        with self.reading(group):
-            return group is not None and group.links.iterate(lambda name: True)[0] is True
-
-    def links(self, group) -> dict[str, int]:
-        """Return {name: kind of link} of the entries of a group; {} for None."""
+    def links(self, group, first=False) -> dict[str, int]:
+        """Return {name: kind of link} of the entries of a group, or of the `first` alone; {} for None."""
         found: dict[bytes, int] = {}
-        if group is not None:
-            with self.reading(group):
-                group.links.iterate(lambda name, link: found.update({name: link.type}), info=True)
+        with self.reading(group):
+            if group is not None:
+                group.links.iterate(lambda name, link: found.update({name: link.type}) or first or None, info=True)
         return {name.decode("utf-8", "replace"): kind for name, kind in found.items()}
 
     def numbers_in(self, group, kind: str) -> dict[int, str]:
@@ -620,7 +591,7 @@ class _File:
         used = set(found.values())
         if used and by_use[0] in used and by_use[0] != usual.format(numbers[by_use[0]]):
             self.note(f"numbers in names are padded, as in {by_use[0]!r}")
-        self.note_left_out(group, [name for name in names if name not in used])
+        self.note_left_out(group, used)
         if names and not found:
             raise self.error(f"{self.where(group)} has no numbers for names, but {printable(names[0])!r}")
         return found
@@ -635,12 +606,12 @@ class _File:
             self.listed = self.where(group), self.numbers_in(group, kind)
         return self.listed[1].get(number, usual)
 
-    def note_left_out(self, group, names: list[str]):
-        """Remember that some entries of a group are not used."""
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            shown = ", ".join(map(printable, names[:3]))
-            self.note(f"{self.where(group)} has entries that are left out: {shown}{more}")
+    def note_left_out(self, group, used: Iterable[str]):
+        """Note the entries of a group that are not used."""
+        left_out = [printable(name) for name in self.links(group) if name not in used]
+        if left_out:
+            more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+            self.note(f"{self.where(group)} has entries that are left out: {', '.join(left_out[:3])}{more}")
 
     def note(self, what: str):
         """Remember an oddity, once."""
@@ -665,14 +636,12 @@ class _File:
     # ---- attributes and arrays
 
     def attribute(self, path: str, name: str, kind: type):
-        """Return an attribute of a group as str, int, float or int array; None, with an oddity noted, where it isn't
-        one."""
+        """Return an attribute of a group as str, int, float or int array; None, with an oddity noted, where it is not
+        of that kind."""
         group = self.open_group(path)
-        if group is None:
-            return None
         try:
             with self.reading(None, f"the attribute {name}"):
-                if not h5a.exists(group, name.encode()):
+                if group is None or not h5a.exists(group, name.encode()):
                     return None
                 if h5a.open(group, name.encode()).get_storage_size() > MAX_ATTRIBUTE_BYTES:
                     raise ValueError("it is too large")
@@ -694,8 +663,7 @@ class _File:
         shape None: of any."""
         data = self.entry(group, name)
         if not isinstance(data, h5d.DatasetID):
-            place = self.where(group, name)
-            raise self.error(f"there is no {place}" if data is None else f"{place} is no data set")
+            raise self.error(f"there is no data set {self.where(group, name)}")
         with self.reading(group, name):
             _refuse_elsewhere(data)
             found, dtype = data.shape, data.dtype

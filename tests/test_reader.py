@@ -687,7 +687,7 @@ def test_parameters_of_flame_with_odd_names_are_left_out(copy):
         file["FLAME/2/a/b"] = 1  # which is a group "a"
     with SMCReader(copy) as reader:
         assert set(reader.get_FLAME(0)) == {"exp", "file"} and len(reader.oddities) == 1
-    assert "FLAME/2/a is no data set" in error(copy, lambda reader: reader.get_FLAME(2))
+    assert "no data set FLAME/2/a" in error(copy, lambda reader: reader.get_FLAME(2))
 
 
 @pytest.mark.parametrize(
