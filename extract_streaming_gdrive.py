@@ -1360,12 +1360,13 @@ class Extraction:
     cameras: {modality: what `cameras_to_extract` returns}. pictures: {modality: {"25": {frame: (name below the folder,
     height, width)}}} of pictures by camera, with a height of 0 for damaged ones. missing, damaged: {modality: {"25":
     [frames]}}, or {modality: [numbers]} where one folder holds all. unreadable: {(modality, camera, frame): reason} of
-    what else was left out. progress: called with pictures=n for n more, total=n for all."""
+    what else was left out. sizes: {name: bytes} of every file written. progress: called with pictures=n for n more,
+    total=n for all."""
 
     def __init__(self, job: Job, config: Config, reader: SMCReader, progress: Callable):
         self.job, self.config, self.reader, self.progress = job, config, reader, progress
-        self.folder = config.partial_of(job.subject, job.performance)
-        self.bytes, self.pictures, self.damaged, self.missing = 0, {}, {}, {}
+        self.folder, self.last_folder = config.partial_of(job.subject, job.performance), ""
+        self.sizes, self.pictures, self.damaged, self.missing = {}, {}, {}, {}
         self.unreadable: dict[tuple, str] = {}
         self.cameras: dict[str, list[int | None]] = {name: [] for name in job.modalities}
         for name in job.modalities:
@@ -1388,11 +1389,19 @@ class Extraction:
 
     def save(self, name: str, content: bytes):
         """Write one file of the performance's folder."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = f"{self.folder}/{name}"
+        if path.rpartition("/")[0] != self.last_folder:
+            self.last_folder = path.rpartition("/")[0]
+            os.makedirs(self.last_folder, exist_ok=True)
         with open(path, "xb") as file:  # a new file, never through a link
             file.write(content)
-        self.bytes += len(content)
+        self.sizes[path] = len(content)
+
+    def check_files(self):
+        """Raise OSError where other files are there than those that were written."""
+        paths = [f"{folder}/{name}" for folder, _, names in os.walk(self.folder) for name in names]
+        if {path: os.lstat(path).st_size for path in paths} != self.sizes:
+            raise OSError(errno.EIO, "the files that are there are not those that were written", str(self.folder))
 
 
 @contextlib.contextmanager
@@ -1413,16 +1422,17 @@ def cameras_to_extract(reader: SMCReader, modality: str, asked: set[int] | None)
 
 
 def write_pictures(extraction: Extraction, modality: str):
-    """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes. A picture whose size is not
-    the usual one of its camera counts as damaged."""
-    stored = extraction.pictures[modality] = {}
-    for camera in extraction.cameras[modality]:
-        pictures = store_pictures(extraction, modality, f"{modality}/cam_{camera:02d}", camera)
+    """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes. A picture that has not the
+    usual size of its camera counts as damaged."""
+    stored = extraction.pictures[modality] = {
+        f"{camera:02d}": store_pictures(extraction, modality, f"{modality}/cam_{camera:02d}", camera)
+        for camera in extraction.cameras[modality]
+    }
+    for pictures in stored.values():
         sizes = collections.Counter((height, width) for _, height, width in pictures.values() if height)
         usual = max(sizes, key=sizes.get, default=None)
-        stored[f"{camera:02d}"] = {
-            frame: (name, *size) if tuple(size) == usual else (name, 0, 0) for frame, (name, *size) in pictures.items()
-        }
+        odd = {frame: (name, 0, 0) for frame, (name, *size) in pictures.items() if tuple(size) != usual}
+        pictures.update(odd)
     expected = extraction.reader.expected_frames(stored.values())
     lost = {(camera, frame) for name, camera, frame in extraction.unreadable if name == modality}
     for camera, pictures in stored.items():
@@ -1442,30 +1452,21 @@ def write_numbered_pictures(extraction: Extraction, modality: str):
 
 
 def store_pictures(extraction: Extraction, modality: str, folder: str, camera: int | None = None) -> dict[int, tuple]:
-    """Write the pictures of a modality (of a camera) to a folder and check what is there then; empty ones are left out.
-    Return {number: (name below the performance's folder, height, width)}, the height 0 where it is damaged; with
-    `verify: full`, those that cannot be decoded are damaged too."""
+    """Write the pictures of a modality (of a camera) to a folder; empty ones are left out. Return {number: (name below
+    the performance's folder, height, width)}, the height 0 where it is damaged; with `verify: full`, those that cannot
+    be decoded are damaged too."""
     by_camera, usual = MODALITIES[modality].numbered == "cameras", "jpg" if modality == "images" else "png"
-    name = "cam_{:02d}.{}" if by_camera else "frame_{:06d}.{}"
-    stored, sizes = {}, {}
+    name, stored = "cam_{:02d}.{}" if by_camera else "frame_{:06d}.{}", {}
     # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
     for number, data in extraction.entries(modality, camera):
-        if not data or (by_camera and number not in extraction.cameras[modality]):
-            continue
-        if not stored:
-            (extraction.folder / folder).mkdir(parents=True, exist_ok=True)
-        picture = probe_picture(data)
-        file = f"{folder}/{name.format(number, picture.format or usual)}"
-        with open(f"{extraction.folder}/{file}", "xb") as new:
-            new.write(data)
-        stored[number], sizes[file] = (file, picture.height * picture.whole, picture.width), len(data)
-        if len(sizes) % REPORTED_PICTURES == 0:
-            extraction.report_progress(pictures=REPORTED_PICTURES)
-    extraction.report_progress(pictures=len(sizes) % REPORTED_PICTURES)
-    extraction.bytes += sum(sizes.values())
-    with os.scandir(extraction.folder / folder) if stored else contextlib.nullcontext([]) as entries:
-        if {f"{folder}/{entry.name}": entry.stat(follow_symlinks=False).st_size for entry in entries} != sizes:
-            raise OSError(errno.EIO, "the files that are there are not those that were written", folder)
+        if data and (not by_camera or number in extraction.cameras[modality]):
+            picture = probe_picture(data)
+            file = f"{folder}/{name.format(number, picture.format or usual)}"
+            extraction.save(file, data)
+            stored[number] = file, picture.height * picture.whole, picture.width
+            if len(stored) % REPORTED_PICTURES == 0:
+                extraction.report_progress(pictures=REPORTED_PICTURES)
+    extraction.report_progress(pictures=len(stored) % REPORTED_PICTURES)
     if extraction.config.verify == "full":
         files = {number: extraction.folder / file for number, (file, *_) in stored.items()}
         stored |= {number: (stored[number][0], 0, 0) for number in undecodable(files, extraction.config.workers)}
@@ -1551,40 +1552,36 @@ def write_transforms(task: Extraction, modality: str):
     Each picture has its own intrinsics: loaders would take some at the top for those of all cameras. A mask is the
     picture's `fg_mask_path`; where every picture has one, it is also its `mask_path`, because nerfstudio refuses a
     mixture."""
-    good = {
-        (kind, camera): {frame: picture for frame, picture in sorted(pictures.items()) if picture[1]}
+    images, masks = (
+        {
+            camera: {frame: picture for frame, picture in sorted(pictures.items()) if picture[1]}
+            for camera, pictures in task.pictures.get(kind, {}).items()
+        }
         for kind in ("images", "masks")
-        for camera, pictures in task.pictures.get(kind, {}).items()
-    }
-    calibration = task.reader.get_Calibration_all()
-    views = [camera for kind, camera in good if kind == "images" and good[kind, camera]]
-    for camera in views:
-        if camera not in calibration:
-            task.reader.note(f"camera {camera} has no calibration and is not in transforms.json")
-    cameras = [camera for camera in views if camera in calibration]
-    moments = sorted(set().union(*(good["images", camera] for camera in cameras)))
-    timestep_of = {frame: index for index, frame in enumerate(moments)}
-    frames, all_masked = (
-        [],
-        all(good["images", camera].keys() <= good.get(("masks", camera), {}).keys() for camera in cameras),
     )
+    calibration = task.reader.get_Calibration_all()
+    for camera in images.keys() - calibration:
+        task.reader.note(f"camera {camera} has no calibration and is not in transforms.json")
+    cameras = [camera for camera in images if images[camera] and camera in calibration]
+    moments = {frame: index for index, frame in enumerate(sorted({f for camera in cameras for f in images[camera]}))}
+    all_masked = all(images[camera].keys() <= masks.get(camera, {}).keys() for camera in cameras)
+    entries = []
     for index, camera in enumerate(cameras):
-        masks = good.get(("masks", camera), {})
-        for frame, (name, height, width) in good["images", camera].items():
+        for frame, (name, height, width) in images[camera].items():
             entry = {"file_path": name}
-            if frame in masks:
-                entry.update({"mask_path": masks[frame][0]} if all_masked else {}, fg_mask_path=masks[frame][0])
-            entry.update(timestep_index=timestep_of[frame], timestep_id=f"{frame:06d}", camera_index=index)
+            if mask := masks.get(camera, {}).get(frame):
+                entry.update({"mask_path": mask[0]} if all_masked else {}, fg_mask_path=mask[0])
+            entry.update(timestep_index=moments[frame], timestep_id=f"{frame:06d}", camera_index=index)
             entry.update(camera_id=camera, **nerf_camera(calibration[camera], height, width))
-            frames.append(json.dumps(entry, allow_nan=False))
+            entries.append(json.dumps(entry, allow_nan=False))
     top = {"camera_model": "OPENCV", "fps": task.reader.fps()}
     if (task.folder / "audio/audio.wav").is_file():
         top["audio_path"] = "audio/audio.wav"
-    top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(timestep_of.values()))
-    lines = [f'"{name}": {json.dumps(value, allow_nan=False)}' for name, value in top.items()]
-    lines.append('"frames": [\n' + ",\n".join(frames) + "\n]")
-    if frames:
-        task.save("transforms.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(moments.values()))
+    lines = [f'"{name}": {json.dumps(value)}' for name, value in top.items()]
+    text = "{\n" + ",\n".join(lines) + ',\n"frames": [\n' + ",\n".join(entries) + "\n]\n}\n"
+    if entries:
+        task.save("transforms.json", text.encode())
 
 
 def nerf_camera(camera: dict, height: int, width: int) -> dict:
@@ -1659,6 +1656,7 @@ def extract(job: Job, config: Config, blocks: tuple | None, progress: Callable) 
         content = info(extraction, written)
         content["notes"] = notes(extraction, content)
         extraction.save("metadata/info.json", json_bytes(content))
+        extraction.check_files()
         sync_disk(folder)
         return content
 
@@ -1706,7 +1704,7 @@ def info(extraction: Extraction, written: list[str]) -> dict:
         ],
         "modalities": written,
         "modalities_asked": job.modalities,
-        "bytes": extraction.bytes,
+        "bytes": sum(extraction.sizes.values()),
         "smc_id": job.smc_id,
         "oddities": reader.oddities,
         "source": [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files],
@@ -1738,10 +1736,8 @@ def notes(extraction: Extraction, content: dict) -> list[str]:
         lists = [each.values() if isinstance(each, dict) else [each] for each in content[f"{kind}_frames"].values()]
         if count := sum(map(len, itertools.chain(*lists))):
             found.append(f"{count_of(count, f'{kind} picture')}, listed in info.json")
-    if unreadable:
-        found.append(
-            f"{len(unreadable)} {'entries' if unreadable[1:] else 'entry'} could not be read, listed in info.json"
-        )
+    if count := len(unreadable):
+        found.append(f"{count} {'entry' if count == 1 else 'entries'} could not be read, listed in info.json")
     if "transforms" in asked and "transforms" not in written:
         without = "no undamaged pictures were extracted" if extraction.reader.has("calibration") else None
         found.append(f"no transforms.json: {without or 'the file has no calibration'}")
