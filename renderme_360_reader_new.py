@@ -586,12 +586,10 @@ class _File:
         Other names are noted as an oddity. Raise SMCError where there are none but these."""
         (pattern, usual), names = NAMES[kind], list(self.links(group))
         numbers = {name: int(name) for name in names if pattern.fullmatch(name)}
-        by_use = sorted(numbers, key=lambda name: name == usual.format(numbers[name]))  # the last one counts
-        found = {numbers[name]: name for name in by_use}
-        used = set(found.values())
-        if used and by_use[0] in used and by_use[0] != usual.format(numbers[by_use[0]]):
-            self.note(f"numbers in names are padded, as in {by_use[0]!r}")
-        self.note_left_out(group, used)
+        found = {numbers[name]: name for name in sorted(numbers, key=lambda name: name == usual.format(numbers[name]))}
+        if found and found[min(found)] != usual.format(min(found)):
+            self.note(f"numbers in names are padded, as in {found[min(found)]!r}")
+        self.note_left_out(group, set(found.values()))
         if names and not found:
             raise self.error(f"{self.where(group)} has no numbers for names, but {printable(names[0])!r}")
         return found

@@ -283,7 +283,7 @@ def test_hostile_files_are_refused_or_what_is_odd_in_them_is_skipped_with_a_mess
     assert rows["endless_heap"]["status"] == "failed"
     assert "reading it does not come to an end" in rows["endless_heap"]["error"]
     for name in ("odd_names", "odd_attributes", "parameter_names"):
-        assert f"  - 1000_{name}_raw.smc: " in place.said
+        assert f"warning: 1000_{name}_raw.smc: " in place.said
     with np.load(place.output / "1000/parameter_names/flame/frame_000000.npz") as frame:
         assert set(frame.files) == {"file", "self", "exp"}
     assert not list(place.folder.rglob("x")) and "missing" in rows["empty_pictures"]["error"]
