@@ -87,7 +87,6 @@ try:
         MODALITIES,
         NUM_CAMERAS,
         SMC_NAME,
-        Picture,
         SMCError,
         SMCReader,
         printable,
@@ -1266,42 +1265,28 @@ class Extraction:
     """One performance being unpacked into its `.partial` folder: what the writers below share, and what they found.
 
     cameras: {modality: what `cameras_to_extract` returns}. pictures: {modality: {"25": {frame: (name below the folder,
-    height, width)}}} of pictures by camera that are not damaged. missing, damaged: {modality: {"25": [frames]}}, or
-    {modality: [numbers]} where one folder holds all. unreadable: {(modality, camera, frame): reason} of what else was
-    left out. sizes: {modality: the (height, width) of its pictures, one per camera}. progress: called with pictures=n
-    for n more, total=n for all."""
+    height, width)}}} of pictures by camera, with a height of 0 for damaged ones. missing, damaged: {modality: {"25":
+    [frames]}}, or {modality: [numbers]} where one folder holds all. unreadable: {(modality, camera, frame): reason} of
+    what else was left out. sizes: {name: bytes} of every file written. progress: called with pictures=n for n more,
+    total=n for all."""
 
     def __init__(self, job: Job, config: Config, reader: SMCReader, progress: Callable):
         self.job, self.config, self.reader, self.progress = job, config, reader, progress
-        self.folder = config.partial_of(job.subject, job.performance)
-        self.bytes = 0
-        self.unreadable: dict[tuple[str, int | None, int | None], str] = {}
-        self.pictures: dict[str, dict] = {"images": {}, "masks": {}}
-        self.sizes: dict[str, list[tuple[int, int]]] = {}
-        self.frames: dict[str, int] = {}
-        self.missing: dict[str, dict] = {}
-        self.damaged: dict[str, dict] = {}
-        self.cameras: dict[str, list[int | None]] = {}
+        self.folder, self.last_folder = config.partial_of(job.subject, job.performance), ""
+        self.sizes, self.pictures, self.damaged, self.missing = {}, {}, {}, {}
+        self.unreadable: dict[tuple, str] = {}
+        self.cameras: dict[str, list[int | None]] = {name: [] for name in job.modalities}
         for name in job.modalities:
-            self.cameras[name] = []
-            with self.collecting_damage(name):
+            with collecting_damage(self.unreadable, name):
                 self.cameras[name] = cameras_to_extract(reader, name, job.cameras)
-
-    @contextlib.contextmanager
-    def collecting_damage(self, modality: str, camera: int | None = None, frame: int | None = None) -> Iterator[None]:
-        """Go on after what cannot be read, with an entry in `unreadable`. Whatever is wrong with our own disk is an
-        OSError, and still raised."""
-        try:
-            yield
-        except SMCError as error:
-            self.unreadable.setdefault((modality, camera, frame), str(error))
 
     def entries(self, modality: str, camera: int | None = None) -> Iterator[tuple[int | None, object]]:
         """Yield (number, content) of each frame or camera of a modality that can be read."""
-        with self.collecting_damage(modality, camera):
-            by_camera = MODALITIES[modality].numbered == "cameras"
+        with collecting_damage(self.unreadable, modality, camera):
             for entry in self.reader.entries(modality, camera):
-                with self.collecting_damage(modality, *((entry.number,) if by_camera else (camera, entry.number))):
+                by_camera = MODALITIES[modality].numbered == "cameras"
+                where = (entry.number, None) if by_camera else (camera, entry.number)
+                with collecting_damage(self.unreadable, modality, *where):
                     yield entry.number, entry.read()
 
     def report_progress(self, **news):
@@ -1309,13 +1294,31 @@ class Extraction:
         keep_free(self.config.output_dir, self.config)
         self.progress(**news)
 
-    def save(self, name: str, content: bytes | memoryview):
+    def save(self, name: str, content: bytes):
         """Write one file of the performance's folder."""
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path = f"{self.folder}/{name}"
+        if path.rpartition("/")[0] != self.last_folder:
+            self.last_folder = path.rpartition("/")[0]
+            os.makedirs(self.last_folder, exist_ok=True)
         with open(path, "xb") as file:  # a new file, never through a link
             file.write(content)
-        self.bytes += len(content)
+        self.sizes[path] = len(content)
+
+    def check_files(self):
+        """Raise OSError where other files are there than those that were written."""
+        paths = [f"{folder}/{name}" for folder, _, names in os.walk(self.folder) for name in names]
+        if {path: os.lstat(path).st_size for path in paths} != self.sizes:
+            raise OSError(errno.EIO, "the files that are there are not those that were written", str(self.folder))
+
+
+@contextlib.contextmanager
+def collecting_damage(damage: dict, modality: str, camera: int | None = None, frame: int | None = None):
+    """Go on after what cannot be read, with the reason in `damage`. What is wrong with our own disk is an OSError, and
+    still raised."""
+    try:
+        yield
+    except SMCError as error:
+        damage.setdefault((modality, camera, frame), str(error))
 
 
 def cameras_to_extract(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
@@ -1326,158 +1329,106 @@ def cameras_to_extract(reader: SMCReader, modality: str, asked: set[int] | None)
 
 
 def write_pictures(extraction: Extraction, modality: str):
-    """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes."""
-    stored = {
+    """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes. A picture that has not the
+    usual size of its camera counts as damaged."""
+    stored = extraction.pictures[modality] = {
         f"{camera:02d}": store_pictures(extraction, modality, f"{modality}/cam_{camera:02d}", camera)
         for camera in extraction.cameras[modality]
     }
-    if modality == "images":
-        extraction.frames = {camera: len(pictures) for camera, pictures in stored.items() if pictures}
-    expected, usual = extraction.reader.expected_frames(stored.values()), usual_sizes(stored)
-    extraction.sizes[modality] = list(filter(None, usual.values()))
+    for pictures in stored.values():
+        sizes = collections.Counter((height, width) for _, height, width in pictures.values() if height)
+        usual = max(sizes, key=sizes.get, default=None)
+        odd = {frame: (name, 0, 0) for frame, (name, *size) in pictures.items() if tuple(size) != usual}
+        pictures.update(odd)
+    expected = extraction.reader.expected_frames(stored.values())
+    lost = {(camera, frame) for name, camera, frame in extraction.unreadable if name == modality}
     for camera, pictures in stored.items():
-        good = {
-            frame: (f"{modality}/cam_{camera}/frame_{frame:06d}.{picture.format}", picture.height, picture.width)
-            for frame, picture in pictures.items()
-            if picture.whole and (picture.height, picture.width) == usual[camera]
-        }
-        extraction.pictures.setdefault(modality, {})[camera] = good
-        lost = {frame for kind, number, frame in extraction.unreadable if (kind, number) == (modality, int(camera))}
-        missing = set() if None in lost else expected - pictures.keys() - lost
-        for found, frames in ((extraction.damaged, pictures.keys() - good.keys()), (extraction.missing, missing)):
+        bad = [frame for frame, (_, height, _) in pictures.items() if not height]
+        gone = [] if (int(camera), None) in lost else expected - pictures.keys()
+        gone = [frame for frame in gone if (int(camera), frame) not in lost]
+        for found, frames in ((extraction.damaged, bad), (extraction.missing, gone)):
             if frames:
                 found.setdefault(modality, {})[camera] = sorted(frames)
-
-
-def usual_sizes(stored: dict[str, dict[int, Picture]]) -> dict[str, tuple[int, int] | None]:
-    """Return the (height, width) that most of the whole pictures of each camera have; of several that are equally
-    frequent, the one most frequent in the performance; None for a camera without whole pictures."""
-    whole = {camera: [each for each in pictures.values() if each.whole] for camera, pictures in stored.items()}
-    counts = {camera: collections.Counter((each.height, each.width) for each in whole[camera]) for camera in whole}
-    overall = sum(counts.values(), collections.Counter())
-    return {
-        camera: max(sizes, key=lambda size: (sizes[size], overall[size]), default=None)
-        for camera, sizes in counts.items()
-    }
-
-
-def note_sizes(reader: SMCReader, sizes: dict[str, list[tuple[int, int]]]):
-    """Note as an oddity that pictures don't have one size, which is that of the attribute `resolution`.
-
-    sizes: {modality: the (height, width) of its pictures, one per camera}."""
-    resolution, texts = reader.Camera_info["resolution"], {}
-    for modality in [name for name in MODALITIES if sizes.get(name)]:
-        counts = collections.Counter(sizes[modality]).most_common()
-        texts.setdefault(" and ".join(f"{width} x {height}" for (height, width), _ in counts), []).append(modality)
-    stated = [] if resolution is None else [f"{resolution[1]} x {resolution[0]}"]
-    if texts and len({*texts, *stated}) > 1 or any(" and " in text for text in texts):
-        found = ", ".join(f"{' and '.join(names)} have {text} pixels" for text, names in texts.items())
-        reader.note(found + "".join(f"; the attribute resolution says {size}" for size in stated))
 
 
 def write_numbered_pictures(extraction: Extraction, modality: str):
     """uv_textures/frame_000000.png and scan_masks/cam_00.png: the stored bytes."""
     stored = store_pictures(extraction, modality, modality)
-    damaged = sorted(number for number, picture in stored.items() if not picture.whole)
-    if damaged:
-        extraction.damaged[modality] = damaged
+    if bad := sorted(number for number, (_, height, _) in stored.items() if not height):
+        extraction.damaged[modality] = bad
 
 
-def store_pictures(extraction: Extraction, modality: str, folder: str, camera: int | None = None) -> dict[int, Picture]:
-    """Write the pictures of a modality (of a camera) to a folder and check what is there then; empty ones are left out.
-    Return {number: picture}. Damaged ones are written as they are, and not `whole`; with `verify: full`, those that
-    cannot be decoded are damaged too."""
-    by_camera = MODALITIES[modality].numbered == "cameras"
-    name, usual = "cam_{:02d}.{}" if by_camera else "frame_{:06d}.{}", "jpg" if modality == "images" else "png"
-    stored, sizes = {}, {}
+def store_pictures(extraction: Extraction, modality: str, folder: str, camera: int | None = None) -> dict[int, tuple]:
+    """Write the pictures of a modality (of a camera) to a folder; empty ones are left out. Return {number: (name below
+    the performance's folder, height, width)}, the height 0 where it is damaged; with `verify: full`, those that cannot
+    be decoded are damaged too."""
+    by_camera, usual = MODALITIES[modality].numbered == "cameras", "jpg" if modality == "images" else "png"
+    name, stored = "cam_{:02d}.{}" if by_camera else "frame_{:06d}.{}", {}
     # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
     for number, data in extraction.entries(modality, camera):
-        if not data or (by_camera and number not in extraction.cameras[modality]):
-            continue
-        if not stored:
-            (extraction.folder / folder).mkdir(parents=True, exist_ok=True)
-        picture = stored[number] = probe_picture(data)
-        file = name.format(number, picture.format or usual)
-        with open(f"{extraction.folder}/{folder}/{file}", "xb") as new:
-            new.write(data)
-        sizes[file] = len(data)
-        if len(sizes) % REPORTED_PICTURES == 0:
-            extraction.report_progress(pictures=REPORTED_PICTURES)
-    extraction.report_progress(pictures=len(sizes) % REPORTED_PICTURES)
-    if stored:
-        with os.scandir(extraction.folder / folder) as entries:
-            if {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries} != sizes:
-                raise OSError(errno.EIO, "the files that are there are not those that were written", folder)
-        extraction.bytes += sum(sizes.values())
+        if data and (not by_camera or number in extraction.cameras[modality]):
+            picture = probe_picture(data)
+            file = f"{folder}/{name.format(number, picture.format or usual)}"
+            extraction.save(file, data)
+            stored[number] = file, picture.height * picture.whole, picture.width
+            if len(stored) % REPORTED_PICTURES == 0:
+                extraction.report_progress(pictures=REPORTED_PICTURES)
+    extraction.report_progress(pictures=len(stored) % REPORTED_PICTURES)
     if extraction.config.verify == "full":
-        files = {number: extraction.folder / folder / file for number, file in zip(stored, sizes)}
-        for number in undecodable(files, extraction.config.workers):
-            stored[number] = stored[number]._replace(whole=False)
+        files = {number: extraction.folder / file for number, (file, *_) in stored.items()}
+        stored |= {number: (stored[number][0], 0, 0) for number in undecodable(files, extraction.config.workers)}
     return stored
 
 
-def undecodable(files: dict[int, Path], workers: int) -> set[int]:
+def undecodable(files: dict[int, Path], workers: int) -> list[int]:
     """Return the numbers of those picture files that cannot be decoded without a complaint.
 
-    libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see in_child): where anything
-    was said, the files are decoded again one by one, to see of which."""
+    libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see do_work): whatever is
+    decoded while something is said is decoded again by itself."""
     import cv2  # takes 17 MB and 40 ms, which an extraction that only copies need not spend
 
-    def decodes(file: Path) -> bool:
+    def is_bad(number: int) -> bool:
         """Decode every byte of the stream, at an eighth of the size."""
+        printed = os.lseek(2, 0, os.SEEK_END)
         try:
-            return cv2.imdecode(np.fromfile(file, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is not None
+            pixels = cv2.imdecode(np.fromfile(files[number], np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
         except cv2.error:  # it claims more pixels than OpenCV has room for
-            return False
+            return True
+        return pixels is None or os.lseek(2, 0, os.SEEK_END) > printed
 
-    def complaints() -> int:
-        """Return how many bytes libraries have printed so far."""
-        return os.lseek(2, 0, os.SEEK_END)
-
-    before = complaints()
     with ThreadPoolExecutor(workers) as threads:
-        bad = {number for number, good in zip(files, threads.map(decodes, files.values())) if not good}
-    if complaints() > before:
-        for number, file in files.items():
-            before = complaints()
-            if not decodes(file) or complaints() > before:
-                bad.add(number)
-    return bad
+        suspects = [number for number, bad in zip(files, threads.map(is_bad, files)) if bad]
+    return list(filter(is_bad, suspects))
+
+
+WAV_TYPES = {"int16": "PCM_16", "int32": "PCM_32", "float32": "FLOAT", "float64": "DOUBLE"}
 
 
 def write_audio(extraction: Extraction, modality: str):
-    """audio/audio.wav: integers as they are stored, or else PCM_16, 32-bit or 64-bit float: the first without loss."""
+    """audio/audio.wav: integers as they are stored; floats as PCM_16 where that loses nothing, else as they are."""
     import soundfile
 
     for _, audio in extraction.entries(modality):
-        samples, rate = audio["audio"], audio["sample_rate"]
-        blocks = [samples[at : at + (1 << 16)] for at in range(0, len(samples), 1 << 16)]
-        subtypes = {"PCM_16": (np.int16, 32768), "FLOAT": (np.float32, 1), "DOUBLE": (np.float64, 1)}
-        if samples.dtype.kind == "i":
-            subtypes = {f"PCM_{8 * samples.itemsize}": (samples.dtype, 1)}
-        for subtype, (kind, scale) in subtypes.items():
-            if all(np.array_equal((each * scale).astype(kind), each * scale, equal_nan=True) for each in blocks):
-                break
+        samples = audio["audio"]
+        if samples.dtype.kind == "f" and np.array_equal((samples * 32768).astype(np.int16), samples * 32768):
+            samples = (samples * 32768).astype(np.int16)
         wav = io.BytesIO()  # libsndfile can't say that a disk is full
-        with soundfile.SoundFile(wav, "w", rate, samples.shape[1], subtype, format="WAV") as file:
-            for block in blocks:
-                file.write((block * scale).astype(kind))
-        peak = wav.getbuffer()[:4096].tobytes().find(b"PEAK")
+        soundfile.write(wav, samples, audio["sample_rate"], WAV_TYPES[samples.dtype.name], format="WAV")
+        content = wav.getbuffer()
+        peak = content[:4096].tobytes().find(b"PEAK")
         if peak >= 0:  # this chunk has the time of writing: without it, the same SMC gives the same bytes
-            wav.getbuffer()[peak + 12 : peak + 16] = bytes(4)
-        extraction.save("audio/audio.wav", wav.getbuffer())
+            content[peak + 12 : peak + 16] = bytes(4)
+        extraction.save("audio/audio.wav", content)
 
 
 def write_calibration(extraction: Extraction, modality: str):
     """calibration/cameras.json: K, D and RT of all cameras, digit for digit."""
-    cameras = {
-        f"{camera:02d}": {name: value.tolist() for name, value in matrices.items()}
-        for camera, matrices in extraction.entries(modality)
-    }
     convention = (
         "RT maps camera to world coordinates, in metres. Camera axes are those of OpenCV: x right, y down, z forward. "
         "K is in pixels of the stored pictures; D is k1, k2, p1, p2, k3."
     )
+    found = dict(extraction.entries(modality))
+    cameras = {f"{camera:02d}": {name: found[camera][name].tolist() for name in found[camera]} for camera in found}
     if cameras:
         extraction.save("calibration/cameras.json", json_bytes({"convention": convention, "cameras": cameras}))
 
@@ -1485,11 +1436,10 @@ def write_calibration(extraction: Extraction, modality: str):
 def write_keypoints(extraction: Extraction, modality: str):
     """keypoints2d/cam_25.npz and keypoints3d/keypoints3d.npz: frame_ids (F,) int, points (F, 106 or 73, 2 or 3)."""
     for camera in extraction.cameras[modality]:
-        points = dict(extraction.entries(modality, camera))
-        if points:
-            name = f"{modality}/{modality if camera is None else f'cam_{camera:02d}'}.npz"
+        if points := dict(extraction.entries(modality, camera)):
+            name = modality if camera is None else f"cam_{camera:02d}"
             arrays = {"frame_ids": np.array(list(points), np.int64), "points": np.stack(list(points.values()))}
-            extraction.save(name, npz_bytes(**arrays))
+            extraction.save(f"{modality}/{name}.npz", npz_bytes(**arrays))
 
 
 def write_flame(extraction: Extraction, modality: str):
@@ -1508,8 +1458,7 @@ def write_scan(extraction: Extraction, modality: str):
             "property double x\nproperty double y\nproperty double z\n"
             f"element face {len(faces)}\nproperty list uchar int vertex_indices\nend_header\n"
         )
-        content = header.encode() + mesh["vertex"].astype("<f8").tobytes() + faces.tobytes()
-        extraction.save("scan/mesh.ply", content)
+        extraction.save("scan/mesh.ply", header.encode() + mesh["vertex"].astype("<f8").tobytes() + faces.tobytes())
 
 
 def write_transforms(task: Extraction, modality: str):
@@ -1518,34 +1467,36 @@ def write_transforms(task: Extraction, modality: str):
     Each picture has its own intrinsics: loaders would take some at the top for those of all cameras. A mask is the
     picture's `fg_mask_path`; where every picture has one, it is also its `mask_path`, because nerfstudio refuses a
     mixture."""
-    images, masks, calibration = task.pictures["images"], task.pictures["masks"], task.reader.get_Calibration_all()
+    images, masks = (
+        {
+            camera: {frame: picture for frame, picture in sorted(pictures.items()) if picture[1]}
+            for camera, pictures in task.pictures.get(kind, {}).items()
+        }
+        for kind in ("images", "masks")
+    )
+    calibration = task.reader.get_Calibration_all()
     for camera in images.keys() - calibration:
-        task.reader.oddities.append(f"{task.job}: camera {camera} has no calibration and is not in transforms.json")
+        task.reader.note(f"camera {camera} has no calibration and is not in transforms.json")
     cameras = [camera for camera in images if images[camera] and camera in calibration]
-    if not cameras:
-        return
-    timesteps = sorted({frame for camera in cameras for frame in images[camera]})
-    timestep_of = {frame: index for index, frame in enumerate(timesteps)}
+    moments = {frame: index for index, frame in enumerate(sorted({f for camera in cameras for f in images[camera]}))}
     all_masked = all(images[camera].keys() <= masks.get(camera, {}).keys() for camera in cameras)
-    frames = []
+    entries = []
     for index, camera in enumerate(cameras):
-        for frame in sorted(images[camera]):
-            name, height, width = images[camera][frame]
+        for frame, (name, height, width) in images[camera].items():
             entry = {"file_path": name}
-            if all_masked:
-                entry["mask_path"] = masks[camera][frame][0]
-            if frame in masks.get(camera, {}):
-                entry["fg_mask_path"] = masks[camera][frame][0]
-            entry.update(timestep_index=timestep_of[frame], timestep_id=f"{frame:06d}", camera_index=index)
+            if mask := masks.get(camera, {}).get(frame):
+                entry.update({"mask_path": mask[0]} if all_masked else {}, fg_mask_path=mask[0])
+            entry.update(timestep_index=moments[frame], timestep_id=f"{frame:06d}", camera_index=index)
             entry.update(camera_id=camera, **nerf_camera(calibration[camera], height, width))
-            frames.append(json.dumps(entry, allow_nan=False))
+            entries.append(json.dumps(entry, allow_nan=False))
     top = {"camera_model": "OPENCV", "fps": task.reader.fps()}
     if (task.folder / "audio/audio.wav").is_file():
         top["audio_path"] = "audio/audio.wav"
-    top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(timestep_of.values()))
-    lines = [f'"{name}": {json.dumps(value, allow_nan=False)}' for name, value in top.items()]
-    lines.append('"frames": [\n' + ",\n".join(frames) + "\n]")
-    task.save("transforms.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(moments.values()))
+    lines = [f'"{name}": {json.dumps(value)}' for name, value in top.items()]
+    text = "{\n" + ",\n".join(lines) + ',\n"frames": [\n' + ",\n".join(entries) + "\n]\n}\n"
+    if entries:
+        task.save("transforms.json", text.encode())
 
 
 def nerf_camera(camera: dict, height: int, width: int) -> dict:
@@ -1599,13 +1550,13 @@ def modalities_in(folder: Path) -> list[str]:
 
 def extract(job: Job, config: Config, blocks: tuple | None, progress: Callable) -> dict:
     """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk.
-    Return what is in its info.json. Raise SMCError where nothing can be read, or OSError. progress: called with pictures=n for n pictures more, and once with total=n."""
+    Return what is in its info.json. Raise SMCError where nothing can be read, or OSError."""
     folder = config.partial_of(job.subject, job.performance)
     remove(folder)
     folder.mkdir(parents=True)
     with open_reader(job, config, blocks) as reader:
         extraction = Extraction(job, config, reader, progress)
-        views = sum(len(cameras) for name, cameras in extraction.cameras.items() if name in extraction.pictures)
+        views = sum(len(extraction.cameras.get(name, [])) for name in ("images", "masks"))
         extraction.report_progress(total=views * reader.num_frame)
         for modality in job.modalities:
             if extraction.cameras[modality]:
@@ -1620,55 +1571,55 @@ def extract(job: Job, config: Config, blocks: tuple | None, progress: Callable) 
         content = info(extraction, written)
         content["notes"] = notes(extraction, content)
         extraction.save("metadata/info.json", json_bytes(content))
+        extraction.check_files()
         sync_disk(folder)
         return content
 
 
 def has_more(extraction: Extraction) -> bool:
     """Return whether the files have a modality, or cameras of it, that were not asked for."""
-    for name in MODALITIES:
-        if not MODALITIES[name].derived:
-            with contextlib.suppress(SMCError):
-                if set(cameras_to_extract(extraction.reader, name, None)) - set(extraction.cameras.get(name, [])):
-                    return True
+    with contextlib.suppress(SMCError):
+        for name in [name for name in MODALITIES if not MODALITIES[name].derived]:
+            if set(cameras_to_extract(extraction.reader, name, None)) - set(extraction.cameras.get(name, [])):
+                return True
     return False
 
 
 def info(extraction: Extraction, written: list[str]) -> dict:
     """Return the content of metadata/info.json."""
-    job, reader = extraction.job, extraction.reader
-    actor = {name: reader.actor_info[name] for name in ("age", "gender", "color")}
-    actor.update(height_cm=reader.actor_info["height"], weight_kg=reader.actor_info["weight"])
-    audio, available = None, set()
-    with extraction.collecting_damage("audio"):
+    job, reader, units = extraction.job, extraction.reader, {"height": "_cm", "weight": "_kg"}
+    audio, available, stated = None, set(), reader.Camera_info["resolution"]
+    with collecting_damage(extraction.unreadable, "audio"):
         audio = reader.audio_info()
     for modality in ("images", "masks"):
         with contextlib.suppress(SMCError):  # said already where it is asked for
             available.update(reader.cameras(modality))
-    stated, sizes = reader.Camera_info["resolution"], extraction.sizes
-    usual = collections.Counter(sizes.get("images") or sizes.get("masks")).most_common(1)
-    resolution = list(usual[0][0]) if usual else None if stated is None else stated.tolist()
+    tables = itertools.chain(*(cameras.values() for cameras in extraction.pictures.values()))
+    sizes = collections.Counter((height, width) for table in tables for _, height, width in table.values() if height)
     note_sizes(reader, sizes)
+    images = extraction.pictures.get("images", {})
     asked = available if job.cameras is None else available & job.cameras
-    lost = [dict(zip(("modality", "camera", "frame", "reason"), (*e, why))) for e, why in extraction.unreadable.items()]
     return {
         "subject": job.subject,
         "performance": job.performance,
         "capture_date": reader.capture_date,
-        "actor": actor,
-        "resolution": resolution,
+        "actor": {name + units.get(name, ""): value for name, value in reader.actor_info.items()},
+        "resolution": [*sizes.most_common(1)[0][0]] if sizes else None if stated is None else stated.tolist(),
         "num_frame": reader.num_frame,
         "fps": reader.fps(),
         "audio": audio,
         "cameras_available": sorted(available),
         "cameras": sorted(asked) if PER_CAMERA & set(job.modalities) else [],
-        "frames": extraction.frames,
+        "frames": {camera: len(pictures) for camera, pictures in images.items() if pictures},
         "missing_frames": extraction.missing,
         "damaged_frames": extraction.damaged,
-        "unreadable": lost,
+        "unreadable": [
+            {"modality": modality, "camera": camera, "frame": frame, "reason": reason}
+            for (modality, camera, frame), reason in extraction.unreadable.items()
+        ],
         "modalities": written,
         "modalities_asked": job.modalities,
-        "bytes": extraction.bytes,
+        "bytes": sum(extraction.sizes.values()),
         "smc_id": job.smc_id,
         "oddities": reader.oddities,
         "source": [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files],
@@ -1676,26 +1627,35 @@ def info(extraction: Extraction, written: list[str]) -> dict:
     }
 
 
+def note_sizes(reader: SMCReader, sizes: Iterable[tuple[int, int]]):
+    """Note as an oddity pictures of more than one (height, width), or of another than the attribute `resolution`."""
+    stated = reader.Camera_info["resolution"]
+    stated = [] if stated is None else [tuple(stated.tolist())]
+    if sizes and len({*sizes, *stated}) > 1:
+        texts = [
+            " and ".join(f"{width} x {height}" for height, width in dict.fromkeys(each)) for each in (sizes, stated)
+        ]
+        reader.note(f"pictures have {texts[0]} pixels; the attribute resolution says {texts[1] or 'nothing'}")
+
+
 def notes(extraction: Extraction, content: dict) -> list[str]:
     """Return what the manifest's error column says of a performance that is extracted all the same, from its `info`."""
-    found, asked, written = [], extraction.job.modalities, content["modalities"]
-    available, unreadable = content["cameras_available"], {entry["modality"] for entry in content["unreadable"]}
-    if not written and not unreadable:
+    asked, written, unreadable = extraction.job.modalities, content["modalities"], content["unreadable"]
+    found, refused = [], {entry["modality"] for entry in unreadable}
+    if not written and not refused:
         found.append(f"the file has none of what is asked for ({', '.join(asked)})")
-    elif "images" in asked and not extraction.cameras["images"] and "images" not in unreadable:
-        has = available and not extraction.cameras.get("masks")
-        has = f"the file, which has {format_numbers(available)}" if has else "the file: it has no pictures"
-        found.append(f"none of the cameras asked for is in {has}")
-    for kind, frames in (("damaged", extraction.damaged), ("missing", extraction.missing)):
-        lists = [cameras.values() if isinstance(cameras, dict) else [cameras] for cameras in frames.values()]
-        count = sum(map(len, itertools.chain(*lists)))
-        if count:
-            found.append(f"{count} {kind} picture{'s' * (count > 1)}, listed in info.json")
-    if count := len(content["unreadable"]):
+    elif "images" in asked and not extraction.cameras["images"] and "images" not in refused:
+        cameras = format_numbers(content["cameras_available"])
+        found.append(f"none of the cameras asked for has images (the cameras in the file: {cameras or 'none'})")
+    for kind in ("damaged", "missing"):
+        lists = [each.values() if isinstance(each, dict) else [each] for each in content[f"{kind}_frames"].values()]
+        if count := sum(map(len, itertools.chain(*lists))):
+            found.append(f"{count_of(count, f'{kind} picture')}, listed in info.json")
+    if count := len(unreadable):
         found.append(f"{count} {'entry' if count == 1 else 'entries'} could not be read, listed in info.json")
     if "transforms" in asked and "transforms" not in written:
-        calibrated = "no undamaged pictures were extracted" if extraction.reader.has("calibration") else ""
-        found.append(f"no transforms.json: {calibrated or 'the file has no calibration'}")
+        without = "no undamaged pictures were extracted" if extraction.reader.has("calibration") else None
+        found.append(f"no transforms.json: {without or 'the file has no calibration'}")
     return found
 
 
@@ -1703,20 +1663,16 @@ def format_numbers(numbers: Iterable[int]) -> str:
     return " ".join(str(number) for number in sorted(numbers))
 
 
-class ForkServer:
+class ForkServer(contextlib.AbstractContextManager):
     """A process that was forked before this one had threads, and that forks a child for each piece of work: libhdf5 can
     crash, spin or ask for any amount of memory over a damaged file, and must not take us with it. A child starts in
     milliseconds, and runs the code that this process began with, even if the program's files change meanwhile."""
 
     def __init__(self):
-        self.start()
-
-    def start(self):
         # These signals can reach the whole group; blocked in the children, they are left to this process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
         self.socket, theirs = socket.socketpair()
-        parent = os.getpid()
-        self.pid = os.fork()
+        parent, self.pid = os.getpid(), os.fork()
         if not self.pid:
             try:
                 self.socket.close()
@@ -1725,9 +1681,6 @@ class ForkServer:
                 os._exit(1)
         theirs.close()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         """End the server. On Linux its child ends with it."""
@@ -1756,16 +1709,14 @@ class ForkServer:
             if code != -signal.SIGKILL:
                 raise StopEarly(f"{name}: the process that read it ended with code {code} and without an answer")
             log.info("%s: the process that read it was killed from outside; it is started once more", name)
-        raise StopEarly(
-            f"{name}: the process that read it was killed twice, probably for a lack of memory. Free some, or give the "
-            "job more, then run the same command again"
-        )
+        advice = "Free some, or give the job more, then run the same command again"
+        raise StopEarly(f"{name}: the process that read it was killed twice, probably for a lack of memory. {advice}")
 
     def try_once(self, task: tuple, progress: Callable) -> tuple[tuple | None, int]:
         """Return (kind, value) of a child's answer, None if it gave none, and its exit code."""
         if os.waitpid(self.pid, os.WNOHANG)[0]:  # it has been killed
             self.socket.close()
-            self.start()
+            self.__init__()
         ours, theirs = multiprocessing.Pipe()
         answer, code = None, b""
         with contextlib.closing(ours), contextlib.suppress(EOFError, ConnectionError):
@@ -1804,7 +1755,7 @@ def serve_children(requests: socket.socket, parent: int):
 
 
 def end_with_parent(parent: int):
-    """Make Linux kill this process when its parent ends. Elsewhere it ends with the next report, or the next request."""
+    """Make Linux kill this process when its parent ends. Elsewhere it ends with the next report or request."""
     if hasattr(libc, "prctl"):
         libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
@@ -1841,7 +1792,7 @@ def limit_resources(memory: int, seconds: int):
 
 
 def extract_in_child(job: Job, config: Config, blocks: tuple | None, children: ForkServer, progress: Progress) -> dict:
-    """Return what `extract` returns, called in a child, with its progress shown. Raise SMCError, OSError or StopEarly."""
+    """Return what `extract` returns, called in a child. Raise SMCError, OSError or StopEarly."""
     full = config.verify == "full"
     limits = MEMORY_LIMIT + DECODER_MEMORY * config.workers * full, cpu_limit(job.bytes, full)
     options = {"name": job.files[0].name, "limits": limits, "progress": progress.extraction(job)}
@@ -1930,106 +1881,95 @@ def completed_numbers(rows: dict[tuple[str, str], dict], column: str) -> list[fl
 
 def inspect_files(paths: list[str], children: ForkServer) -> int:
     """--inspect: show what each performance has, in its SMC file or in its two. Return the exit code."""
-    performances, latest, whole = [], {}, True
+    performances, whole = [], True
     for path in dict.fromkeys(map(Path, paths)):
         name = SMC_NAME.fullmatch(path.name)
         key, half = (name.group("subject", "performance"), name["half"]) if name else (path, "raw")
-        if half in latest.get(key, [half]):
-            latest[key] = {}
-            performances.append(latest[key])
-        latest[key][half] = path
-    for halves in performances:
-        files = [halves[half] for half in ("raw", "anno") if half in halves]
+        # Beside the other half of its performance, if that is given alone so far.
+        halves = next((halves for of, halves in reversed(performances) if of == key and half not in halves), {})
+        if not halves:
+            performances.append((key, halves))
+        halves[half] = path
+    for _, halves in performances:
+        files = [halves[half] for half in sorted(halves, reverse=True)]
         try:
             limits = MEMORY_LIMIT, cpu_limit(sum(file.stat().st_size for file in files))
             whole &= children.run(show_content, files, name=files[0].name, limits=limits, progress=log.info)
-        except SMCError as error:
-            log.error("%s", error)
-            whole = False
-        except OSError as error:
-            log.error("%s: %s", files[0], error.strerror)
+        except (SMCError, OSError) as error:
+            log.error("%s", f"{files[0]}: {error.strerror}" if isinstance(error, OSError) else error)
             whole = False
     return int(not whole)
 
 
 def show_content(files: list[Path], progress: Callable) -> bool:
     """Report, line by line in 100 columns, what a performance has. Return whether all of it can be read."""
-    damage: list[str] = []
+    damage: dict[tuple, str] = {}
     with SMCReader(*map(str, files)) as reader:
         name, stated = SMC_NAME.fullmatch(files[0].name), (reader.actor_id, reader.performance_part)
         subject, performance = name.group("subject", "performance") if name else stated
         progress(msg=f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance')}")
-        for title, lines in content_rows(reader, files, damage):
-            for line in lines:
-                progress(msg=textwrap.fill(f"  {title:<12}  {line}", 100, subsequent_indent=" " * 16))
+        for title, line in content_lines(reader, files, damage):
+            progress(msg=textwrap.fill(f"  {title:<12}  {line}", 100, subsequent_indent=" " * 16))
         progress(msg="")
     return not damage
 
 
-@contextlib.contextmanager
-def collecting_damage(damage: list[str]) -> Iterator[None]:
-    """Go on after a part of a file that cannot be read, with a note of what is wrong with it."""
-    try:
-        yield
-    except SMCError as error:
-        damage.append(str(error))
-
-
-def content_rows(reader: SMCReader, files: list[Path], damage: list[str]) -> Iterator[tuple]:
-    """Yield (title, lines) of what a performance has, as far as it can be read, and add to `damage` what cannot."""
-    yield "file", [f"{printable(file.name)}, {format_size(file.stat().st_size)}" for file in files]
+def content_lines(reader: SMCReader, files: list[Path], damage: dict) -> Iterator[tuple[str, str]]:
+    """Yield (title, line) of what a performance has, as far as it can be read, and add to `damage` what cannot."""
+    for file in files:
+        yield "file", f"{printable(file.name)}, {format_size(file.stat().st_size)}"
     forms = {"age": "age {}", "gender": "{}", "color": "{}", "height": "{:g} cm", "weight": "{:g} kg"}
     actor = [form.format(reader.actor_info[name]) for name, form in forms.items() if reader.actor_info[name]]
-    yield "recorded", [", ".join(map(printable, [reader.capture_date or "unknown", *actor]))]
+    yield "recorded", ", ".join(map(printable, [reader.capture_date or "unknown", *actor]))
     resolution, fps = reader.Camera_info["resolution"], reader.fps()
     pixels = "" if resolution is None else f", {resolution[1]} x {resolution[0]} pixels"
-    yield "frames", [f"{reader.num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}"]
-    with collecting_damage(damage):
+    yield "frames", f"{reader.num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}"
+    with collecting_damage(damage, "audio"):
         if audio := reader.audio_info():
-            channels = "1 channel" if audio["channels"] == 1 else f"{audio['channels']} channels"
-            yield "audio", [f"{audio['duration_s']:.2f} s, {channels}, {audio['sample_rate']} Hz"]
-    yield "modality", ["cameras  entries        size  encoding (of each camera's first picture)"]
-    lines, sizes = {}, {}
-    for modality, row in MODALITIES.items():
-        with collecting_damage(damage):
-            if not row.derived and reader.has(modality):
-                frames, cells, sizes[modality] = content_of(reader, modality, damage)
-                yield modality, [cells]
-                lines[modality] = list(camera_lines(reader, frames)) if row.pictures and modality in BY_CAMERA else []
-    yield from lines.items()
-    with collecting_damage(damage):
-        yield "unknown", map(printable, reader.unknown_groups())
-    note_sizes(reader, {name: found for name, found in sizes.items() if name in BY_CAMERA})
-    yield "warning", reader.oddities
-    damage[:] = dict.fromkeys(damage)
-    yield "damaged", damage[:20] + [f"{len(damage) - 20} more"] * (len(damage) > 20)
+            channels = count_of(audio["channels"], "channel")
+            yield "audio", f"{audio['duration_s']:.2f} s, {channels}, {audio['sample_rate']} Hz"
+    yield "modality", "cameras  entries        size  encoding (of each camera's first picture)"
+    sizes, views = [], []
+    for modality in [name for name, row in MODALITIES.items() if not row.derived]:
+        with collecting_damage(damage, modality):
+            if reader.has(modality):
+                cells, *lines = modality_lines(reader, modality, damage, sizes)
+                yield modality, cells
+                views += [(modality, line) for line in lines]
+    yield from views
+    for name in reader.unknown_groups():
+        yield "unknown", printable(name)
+    note_sizes(reader, sizes)
+    for oddity in reader.oddities:
+        yield "warning", oddity
+    reasons = list(dict.fromkeys(damage.values()))
+    for reason in reasons[:20] + [f"{len(reasons) - 20} more"] * (len(reasons) > 20):
+        yield "damaged", reason
 
 
-def content_of(reader: SMCReader, modality: str, damage: list[str]) -> tuple[dict[int | None, list], str, list]:
-    """Return {camera: frames} of a modality, None where it has no cameras or no frames, its cells in the table, and the
+def modality_lines(reader: SMCReader, modality: str, damage: dict, sizes: list) -> Iterator[str]:
+    """Yield the cells of a modality in the table, and which of its cameras have which pictures; add to `sizes` the
     (height, width) of each camera's first picture."""
-    row = MODALITIES[modality]
-    cameras = reader.cameras(modality) if modality in BY_CAMERA else [None]
-    frames, size, encodings, sizes = {}, 0, set(), []
-    for camera in cameras:
-        frames[camera], first = [], row.pictures
-        with collecting_damage(damage):
+    row, frames, size, encodings = MODALITIES[modality], {}, 0, set()
+    for camera in reader.cameras(modality) if modality in BY_CAMERA else [None]:
+        frames[camera], read = [], True
+        with collecting_damage(damage, modality, camera):
             frames[camera] = reader.frame_numbers(modality, camera)
             size += sum(end - start for _, start, end in reader.places(modality, camera))
             for entry in reader.entries(modality, camera):
-                with collecting_damage(damage):
-                    # Pictures are many: only the first of them is read.
-                    content = entry.read() if first or entry.fault or not row.pictures else b""
-                    if first:
-                        first = row.numbered == "cameras"
+                with collecting_damage(damage, modality, camera, entry.number):
+                    content = entry.read() if read or entry.fault else b""
+                    if row.pictures and read:
+                        read = row.numbered == "cameras"  # of a camera's many pictures only the first is read
                         kind, height, width, whole = probe_picture(content)
                         after = "" if content.endswith((b"\xff\xd9", b"\xaeB`\x82")) else " with bytes after its end"
                         encodings.add(f"{kind} {width}x{height}{after}" if whole else "damaged or unknown")
-                        sizes += [(height, width)] if whole else []
-    cameras = reader.cameras(modality) if row.numbered == "cameras" else cameras
-    count = "" if None in cameras else len(cameras)
+                        sizes += [(height, width)] if whole and modality in BY_CAMERA else []
+    cameras = len(reader.cameras(modality)) or ""
     entries = sum(map(len, frames.values())) or ""
-    return frames, f"{count:>7}  {entries:>7}  {format_size(size):>10}  {', '.join(sorted(encodings))}", sizes
+    yield f"{cameras:>7}  {entries:>7}  {format_size(size):>10}  {', '.join(sorted(encodings))}"
+    if row.pictures and modality in BY_CAMERA:
+        yield from camera_lines(reader, frames)
 
 
 def camera_lines(reader: SMCReader, frames: dict[int, list[int]]) -> Iterator[str]:

@@ -5,23 +5,21 @@
         reader.get_img("25", "color", 0)           (2048, 2448, 3) uint8, BGR
         reader.encoded("images", 25, 0)            the stored JPEG, as bytes
         reader.get_Calibration("25")["RT"]         (4, 4) float64, camera to world
-        reader.get_audio()["audio"]                (N, 2) float32 in [-1, 1)
         reader.fps()                               30
 
-The methods called `get_…` have the names and the returns of the reader that is published with the data set, so that
-code written for that one runs unchanged: like that one, they return None for what a performance does not have. The
-other methods are this module's own. Whatever is wrong with a file is raised as one exception, `SMCError`, with the
-file's name; the rest of it can be read all the same, with `entries` frame by frame. What is merely unusual is no error:
-padded names ("000012", "7"), axes of length one, mono or integer sound, pictures in other types of bytes.
+The methods called `get_…` have the names and the returns of the reader that is published with the data set, and like
+that one they return None for what a performance does not have; the others are this module's own. Whatever is wrong with
+a file is raised as one exception, `SMCError`, with the file's name; the rest of it can be read all the same, with
+`entries` frame by frame. What is merely unusual is no error: padded names ("000012", "7"), axes of length one, mono or
+integer sound.
 
 A release of 21 subjects keeps a performance in two files: pictures and audio in `…_raw.smc`, masks, calibration and
 everything fitted in `…_anno.smc`. `SMCReader(raw, anno)` presents the two as one performance.
 
-Files come from a network, so nothing in them is trusted: only what lies in the file itself is read (soft and external
-links, external storage and virtual data sets are refused), sizes are checked before memory is asked for, and an entry
-whose name is no camera or frame number is left alone and named in `oddities`. HDF5's own library can still spin or
-crash over a damaged file (a string attribute in a zeroed heap is enough): who must not be stopped by that calls this
-module in a process of its own, with a limit on its time.
+Nothing in a file is trusted: only what lies in the file itself is read (soft and external links, external storage and
+virtual data sets are refused), sizes are checked before memory is asked for, and an entry whose name is no camera or
+frame number is left alone and named in `oddities`. HDF5's own library can still spin or crash over a damaged file: who
+must not be stopped by that calls this module in a process of its own, with a limit on its time.
 
 Conventions: cameras are numbered 0…59 and written with two digits; `RT` maps camera to world coordinates, in metres,
 with OpenCV axes (x right, y down, z forward); key points of a picture are (x, y) in pixels.
@@ -31,10 +29,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import math
 import os
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Callable, NamedTuple
@@ -46,12 +44,12 @@ from h5py import h5a, h5d, h5g, h5i, h5l, h5o, h5s
 NUM_CAMERAS = 60
 MAX_PICTURE_BYTES = 64 << 20  # an encoded picture has 0.33 MB; the raw pixels of one have 15 MB
 MAX_PICTURE_PIXELS = 1 << 26
-MAX_ARRAY_BYTES = 256 << 20  # the longest audio seen, 85 s, has 32 MB
+MAX_ARRAY_BYTES = 128 << 20  # the longest audio seen, 85 s, has 32 MB
 MAX_ATTRIBUTE_BYTES = 64 << 10
 MAX_EXPANSION = 10  # of the encoded pictures in a chunked, compressed file: there is hardly anything left to compress
 MAX_FRAMES = 100_000  # the longest performance seen has 2529
 MAX_ODDITIES = 50
-MAX_CHANNELS = 32  # of sound; an array with more columns than that is stored the other way round
+MAX_CHANNELS = 32  # of sound
 HEADER_CACHE_BYTES = 256 << 10  # that HDF5 keeps of the headers that it has read, each of which takes 5 kB of memory
 
 # The name of an SMC file, or of a copy of it: "Copy of 0018_s1_all_raw.smc", "0018_s1_all_raw (1).smc",
@@ -62,12 +60,12 @@ SMC_NAME = re.compile(
     r"(?P<subject>[0-9]{4})_(?P<performance>[A-Za-z0-9][A-Za-z0-9_-]*)_(?P<half>raw|anno)"
     r"(?:[^0-9A-Za-z_].*)?\.smc(?:[^!-'*-,.-\x7f][^.~]*)?"
 )
-CAMERA_NAME = re.compile(r"0{0,8}[0-5]?[0-9]")
-FRAME_NAME = re.compile(r"[0-9]{1,12}")
-USUAL_NAME = {CAMERA_NAME: "{:02d}", FRAME_NAME: "{}"}  # how the numbers of both are usually written
+NAMES = {  # of entries that are numbered: those that are understood, and how the number is usually written
+    "cameras": (re.compile(r"0{0,8}[0-5]?[0-9]"), "{:02d}"),
+    "frames": (re.compile(r"[0-9]{1,12}"), "{}"),
+}
 PARAMETER_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
-SOUND_TYPES = {("f", 2): "f4", ("f", 4): "f4", ("f", 8): "f8"}  # as what types of samples, (kind, bytes), are read
-SOUND_TYPES |= {("u", 1): "i2", ("i", 1): "i2", ("i", 2): "i2", ("i", 4): "i4"}
+SOUND_TYPES = ("f4", "f8", "i2", "i4")
 DETECTING_CAMERAS = {f"{camera:02d}" for camera in range(18, 33)}  # in whose pictures key points were looked for
 
 
@@ -82,11 +80,6 @@ class Modality(NamedTuple):
     from_raw: bool = False  # it is taken from the raw file where both files of a pair have it
     default: bool = False  # it is extracted where nobody says what to extract
     derived: bool = False  # it is made of others that were extracted
-
-    @property
-    def pattern(self) -> re.Pattern:
-        """What the names in its group look like."""
-        return CAMERA_NAME if self.numbered == "cameras" else FRAME_NAME
 
 
 # All that is known of a modality. What is written of it is one function in the script's table.
@@ -134,28 +127,17 @@ class Picture(NamedTuple):
 
 def probe_picture(data: bytes) -> Picture:
     """Return format, size in pixels and completeness of an encoded picture, from its header and its end alone."""
-    if data[:3] == b"\xff\xd8\xff":
-        height, width, at = _jpeg_frame(data)
-        return Picture("jpg", height, width, bool(height and width) and data.rfind(b"\xff\xd9", at) >= 0)
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        width, height = (int.from_bytes(data[i : i + 4], "big") for i in (16, 20))
-        whole = data[12:16] == b"IHDR" and data.rfind(b"\0\0\0\0IEND\xaeB`\x82") >= 0
-        return Picture("png", height, width, bool(whole and height and width))
-    return Picture(None, 0, 0, False)
-
-
-def _jpeg_frame(data: bytes) -> tuple[int, int, int]:
-    """Return (height, width, place) of the frame header of a JPEG, zeros where there is none before the pixels. (A
-    preview, with an end marker of its own, lies before it.)"""
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+    if data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR" and len(data) >= 24:
+        width, height = struct.unpack_from(">II", data, 16)
+        return Picture("png", height, width, data.rfind(b"\0\0\0\0IEND\xaeB`\x82") >= 0 < height * width)
+    is_jpeg, at = data[:3] == b"\xff\xd8\xff", 2
+    # One segment after the other, up to that of the size. (A preview, with an end marker of its own, lies in one.)
+    while is_jpeg and at + 9 <= len(data) and data[at] == 0xFF:
+        marker, length, _, height, width = struct.unpack_from(">BHBHH", data, at + 1)
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # SOF0…SOF15 without DHT, JPG, DAC
-            return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big"), at
-        if marker == 0xDA:
-            break
+            return Picture("jpg", height, width, data.rfind(b"\xff\xd9", at) >= 0 < height * width)
         at += 1 if marker == 0xFF else 2 + length
-    return 0, 0, 0
+    return Picture("jpg" if is_jpeg else None, 0, 0, False)
 
 
 def camera_name(camera: int | str) -> str:
@@ -166,7 +148,7 @@ def camera_name(camera: int | str) -> str:
     raise ValueError(f"no camera {camera!r}: cameras are 0 to {NUM_CAMERAS - 1}")
 
 
-class SMCReader:
+class SMCReader(contextlib.AbstractContextManager):
     """One performance, from its SMC file or from the two files of a pair.
 
     file_path: path of the SMC file, or an open binary file object that can seek; then every byte is read through it.
@@ -175,58 +157,41 @@ class SMCReader:
     Attributes, as in the published reader: `smc` (the open h5py.File of the first file), `actor_id`,
     `performance_part`, `capture_date` (str, None where the file has none), `actor_info` {"age" int, "color" str,
     "gender" str, "height" float cm, "weight" float kg} and `Camera_info` {"num_device" int, "num_frame" int,
-    "resolution" int array (height, width)}. `num_device` says 60 whatever the file has: ask `cameras()`.
-    `oddities` is a list of sentences about what was left out or looks wrong but doesn't keep the file from being read;
-    `note` adds one. `sources` are the files as they were given.
+    "resolution" int array (height, width)}. `num_device` says 60 whatever the file has: ask `cameras()`. `oddities` is
+    a list of sentences about what was left out or looks wrong; `note` adds one. `sources` are the files as given.
 
-    Raise SMCError where a file is no HDF5 file, is cut short or damaged.
-    """
+    Raise SMCError where a file is no HDF5 file, is cut short or damaged."""
 
     def __init__(self, file_path, anno_path=None):
         self.oddities: list[str] = []
-        self._files: list[_File] = []
         self.sources = [source for source in (file_path, anno_path) if source is not None]
-        try:
-            for source in self.sources:
-                self._files.append(_File(source, self.oddities))
-            self.smc, self.note = self._files[0].h5, self._files[0].note
-            self._read_header()
-        except BaseException:
-            self.close()
-            raise
+        self._files = [_File(source, self.oddities) for source in self.sources]
+        self.smc, self.note = self._files[0].h5, self._files[0].note
+        self._read_header()
 
     def _read_header(self):
-        self.actor_id = self._attribute("", "actor_id", str)
-        self.performance_part = self._attribute("", "performance_part", str)
-        self.capture_date = self._attribute("", "capture_date", str)
+        names = "actor_id", "performance_part", "capture_date"
+        self.actor_id, self.performance_part, self.capture_date = (self._attribute("", name, str) for name in names)
         kinds = {"age": int, "color": str, "gender": str, "height": float, "weight": float}
         self.actor_info = {name: self._attribute("", name, kind) for name, kind in kinds.items()}
-        self.Camera_info = {name: self._attribute("Camera", name, int) for name in ("num_device", "num_frame")}
-        self.Camera_info["resolution"] = self._attribute("Camera", "resolution", np.ndarray)
-        if self.Camera_info["num_frame"] is not None and not 0 < self.Camera_info["num_frame"] <= MAX_FRAMES:
-            self.note(f"Camera has {self.Camera_info['num_frame']} for the number of frames")
+        kinds = {"num_device": int, "num_frame": int, "resolution": np.ndarray}
+        self.Camera_info = {name: self._attribute("Camera", name, kind) for name, kind in kinds.items()}
         name = SMC_NAME.fullmatch(self._files[0].name)
         for part, stated in (("subject", self.actor_id), ("performance", self.performance_part)):
             if name and stated not in (None, name[part]):
                 self.note(f"it says that it is of {printable(stated)!r}")
-        if len(self._files) == 2:
-            shared = [("", "actor_id", str), ("", "performance_part", str), ("Camera", "num_frame", int)]
-            for group, name, kind in shared:
-                raw, anno = (file.attribute(group, name, kind) for file in self._files)
-                if None not in (raw, anno) and raw != anno:
-                    said = f"{name} is {printable(str(raw))}, but {printable(str(anno))} in {self._files[1].name}"
-                    self.note(said)
 
     def _attribute(self, group, name, kind):
-        values = (file.attribute(group, name, kind) for file in self._files)
-        return next((value for value in values if value is not None), None)
+        values = [file.attribute(group, name, kind) for file in self._files]
+        values = [value for value in values if value is not None]
+        if len({str(value) for value in values}) > 1:
+            said = " and ".join(printable(str(value)) for value in values)
+            self.note(f"{name} is {said} in the two files of the performance")
+        return values[0] if values else None
 
     def close(self):
         for file in self._files:
             file.close()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *error):
         self.close()
@@ -234,17 +199,16 @@ class SMCReader:
     # ---- what the file has
 
     def cameras(self, modality: str = "images") -> list[int]:
-        """Return the numbers of the cameras that have data of a modality, ascending; [] for one without cameras.
-
-        Read from the groups in the file; an empty group doesn't count, one that is damaged does."""
+        """Return the numbers of the cameras that have data of a modality, ascending; [] for one without cameras. A
+        camera with an empty group doesn't count, one with a damaged group does."""
         row = MODALITIES[modality]
         if row.numbered == "cameras":
             file, group = self._open(modality)
-            return sorted(file.numbers_in(group, row.pattern))
+            return sorted(file.numbers_in(group, "cameras"))
         parent, by_camera, below = row.path.partition("/{}")
-        for file in self._ordered(modality) if by_camera else ():
-            names = file.numbers_in(file.open_group(parent), CAMERA_NAME)
-            found = [number for number in sorted(names) if file.has(f"{parent}/{number:02d}{below}")]
+        for file in self._files[:: 1 if row.from_raw else -1] if by_camera else ():
+            numbers = file.numbers_in(file.open_group(parent), "cameras")
+            found = [number for number in sorted(numbers) if file.has(f"{parent}/{number:02d}{below}")]
             if found:
                 return found
         return []
@@ -253,30 +217,26 @@ class SMCReader:
         """Return the frame numbers of a modality (and a camera, where it has them), ascending; there may be gaps.
         Return [] for a modality that has no frames."""
         file, group = self._open(modality, camera)
-        return sorted(file.numbers_in(group, FRAME_NAME)) if MODALITIES[modality].numbered == "frames" else []
+        return sorted(file.numbers_in(group, "frames")) if MODALITIES[modality].numbered == "frames" else []
 
     def has(self, modality: str) -> bool:
         """Return whether there is anything of a modality, be it damaged."""
         path = MODALITIES[modality].path
         return bool(self.cameras(modality)) if "{}" in path else any(file.has(path) for file in self._files)
 
-    def places(
-        self, modality: str, camera: int | str | None = None, frames: Iterable[int] | None = None
-    ) -> list[tuple[object, int, int]]:
+    def places(self, modality: str, camera=None, frames: Iterable[int] | None = None) -> list[tuple[object, int, int]]:
         """Return where the data of a modality (of a camera, of some frames) lies: (file as it was given to this reader,
         first byte, byte after the last) of each data set or chunk. What is damaged has no place."""
         with contextlib.suppress(SMCError):
             file, group = self._open(modality, camera)
-            names = None if frames is None else [file.name_of(group, frame, FRAME_NAME) for frame in frames]
+            names = None if frames is None else [file.name_of(group, frame, "frames") for frame in frames]
             return [(file.source, *place) for place in file.places(group, names)]
         return []
 
     def unknown_groups(self) -> list[str]:
         """Return the groups at the top of the file(s) of which this reader knows nothing: formats change."""
-        return sorted(
-            set().union(*(file.links(file.open_group("")) for file in self._files))
-            - {row.path.split("/")[0] for row in MODALITIES.values()}
-        )
+        known = {row.path.split("/")[0] for row in MODALITIES.values()}
+        return sorted({name for file in self._files for name in file.links(file.open_group(""))} - known)
 
     @property
     def num_frame(self) -> int:
@@ -284,28 +244,27 @@ class SMCReader:
         stated = self.Camera_info["num_frame"]
         if stated is not None and 0 < stated <= MAX_FRAMES:
             return stated
-        counts = [0]
-        with contextlib.suppress(SMCError):  # from a camera on that cannot be read
-            for camera in self.cameras():
-                counts.append(len(self.frame_numbers("images", camera)))
-        return max(counts)
+        if stated is not None:
+            self.note(f"Camera has {stated} for the number of frames")
+        with contextlib.suppress(SMCError):
+            return max((len(self.frame_numbers("images", camera)) for camera in self.cameras()), default=0)
+        return 0
 
     def fps(self) -> int | float | None:
-        """Return pictures per second, from the number of frames and the length of the audio: no attribute says it.
-
-        30 or 15 where the ratio is within 5 % of it, else the ratio itself, noted as an oddity; None without pictures
-        or without audio that can be read."""
+        """Return pictures per second, from the number of frames and the length of the audio: no attribute says it. 30
+        or 15 where the ratio is within 5 % of it, else the ratio itself, noted as an oddity; None without pictures or
+        without audio that can be read."""
         audio = None
         with contextlib.suppress(SMCError):
             audio = self.audio_info()
-        if not audio or not audio["duration_s"] or not self.num_frame:
+        if not audio or not self.num_frame:
             return None
         ratio = self.num_frame / audio["duration_s"]
-        near = next((rate for rate in (15, 30) if abs(ratio / rate - 1) <= 0.05), None)
-        if near is None:
-            said = f"{self.num_frame} frames and {audio['duration_s']:.2f} s of audio make {ratio:.2f}"
-            self.note(f"{said} pictures per second, not 15 or 30")
-        return near or ratio
+        for rate in (15, 30):
+            if abs(ratio / rate - 1) <= 0.05:
+                return rate
+        self.note(f"{self.num_frame} frames with its audio make {ratio:.2f} pictures per second, not 15 or 30")
+        return ratio
 
     def expected_frames(self, of_cameras: Iterable[Iterable[int]]) -> set[int]:
         """Return the frames that every camera should have, given those that each has. Key frames keep the numbers that
@@ -322,9 +281,9 @@ class SMCReader:
         row = MODALITIES[modality]
         file, group = self._open(modality, camera)
         if row.pictures:
-            yield from file.pictures(group, row.pattern)
+            yield from file.pictures(group, row.numbered)
         elif row.numbered:
-            for number, (name, _) in sorted(file.numbers_in(group, row.pattern).items()):
+            for number, name in sorted(file.numbers_in(group, row.numbered).items()):
                 where = (camera, number) if "{}" in row.path else (number,)
                 get = partial(getattr(self, row.method), *where) if row.method else None
                 yield Entry(number, get or partial(file.read_array, group, name, None))
@@ -347,9 +306,7 @@ class SMCReader:
 
     def get_img(self, Camera_id, Image_type, Frame_id=None, disable_tqdm=True) -> np.ndarray:
         """Return decoded pictures. Image_type "color": (H, W, 3) uint8 BGR; "mask": (H, W) uint8, the maximum over
-        channels.
-
-        A list of frames gives them stacked (N, …) in its order, None gives all of them in frame order."""
+        channels. A list of frames gives them stacked (N, …) in its order, None gives all of them in frame order."""
         modality = {"color": "images", "mask": "masks"}.get(Image_type)
         if modality is None:
             raise ValueError(f"no Image_type {Image_type!r}: there are 'color' and 'mask'")
@@ -359,23 +316,18 @@ class SMCReader:
         """Return {"K" (3, 3) intrinsics in pixels, "D" (5,) distortion k1 k2 p1 p2 k3, "RT" (4, 4) camera to world,
         metres} of a camera, float64."""
         file, group, name = self._find("calibration", Camera_id)
-        camera = file.group_in(group, name)
-        if camera is None:
-            raise file.error(f"there is no Calibration/{name}")
+        camera = file.group_in(group, name, needed=True)
         shapes = {"K": (3, 3), "D": (None,), "RT": (4, 4)}
         matrices = {key: file.read_array(camera, key, shape).astype(np.float64) for key, shape in shapes.items()}
-        if not all(np.isfinite(matrix).all() for matrix in matrices.values()):
-            raise file.error(f"Calibration/{name} holds values that are no finite numbers")
         if matrices["D"].size == 4:  # k3 is 0 then
             matrices["D"] = np.append(matrices["D"], 0)
-        if matrices["D"].size != 5:
-            raise file.error(f"Calibration/{name}/D has {matrices['D'].size} numbers, not 5")
+        if matrices["D"].size != 5 or not all(np.isfinite(matrix).all() for matrix in matrices.values()):
+            raise file.error(f"Calibration/{name} holds values that are no finite numbers, or not 5 in D")
         return matrices
 
     def get_Calibration_all(self) -> dict:
-        """Return {"00": what get_Calibration returns, …} of every camera in the file, without those for which it
-        raises SMCError."""
-        self._required("calibration")
+        """Return {"00": what get_Calibration returns, …} of every camera of which it can be read."""
+        self._open("calibration", needed=True)
         matrices = {}
         for entry in self.entries("calibration"):
             with contextlib.suppress(SMCError):
@@ -389,33 +341,26 @@ class SMCReader:
         if info is None:
             return None
         file, group = self._open("audio")
-        audio = file.read_array(group, "audio", None)
-        samples, channels, turned = _sound_shape(audio.shape)
-        audio = audio.reshape(channels, samples).T if turned else audio.reshape(samples, channels)
-        stored = audio.dtype
-        audio = audio.astype(SOUND_TYPES[stored.kind, stored.itemsize], copy=False)
-        if stored.itemsize == 1:
-            audio = (audio - (128 if stored.kind == "u" else 0)) * 256
+        audio = np.squeeze(file.read_array(group, "audio", None))
+        audio = audio.T if audio.shape[:1] == (info["channels"],) else audio
+        audio = audio.reshape(info["samples"], info["channels"]).astype(audio.dtype.str[1:], copy=False)
         return {"audio": audio, "sample_rate": info["sample_rate"]}
 
     def audio_info(self) -> dict | None:
         """Return {"sample_rate" Hz, "channels", "samples", "duration_s"} without reading the samples; None without
-        audio."""
+        audio. Of two axes the longer one is that of the samples."""
         file, group = self._open("audio")
         if group is None:
             return None
-        data = file.dataset(group, "audio", None)
-        shape, dtype, place = data.shape, data.dtype, file.where(group)
-        with file.reading(group, "audio"):
-            samples, channels, turned = _sound_shape(shape)
-            if (dtype.kind, dtype.itemsize) not in SOUND_TYPES:
-                raise ValueError(f"it holds {dtype}, which is no known form of sound")
-        rate = file.read_array(group, "sample_rate", None)
-        rate = rate.item() if rate.size == 1 else math.nan
-        if not 0 < rate <= 10**6 or rate != int(rate) or not 0 < channels <= MAX_CHANNELS:
-            raise file.error(f"{place} has {channels} channels and the sample rate {rate}")
-        if turned or len(shape) != 2 or dtype != np.float32:
-            file.note(f"{place}/audio is stored as {dtype} {shape}, and not as float32 (n, 2)".replace(",)", ")"))
+        data, rate = file.dataset(group, "audio", None), file.read_array(group, "sample_rate", None)
+        form, rate = f"{data.dtype} {data.shape}", rate.item() if rate.size == 1 else math.nan
+        samples, channels = sorted([*(length for length in data.shape if length != 1), 1, 1])[:-3:-1]
+        if data.dtype.str[1:] not in SOUND_TYPES or not samples * channels == math.prod(data.shape) > 0:
+            raise file.error(f"{file.where(group)} holds {form}, which is no known form of sound")
+        if channels > MAX_CHANNELS or not 0 < rate <= 10**6 or rate != int(rate):
+            raise file.error(f"{file.where(group)} has {channels} channels and the sample rate {rate}")
+        if data.dtype != np.float32 or data.shape != (samples, channels):
+            file.note(f"{file.where(group)}/audio is stored as {form}, and not as float32 (n, 2)".replace(",)", ")"))
         rate = int(rate)
         return {"sample_rate": rate, "channels": channels, "samples": samples, "duration_s": samples / rate}
 
@@ -423,7 +368,7 @@ class SMCReader:
         """Return (106, 2) float64 pixels (x, y) of a frame, None where no face was found in it. A list of frames, or
         None for all, stacks those that have them (N, 106, 2). Cameras 18…32 can have key points."""
         if camera_name(Camera_id) not in DETECTING_CAMERAS:
-            self._required("keypoints2d", Camera_id)
+            self._open("keypoints2d", Camera_id, needed=True)
         return self._keypoints((106, 2), Frame_id, "keypoints2d", Camera_id)
 
     def get_Keypoints3d(self, Frame_id=None) -> np.ndarray | None:
@@ -433,15 +378,13 @@ class SMCReader:
 
     def _keypoints(self, shape, frame, modality, camera=None):
         file, group = self._open(modality, camera)
-        if group is None:
-            return None
 
         def points_of(number):
-            name = file.name_of(group, int(number), FRAME_NAME)
+            name = file.name_of(group, int(number), "frames")
             found = file.entry(group, name)
             return found and file.read_array(group, name, shape).astype(np.float64, copy=False)
 
-        return self._frames(points_of, frame, modality, camera)
+        return None if group is None else self._frames(points_of, frame, modality, camera)
 
     def get_FLAME(self, Frame_id=None) -> dict | None:
         """Return {name: array} of the FLAME parameters of a frame: global_pose, neck_pose, jaw_pose, left_eye_pose,
@@ -452,13 +395,10 @@ class SMCReader:
         if group is None:
             return None
         if isinstance(Frame_id, (int, str, np.integer)):
-            _, _, name = self._find("flame", frame=Frame_id)
-            frame = file.group_in(group, name)
-            if frame is None:
-                raise file.error(f"there is no FLAME/{name}")
-            names = list(file.links(frame))
-            file.note_left_out(frame, [name for name in names if not PARAMETER_NAME.fullmatch(name)])
-            return {name: file.read_array(frame, name, None) for name in names if PARAMETER_NAME.fullmatch(name)}
+            frame = file.group_in(*self._find("flame", frame=Frame_id)[1:], needed=True)
+            names = [name for name in file.links(frame) if PARAMETER_NAME.fullmatch(name)]
+            file.note_left_out(frame, names)
+            return {name: file.read_array(frame, name, None) for name in names}
         frames = [self.get_FLAME(frame) for frame in (self.frame_numbers("flame") if Frame_id is None else Frame_id)]
         if any(frame.keys() != frames[0].keys() for frame in frames):
             raise file.error("the frames of FLAME have different parameters")
@@ -472,8 +412,7 @@ class SMCReader:
         return self._frames(lambda frame: self._decoded("uv_textures", frame=frame), Frame_id, "uv_textures")
 
     def get_scanmesh(self) -> dict | None:
-        """Return {"vertex": (n, 3) float64, "vertex_indices": (m, 3) int} of the scanned mesh, None where there is
-        none."""
+        """Return {"vertex": (n, 3) float64, "vertex_indices": (m, 3) int} of the scanned mesh, or None."""
         file, group = self._open("scan")
         if group is None:
             return None
@@ -482,8 +421,7 @@ class SMCReader:
             raise file.error(f"Scan/vertex_indices holds {indices.dtype}, no whole numbers")
         vertex = file.read_array(group, "vertex", (None, 3)).astype(np.float64, copy=False)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(vertex):
-            found = f"goes from {indices.min()} to {indices.max()}, of {len(vertex)} vertices"
-            raise file.error(f"Scan/vertex_indices {found}")
+            raise file.error(f"Scan/vertex_indices goes beyond the {len(vertex)} vertices")
         return {"vertex": vertex, "vertex_indices": indices}
 
     def get_scanmask(self, Camera_id=None) -> np.ndarray | None:
@@ -491,40 +429,29 @@ class SMCReader:
         the performance has no scan."""
         if not self.has("scan_masks"):
             return None
-        if Camera_id is None:
-            return self._stack([self.get_scanmask(camera) for camera in self.cameras("scan_masks")], "scan_masks")
-        return self._decoded("scan_masks", Camera_id)
+        cameras = self.cameras("scan_masks") if Camera_id is None else Camera_id
+        return self._frames(lambda camera: self._decoded("scan_masks", camera), cameras, "scan_masks")
 
     # ---- shared by the methods above
 
-    def _ordered(self, modality) -> list[_File]:
-        return self._files if MODALITIES[modality].from_raw else self._files[::-1]
-
-    def _open(self, modality, camera=None):
+    def _open(self, modality, camera=None, needed=False):
         """Return (file, group) of a modality: the first file in which the group is there and not empty; group None if
-        none."""
-        path = MODALITIES[modality].path
-        if "{}" in path:
-            path = path.format(camera_name(camera))
-        for file in self._ordered(modality):
+        none. needed: raise SMCError then."""
+        row = MODALITIES[modality]
+        path = row.path.format(camera_name(camera)) if "{}" in row.path else row.path
+        for file in self._files[:: 1 if row.from_raw else -1]:
             group = file.open_group(path)
-            if file.filled(group):
+            if file.links(group, first=True):
                 return file, group
+        if needed:
+            raise self._files[0].error(f"there is no {path}")
         return self._files[0], None
-
-    def _required(self, modality, camera=None):
-        file, group = self._open(modality, camera)
-        if group is None:
-            place = MODALITIES[modality].path.format(camera_name(camera) if camera is not None else "")
-            raise file.error(f"there is no {place}")
-        return file, group
 
     def _find(self, modality, camera=None, frame=None):
         """Return (file, group, name) of the entry of a frame, or of a camera where a modality's entries are cameras."""
-        row = MODALITIES[modality]
-        file, group = self._required(modality, camera)
-        number = int(camera_name(camera)) if row.numbered == "cameras" else int(frame)
-        return file, group, file.name_of(group, number, row.pattern)
+        numbered = MODALITIES[modality].numbered
+        file, group = self._open(modality, camera, needed=True)
+        return file, group, file.name_of(group, int(camera_name(camera) if numbered == "cameras" else frame), numbered)
 
     def _frames(self, one, frame, modality, camera=None) -> np.ndarray:
         """Return one(frame), or the stack of it for a list of frames or None, without those for which it is None."""
@@ -534,7 +461,7 @@ class SMCReader:
         return self._stack([array for array in arrays if array is not None], modality, camera)
 
     def _stack(self, arrays, modality, camera=None) -> np.ndarray:
-        file, group = self._required(modality, camera)
+        file, group = self._open(modality, camera, needed=True)
         if len({array.shape for array in arrays}) != 1:
             what = "entries of different shapes" if arrays else "no entry to be read"
             raise file.error(f"{file.where(group)} has {what}")
@@ -548,13 +475,11 @@ class SMCReader:
         data = file.encoded(group, name)
         picture = probe_picture(data)
         with file.reading(group, name, what="cannot be decoded"):
-            if picture.format is None:
-                raise ValueError(f"its {len(data)} bytes are neither JPEG nor PNG")
             if picture.height * picture.width > MAX_PICTURE_PIXELS:
                 raise ValueError(f"it claims {picture.width} x {picture.height} pixels")
-            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+            pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR) if picture.format else None
             if pixels is None:
-                raise ValueError(f"its {len(data)} bytes are damaged")
+                raise ValueError(f"its {len(data)} bytes are no JPEG or PNG, or damaged")
         return pixels.max(axis=2) if modality in ("masks", "scan_masks") else pixels
 
 
@@ -566,13 +491,13 @@ class _File:
         self.source, self.oddities = source, oddities
         self.name = os.path.basename(str(getattr(source, "name", source)))
         self.h5, self.listed = None, (None, {})
+        if not hasattr(source, "read") and not os.path.isfile(source):
+            raise self.error("is a folder" if os.path.isdir(source) else "there is no such file")
         try:
-            if not hasattr(source, "read") and not os.path.isfile(source):
-                raise FileNotFoundError("there is no such file")
             self.h5 = _open_hdf5(source)
         except Exception as error:
             raise self.error(_what_is_wrong(source, error)) from error
-        with self.reading("the file"):
+        with self.reading(None, "the file"):
             cache = self.h5.id.get_mdc_config()
             cache.set_initial_size, cache.initial_size = True, HEADER_CACHE_BYTES
             cache.min_size = cache.max_size = HEADER_CACHE_BYTES
@@ -608,24 +533,25 @@ class _File:
     def open_group(self, path: str):
         """Return the group at a path of plain names ("" is the root), or None where it or one above it is missing. A
         name of digits stands for that camera."""
-        with self.reading("the root group"):
+        with self.reading(None, "the root group"):
             group = h5g.open(self.h5.id, b"/")
-        for name in filter(None, path.split("/")):
-            if group and name.isdigit():
-                name = self.name_of(group, int(name), CAMERA_NAME)
+        for name in path.split("/") if path else ():
+            name = self.name_of(group, int(name), "cameras") if name.isdigit() else name
             group = group and self.group_in(group, name)
         return group
 
     def has(self, path: str) -> bool:
         """Return whether there is a group at a path that is not empty, or something that can't be opened as one."""
         try:
-            return self.filled(self.open_group(path))
+            return bool(self.links(self.open_group(path), first=True))
         except SMCError:
             return True
 
-    def group_in(self, parent, name: str):
-        """Return the group of that name in a group, or None."""
+    def group_in(self, parent, name: str, needed=False):
+        """Return the group of that name in a group, or None. needed: raise SMCError then."""
         found = self.entry(parent, name)
+        if found is None and needed:
+            raise self.error(f"there is no {self.where(parent, name)}")
         if found is not None and not isinstance(found, h5g.GroupID):
             raise self.error(f"{self.where(parent, name)} is no group")
         return found
@@ -636,78 +562,54 @@ class _File:
             key = name.encode()
             if not parent.links.exists(key):
                 return None
-            self._refuse_soft(parent, name, parent.links.get_info(key).type)
+            _refuse_soft(parent.links.get_info(key).type)
             return h5o.open(parent, key)
-
-    def _refuse_soft(self, parent, name, kind):
-        if kind != h5l.TYPE_HARD:
-            raise self.error(f"{self.where(parent, name)} is a link to another place; such links are not followed")
 
     def where(self, parent, name: str = "") -> str:
         """Return the path of something in the file, fit for a message."""
-        if isinstance(parent, str):
-            return parent
         with contextlib.suppress(Exception):
             name = f"{h5i.get_name(parent).decode('utf-8', 'replace')}/{name}"
         return printable(name.strip("/"))
 
-    def filled(self, group) -> bool:
-        """Return whether a group is there and not empty. (To ask how many entries it has can mean to read all.)"""
+    def links(self, group, first=False) -> dict[str, int]:
+        """Return {name: kind of link} of the entries of a group, or of the `first` alone; {} for None."""
+        found: dict[bytes, int] = {}
         with self.reading(group):
-            return group is not None and group.links.iterate(lambda name: True)[0] is True
+            if group is not None:
+                group.links.iterate(lambda name, link: found.update({name: link.type}) or first or None, info=True)
+        return {name.decode("utf-8", "replace"): kind for name, kind in found.items()}
 
-    def links(self, group) -> dict[str, int]:
-        """Return {name: kind of link} of the entries of a group; {} for None."""
-        found: dict[str, int] = {}
-        if group is not None:
-            with self.reading(group):
-                group.links.iterate(
-                    lambda name, info: found.update({name.decode("utf-8", "replace"): info.type}), info=True
-                )
-        return found
-
-    def numbers_in(self, group, pattern) -> dict[int, tuple[str, int]]:
-        """Return {number: (name, kind of link)} of the entries of a group that are numbered by camera or by frame.
+    def numbers_in(self, group, kind: str) -> dict[int, str]:
+        """Return {number: name} of the entries of a group that are numbers of "cameras" or "frames".
 
         Of several names for one number the usual one counts: two digits for a camera, no zeros before those of a frame.
         Other names are noted as an oddity. Raise SMCError where there are none but these."""
-        found: dict[int, tuple[str, int]] = {}
-        left_out = []
-        for link in self.links(group).items():
-            if not pattern.fullmatch(link[0]):
-                left_out.append(link[0])
-                continue
-            number = int(link[0])
-            if number in found:
-                usual = USUAL_NAME[pattern].format(number)
-                link, other = sorted((found[number], link), key=lambda each: (each[0] != usual, len(each[0])))
-                left_out.append(other[0])
-            found[number] = link
-        for number, (name, _) in itertools.islice(found.items(), 1):
-            if name != USUAL_NAME[pattern].format(number):
-                self.note(f"numbers in names are padded, as in {name!r}")
-        self.note_left_out(group, left_out)
-        if left_out and not found:
-            raise self.error(f"{self.where(group)} has no numbers for names, but {printable(left_out[0])!r}")
+        (pattern, usual), names = NAMES[kind], list(self.links(group))
+        numbers = {name: int(name) for name in names if pattern.fullmatch(name)}
+        found = {numbers[name]: name for name in sorted(numbers, key=lambda name: name == usual.format(numbers[name]))}
+        if found and found[min(found)] != usual.format(min(found)):
+            self.note(f"numbers in names are padded, as in {found[min(found)]!r}")
+        self.note_left_out(group, set(found.values()))
+        if names and not found:
+            raise self.error(f"{self.where(group)} has no numbers for names, but {printable(names[0])!r}")
         return found
 
-    def name_of(self, group, number: int, pattern) -> str:
+    def name_of(self, group, number: int, kind: str) -> str:
         """Return the name in a group that stands for a camera or frame: the usual one, or else one that is there."""
-        usual = USUAL_NAME[pattern].format(number)
+        usual = NAMES[kind][1].format(number)
         with self.reading(group, usual):
             if group is None or group.links.exists(usual.encode()):
                 return usual
-        key = self.where(group), pattern
-        if self.listed[0] != key:  # kept, because a file that has one unusual name has only such
-            self.listed = key, self.numbers_in(group, pattern)
-        return self.listed[1].get(number, [usual])[0]
+        if self.listed[0] != self.where(group):  # kept, because a file that has one unusual name has only such
+            self.listed = self.where(group), self.numbers_in(group, kind)
+        return self.listed[1].get(number, usual)
 
-    def note_left_out(self, group, names: list[str]):
-        """Remember that some entries of a group are not used."""
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            shown = ", ".join(map(printable, names[:3]))
-            self.note(f"{self.where(group)} has entries that are left out: {shown}{more}")
+    def note_left_out(self, group, used: Iterable[str]):
+        """Note the entries of a group that are not used."""
+        left_out = [printable(name) for name in self.links(group) if name not in used]
+        if left_out:
+            more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+            self.note(f"{self.where(group)} has entries that are left out: {', '.join(left_out[:3])}{more}")
 
     def note(self, what: str):
         """Remember an oddity, once."""
@@ -719,38 +621,25 @@ class _File:
         """Yield (first byte, byte after the last) of the data sets and chunks in a group and in the groups in it: in
         all of its entries, or in those of some names, without damaged ones. (No deeper: groups can hold themselves.)"""
         for name in self.links(group) if names is None else names:
-            with contextlib.suppress(SMCError):
+            with contextlib.suppress(SMCError), self.reading(group, name):
                 found = self.entry(group, name)
-                if isinstance(found, h5d.DatasetID):
-                    with self.reading(group, name):
-                        yield from self._pieces(found)
-                elif isinstance(found, h5g.GroupID) and deepest > 1:
+                if isinstance(found, h5g.GroupID) and deepest > 1:
                     yield from self.places(found, None, deepest - 1)
-
-    def _pieces(self, data) -> list[tuple[int, int]]:
-        """Return (first byte, byte after the last) of a data set or of each of its chunks; [] for one that lies in its
-        header."""
-        self._refuse_elsewhere(data)
-        layout = data.get_create_plist().get_layout()
-        pieces = []
-        if layout == h5d.CHUNKED:
-            chunks = map(data.get_chunk_info, range(data.get_num_chunks()))
-            pieces = [(chunk.byte_offset, chunk.size) for chunk in chunks]
-        elif layout == h5d.CONTIGUOUS and data.get_offset() is not None:
-            pieces = [(data.get_offset(), data.get_storage_size())]
-        return [(offset, offset + size) for offset, size in pieces]
+                elif isinstance(found, h5d.DatasetID) and found.get_offset() is not None:
+                    yield found.get_offset(), found.get_offset() + found.get_storage_size()
+                elif isinstance(found, h5d.DatasetID) and found.get_create_plist().get_layout() == h5d.CHUNKED:
+                    for chunk in map(found.get_chunk_info, range(found.get_num_chunks())):
+                        yield chunk.byte_offset, chunk.byte_offset + chunk.size
 
     # ---- attributes and arrays
 
     def attribute(self, path: str, name: str, kind: type):
-        """Return an attribute of a group as str, int, float or int array; None, with an oddity noted, where it isn't
-        one."""
+        """Return an attribute of a group as str, int, float or int array; None, with an oddity noted, where it is not
+        of that kind."""
         group = self.open_group(path)
-        if group is None:
-            return None
         try:
-            with self.reading(f"the attribute {name}"):
-                if not h5a.exists(group, name.encode()):
+            with self.reading(None, f"the attribute {name}"):
+                if group is None or not h5a.exists(group, name.encode()):
                     return None
                 if h5a.open(group, name.encode()).get_storage_size() > MAX_ATTRIBUTE_BYTES:
                     raise ValueError("it is too large")
@@ -761,92 +650,69 @@ class _File:
 
     def read_array(self, group, name: str, shape: tuple | None) -> np.ndarray:
         """Return a numeric data set, whole, in its stored type; see `dataset`."""
-        array = self._read_whole(self.dataset(group, name, shape), group, name)
-        return array if shape is None else array.reshape(_fit(array.shape, shape))
-
-    def _read_whole(self, data, *place) -> np.ndarray:
-        with self.reading(*place):
+        data = self.dataset(group, name, shape)
+        with self.reading(group, name):
             array = np.empty(data.shape, data.dtype)
             data.read(h5s.ALL, h5s.ALL, array)
-            return array
+        return array if shape is None else array.reshape(_fit(array.shape, shape))
 
     def dataset(self, group, name: str, shape: tuple | None):
         """Return a numeric data set of a shape, but for axes of length one. In the shape None stands for any length;
         shape None: of any."""
-        place = self.where(group, name)
         data = self.entry(group, name)
         if not isinstance(data, h5d.DatasetID):
-            raise self.error(f"there is no {place}" if data is None else f"{place} is no data set")
+            raise self.error(f"there is no data set {self.where(group, name)}")
         with self.reading(group, name):
-            self._refuse_elsewhere(data)
+            _refuse_elsewhere(data)
             found, dtype = data.shape, data.dtype
-            if dtype.kind not in "fiub":
-                raise ValueError(f"it holds {dtype}, no numbers")
-            if found is None or shape is not None and _fit(found, shape) is None:
-                raise ValueError(f"its shape is {found}, not {shape}".replace("None", "n"))
-            self._check_size(data, math.prod(found) * dtype.itemsize, MAX_ARRAY_BYTES)
+            if dtype.kind not in "fiub" or found is None or shape is not None and _fit(found, shape) is None:
+                raise ValueError(f"it holds {dtype} {found}, not numbers {shape or ''}".replace("None", "n"))
+            _check_size(data, math.prod(found) * dtype.itemsize, MAX_ARRAY_BYTES)
         return data
-
-    @staticmethod
-    def _refuse_elsewhere(data):
-        """Refuse data outside the file, before anything is asked that would make HDF5 look there."""
-        properties = data.get_create_plist()
-        layout = properties.get_layout()
-        if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and properties.get_external_count()):
-            raise ValueError("its data lies in another file")
-
-    @staticmethod
-    def _check_size(data, size, limit):
-        """Refuse data that claims more than it has or than anybody needs."""
-        if size > limit or size and not data.get_storage_size():
-            raise ValueError(f"it claims {size} bytes and has {data.get_storage_size()}")
 
     # ---- encoded pictures
 
-    def pictures(self, group, pattern) -> Iterator[Entry]:
+    def pictures(self, group, kind: str) -> Iterator[Entry]:
         """Yield the pictures of a group, in the order in which they lie in the file."""
         found: list[tuple] = []  # (offset or 0, number, bytes in the file, what read_extent needs)
-        for number, (name, kind) in self.numbers_in(group, pattern).items():
+        links = self.links(group)
+        for number, name in self.numbers_in(group, kind).items():
             try:
-                self._refuse_soft(group, name, kind)
-                offset, size, stored = self._extent(group, name)
+                offset, size, stored = self._extent(group, name, links[name])
                 found.append((offset or 0, number, stored, name, offset, size))
             except SMCError as fault:
                 yield Entry(number, None, fault)
         claimed, stored = sum(extent[-1] for extent in found), sum(extent[2] for extent in found)
         if stored > self.bytes or claimed > MAX_EXPANSION * self.bytes:
-            raise self.error(
-                f"the pictures of {self.where(group)} claim {claimed} bytes, which cannot be in {self.bytes}"
-            )
+            said = f"claim {claimed} bytes, which cannot be in {self.bytes}"
+            raise self.error(f"the pictures of {self.where(group)} {said}")
         for _, number, _, *extent in sorted(found):
             yield Entry(number, partial(self._read_extent, group, *extent))
 
-    def _extent(self, group, name: str) -> tuple[int | None, int, int]:
+    def _extent(self, group, name: str, link: int) -> tuple[int | None, int, int]:
         """Return where the bytes of a picture are, None where HDF5 has to put them together, how many they are, and how
         many they are in the file."""
         with self.reading(group, name):
+            _refuse_soft(link)
             data = h5d.open(group, name.encode())
             offset = data.get_offset()
             if offset is None:
-                self._refuse_elsewhere(data)
-            shape, stored = data.shape, data.get_storage_size()
-            if offset is not None and shape and max(shape) == stored:  # bytes in one piece: there is no more to ask
-                self._check_size(data, stored, MAX_PICTURE_BYTES)
-                if offset + stored > self.bytes:
-                    raise ValueError("its place contradicts its size")
-                return offset, stored, stored
-            dtype, count = data.dtype, -1 if shape is None else math.prod(shape)
-            # One string, one opaque value or one list of bytes is as good as an array of bytes.
-            if not (dtype.itemsize == 1 and count in (0, *shape)) and not (dtype.kind in "SVO" and count == 1):
-                raise ValueError("it is no list of bytes")
-            self._check_size(data, count * dtype.itemsize, MAX_PICTURE_BYTES)
-            return None if count else 0, count * dtype.itemsize, stored
+                _refuse_elsewhere(data)
+            shape, stored = data.shape or (), data.get_storage_size()
+            size = max(shape, default=-1)
+            if offset is None or size != stored:  # else bytes in one piece: there is no more to ask
+                offset = None
+                if data.dtype.itemsize != 1 or math.prod(shape) != size:
+                    raise ValueError(f"it holds {data.dtype} {shape}, no list of bytes")
+            _check_size(data, size, MAX_PICTURE_BYTES)
+            if offset is not None and offset + size > self.bytes:
+                raise ValueError("its place contradicts its size")
+            return offset, size, stored
 
     def _read_extent(self, group, name: str, offset: int | None, size: int) -> bytes:
         """Return the bytes of one picture."""
         if offset is None:
-            array = self._read_whole(self.entry(group, name), group, name)
-            return bytes(array.item()) if array.dtype.hasobject else array.tobytes()
+            return self.read_array(group, name, None).tobytes()
         if self.descriptor is None:
             self.source.seek(offset)
             data = self.source.read(size)
@@ -860,7 +726,26 @@ class _File:
         """Return the bytes of the picture of that name."""
         if self.entry(group, name) is None:
             raise self.error(f"there is no {self.where(group, name)}")
-        return self._read_extent(group, name, *self._extent(group, name)[:2])
+        return self._read_extent(group, name, *self._extent(group, name, h5l.TYPE_HARD)[:2])
+
+
+def _refuse_soft(link: int):
+    if link != h5l.TYPE_HARD:
+        raise ValueError("it is a link to another place; such links are not followed")
+
+
+def _refuse_elsewhere(data):
+    """Refuse data outside the file, before anything is asked that would make HDF5 look there."""
+    properties = data.get_create_plist()
+    layout = properties.get_layout()
+    if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and properties.get_external_count()):
+        raise ValueError("its data lies in another file")
+
+
+def _check_size(data, size: int, limit: int):
+    """Refuse data that claims more than it has or than anybody needs."""
+    if size > limit or size and not data.get_storage_size():
+        raise ValueError(f"it claims {size} bytes and has {data.get_storage_size()}")
 
 
 def _fit(found: tuple, shape: tuple) -> tuple | None:
@@ -870,18 +755,6 @@ def _fit(found: tuple, shape: tuple) -> tuple | None:
         if len(each) == len(shape) and all(wanted in (None, length) for wanted, length in zip(shape, each)):
             return each
     return None
-
-
-def _sound_shape(shape: tuple) -> tuple[int, int, bool]:
-    """Return (samples, channels, whether it is stored channel by channel) of sound of one channel (N,) or several (N,
-    channels), (channels, N), but for axes of length one. Raise ValueError for another shape."""
-    if len(shape) != 2:
-        shape = tuple(length for length in shape if length != 1)
-    if len(shape) not in (1, 2):
-        raise ValueError(f"its shape is {shape}, not (n, channels)")
-    samples, channels = shape if len(shape) == 2 else (*shape, 1)
-    turned = channels > MAX_CHANNELS >= samples
-    return (channels, samples, True) if turned else (samples, channels, False)
 
 
 def _open_hdf5(source) -> h5py.File:
@@ -896,40 +769,26 @@ def _open_hdf5(source) -> h5py.File:
 
 
 def _what_is_wrong(source, error: Exception) -> str:
-    """Return in plain words why a file cannot be opened as HDF5, as far as its size and its first bytes tell it."""
-    reason = "is damaged: " + printable(" ".join(str(error).split()), 200)
-    if hasattr(source, "read") or isinstance(error, FileNotFoundError):
-        return "is a folder" if not hasattr(source, "read") and os.path.isdir(source) else str(error)
-    size = os.path.getsize(source)
-    with open(source, "rb") as file:
-        head = file.read(100)
-    if not head:
-        return "is empty"
-    if not head.startswith(b"\x89HDF\r\n\x1a\n"):
-        return f"is no HDF5 file (it begins with {printable(repr(head[:12])[1:])})"
-    head = head.ljust(100, b"\0")
-    # The superblock says where the file ends, in the third of its addresses.
-    at, width = (24 + 4 * head[8], head[13]) if head[8] < 2 else (12, head[9])
-    end = int.from_bytes(head[at + 2 * width : at + 3 * width], "little")
-    if not size < end < 1 << 44:
-        return reason
-    scale, unit = (1e9, "GB") if end >= 1e9 else (1e6, "MB") if end >= 1e6 else (1e3, "kB")
-    return f"is cut short: {size / scale:.2f} of {end / scale:.2f} {unit}"
+    """Return in plain words why a file cannot be opened as HDF5."""
+    if cut := re.search(r"truncated file: eof = ([0-9]+),.* stored_eof = ([0-9]+)", str(error)):
+        scale, unit = (1e9, "GB") if len(cut[2]) > 9 else (1e6, "MB") if len(cut[2]) > 6 else (1e3, "kB")
+        return f"is cut short: {int(cut[1]) / scale:.2f} of {int(cut[2]) / scale:.2f} {unit}"
+    if "signature not found" in str(error) and not hasattr(source, "read"):
+        with open(source, "rb") as file:
+            head = file.read(12)
+        return f"is no HDF5 file (it begins with {printable(repr(head)[1:])})" if head else "is empty"
+    return "is damaged: " + printable(" ".join(str(error).split()), 200)
 
 
 def _as_kind(value, kind: type):
     """Return a value of an HDF5 attribute as a str, int, float or pair of ints. Raise an exception where it is none."""
-    value = np.asarray(value)
     if kind is np.ndarray:
-        return value.astype(np.int64, casting="safe").reshape(2)
-    value = value.item()
-    if isinstance(value, str):
-        value = value.encode("utf-8", "surrogateescape")  # which is how h5py marks bytes that are no UTF-8
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-    if not isinstance(value, (str, int, float)) or kind is not str and not math.isfinite(float(value)):
+        return np.asarray(value).astype(np.int64, casting="safe").reshape(2)
+    value = np.asarray(value).item()
+    text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    if not isinstance(value, (str, bytes, int, float)) or kind is not str and not math.isfinite(float(text)):
         raise ValueError(f"it is {value!r:.50}")
-    return kind(value)
+    return text.encode("utf-8", "replace").decode() if kind is str else kind(float(text))
 
 
 def printable(text: str, longest: int = 60) -> str:

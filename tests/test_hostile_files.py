@@ -1,5 +1,6 @@
 """Damaged and hostile SMC files through the extraction, as a user runs it: nothing crashes, leaks or goes astray."""
 
+import csv
 import json
 import os
 import shutil
@@ -13,57 +14,84 @@ import h5py
 import numpy as np
 import pytest
 import synthetic_release as synthetic
-from conftest import SCRIPT, Workspace, stored_pictures, written_pictures
-from hostile import LINKS, SECRET, at_the_top, mutations, snapshot, write_secret
+from conftest import SCRIPT, stored_pictures, written_pictures
+from hostile import mutations, snapshot
 
 OURS = ("subjects", "temp_smc", "MANIFEST.csv", "logs")  # all that a run may write to, but for its locks
+SECRET = b"the secret of this host"
+MODALITIES = "images, masks, audio, calibration, keypoints2d, keypoints3d, flame, uv_textures, scan, scan_masks"
+CONFIG = """\
+google_drive:
+  remote_name: demo
+  rclone_flags: ["--config", "rclone.conf"]
+extraction:
+  subjects: all
+  performances: [{performances}]
+  modalities: [{modalities}]
+storage:
+  temp_dir: temp_smc
+  output_dir: subjects
+  min_free_gb: 0
+processing:
+  verify: {verify}
+"""
 
 
-class OddFiles(Workspace):
-    """A workspace whose release is made by the test. Each run of it is held to what has to be true of every run."""
+class Place:
+    """A folder with a release, a config and what a run leaves there."""
 
     def __init__(self, folder):
-        super().__init__(folder, folder / "release")
+        self.folder, self.release, self.output = folder, folder / "release", folder / "subjects"
+        self.performances = {}
         self.release.mkdir()
-        self.write_config(extraction={"subjects": "all", "performances": [], "modalities": synthetic.MODALITIES})
+        (folder / "rclone.conf").write_text(f"[demo]\ntype = alias\nremote = {self.release}\n")
 
     def smc(self, subject, performance):
-        """Where an SMC file of the release is to be put; the performance is asked for then."""
-        if performance not in self.settings["extraction"]["performances"]:
-            self.settings["extraction"]["performances"].append(performance)
-        path = super().smc(subject, performance)
-        path.parent.mkdir(exist_ok=True)
-        return path
+        """Where an SMC file of the release is to be put."""
+        self.performances[performance] = None
+        (self.release / subject).mkdir(exist_ok=True)
+        return self.release / subject / f"{subject}_{performance}_raw.smc"
 
-    def run_alone(self, verify="fast", but=OURS):
-        """Run the script, which changes nothing but what is its own; `code`, `said` and `memory` (kB) are kept. Gives
-        {(subject, performance): row}."""
-        self.write_config(processing={"verify": verify})
+    def run(self, verify="fast", but=OURS):
+        """Run the script; exit code, what it said and its memory (kB) are kept. It changes nothing but what is its
+        own."""
+        text = CONFIG.format(performances=", ".join(self.performances), modalities=MODALITIES, verify=verify)
+        (self.folder / "config.yaml").write_text(text)
         before = snapshot(self.folder, without=but)
+        command = [sys.executable, SCRIPT, "--config", self.folder / "config.yaml"]
         with open(self.folder.parent / "said", "w+") as said:
-            process = self.start(stdin=subprocess.DEVNULL, stdout=said, stderr=said)
+            process = subprocess.Popen(
+                command, cwd=self.folder.parent, stdin=subprocess.DEVNULL, stdout=said, stderr=said
+            )
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = self.code = os.waitstatus_to_exitcode(status)
             said.seek(0)
             self.said, self.memory = said.read(), usage.ru_maxrss
         assert snapshot(self.folder, without=but) == before
         assert "Traceback" not in self.said and all(c.isprintable() or c == "\n" for c in self.said), self.said
-        assert self.memory < 1_000_000 and list(self.temp.rglob("*.smc*")) == []
-        rows = {(row["subject"], row["performance"]): row for row in self.rows}
+        return self
+
+    def all_rows(self):
+        """{(subject, performance): row} of the manifest."""
+        with open(self.folder / "MANIFEST.csv", newline="") as file:
+            return {(row["subject"], row["performance"]): row for row in csv.DictReader(file)}
+
+    def rows(self):
+        """The same, when what has to be true after every run was found to be so."""
+        rows = self.all_rows()
         for row in rows.values():
             assert row["status"] in ("completed", "failed", "absent"), row
             assert (row["status"] == "failed") <= bool(row["error"])
-        return rows
-
-    def check_folders(self, rows):
-        """There is a folder for each completed performance, and no other."""
-        folders = {(path.parent.name, path.name) for path in self.path().glob("*/*") if not path.is_symlink()}
+        folders = {(path.parent.name, path.name) for path in self.output.glob("*/*") if not path.is_symlink()}
         assert folders == {key for key, row in rows.items() if row["status"] == "completed"}
+        assert list((self.folder / "temp_smc").rglob("*.smc*")) == [] and self.memory < 1_000_000
+        return rows
 
 
 @pytest.fixture
 def place(tmp_path):
-    return OddFiles(tmp_path / "here")
+    (tmp_path / "here").mkdir()
+    return Place(tmp_path / "here")
 
 
 def check_completed(folder, row, source):
@@ -112,15 +140,15 @@ def test_damaged_files_each_end_as_completed_or_failed(place, tmp_path, sample):
         synthetic.write_smc(base, "1000", "m000", **options)
         for k, (_, content) in sample(enumerate(mutations(base, 170, seed=SEED)), 5):
             place.smc(f"{1000 + number}", f"m{k:03d}").write_bytes(content)
-    rows = place.run_alone()
-    place.check_folders(rows)
+    place.run()
+    rows = place.rows()
     completed = [key for key, row in rows.items() if row["status"] == "completed"]
     assert 0.2 < len(completed) / len(list(place.release.glob("*/*"))) < 0.8 and place.code == 1
     with ProcessPoolExecutor(2) as apart:  # libhdf5 could crash
         for key, source in zip(
             completed, apart.map(stored_pictures, [place.smc(*key) for key in completed], timeout=300)
         ):
-            check_completed(place.path(*key), rows[key], source)
+            check_completed(place.output.joinpath(*key), rows[key], source)
 
 
 # ---- hostile constructions
@@ -135,18 +163,42 @@ def small(path, **options):
     return path
 
 
+def soft(file, secret):
+    file["Camera/25/color/0"] = h5py.SoftLink("/Camera/25/color/2")
+
+
+def external(file, secret):
+    file["Camera/25/color/0"] = h5py.ExternalLink(str(secret), "here")
+
+
+def external_storage(file, secret):
+    file["Camera/25/color"].create_dataset(
+        "0", (len(SECRET),), np.uint8, external=[(str(secret), secret.read_bytes().find(SECRET), len(SECRET))]
+    )
+
+
+def virtual(file, secret):
+    layout = h5py.VirtualLayout((len(SECRET),), np.uint8)
+    layout[:] = h5py.VirtualSource(str(secret), "here", (len(SECRET),))
+    file["Camera/25/color"].create_virtual_dataset("0", layout)
+
+
+def at_the_top(file, secret):
+    file["Keypoints3d"] = h5py.ExternalLink(str(secret), "/")
+
+
 def test_nothing_of_another_file_gets_into_the_output(place):
     secret = place.folder / "secret.h5"
-    write_secret(secret)
-    for trick in (*LINKS, at_the_top):
-        with h5py.File(small(place.smc("1000", trick.__name__), keypoints3d=True), "r+") as file:
+    with h5py.File(secret, "w") as file:
+        file["here"] = file["0"] = np.frombuffer(SECRET, np.uint8)
+    for trick in (soft, external, external_storage, virtual, at_the_top):
+        with h5py.File(small(place.smc("1000", trick.__name__)), "r+") as file:
             del file["Camera/25/color/0"]
             trick(file, secret)
-    rows = place.run_alone()
-    place.check_folders(rows)
+    rows = place.run().rows()
     assert {row["status"] for row in rows.values()} == {"completed"} and len(rows) == 5
-    for trick in (*LINKS, at_the_top):
-        folder = place.path("1000", trick.__name__)
+    for trick in (soft, external, external_storage, virtual, at_the_top):
+        folder = place.output / "1000" / trick.__name__
         (entry,) = json.loads((folder / "metadata/info.json").read_text())["unreadable"]
         assert "another place" in entry["reason"] or "another file" in entry["reason"]
         assert entry["modality"] == ("keypoints3d" if trick is at_the_top else "images")
@@ -216,21 +268,23 @@ def test_hostile_files_are_refused_or_what_is_odd_in_them_is_skipped_with_a_mess
     for trick in (*SKIPPED, *UNREADABLE, endless_heap):
         with h5py.File(small(place.smc("1000", trick.__name__)), "r+") as file:
             trick(file)
-    rows = {performance: row for (_, performance), row in place.run_alone().items()}
+    rows = {performance: row for (_, performance), row in place.run().rows().items()}
     for trick in SKIPPED:
         assert rows[trick.__name__]["status"] == "completed", rows[trick.__name__]
-        folder = place.path("1000", trick.__name__)
+        folder = place.output / "1000" / trick.__name__
         check_completed(folder, rows[trick.__name__], stored_pictures(place.smc("1000", trick.__name__)))
         assert json.loads((folder / "metadata/info.json").read_text())["cameras_available"] == [3, 25]
     for trick, (modality, camera) in UNREADABLE.items():
         assert rows[trick.__name__]["status"] == "completed", rows[trick.__name__]
-        unreadable = json.loads((place.path("1000", trick.__name__, "metadata/info.json")).read_text())["unreadable"]
+        unreadable = json.loads((place.output / "1000" / trick.__name__ / "metadata/info.json").read_text())[
+            "unreadable"
+        ]
         assert {(entry["modality"], entry["camera"]) for entry in unreadable} == {(modality, camera)}
     assert rows["endless_heap"]["status"] == "failed"
     assert "reading it does not come to an end" in rows["endless_heap"]["error"]
     for name in ("odd_names", "odd_attributes", "parameter_names"):
-        assert f"1000_{name}_raw.smc: " in place.said
-    with np.load(place.path("1000/parameter_names/flame/frame_000000.npz")) as frame:
+        assert f"warning: 1000_{name}_raw.smc: " in place.said
+    with np.load(place.output / "1000/parameter_names/flame/frame_000000.npz") as frame:
         assert set(frame.files) == {"file", "self", "exp"}
     assert not list(place.folder.rglob("x")) and "missing" in rows["empty_pictures"]["error"]
 
@@ -244,9 +298,9 @@ def test_pictures_that_claim_too_many_pixels_to_decode_are_damaged_ones(place):
             del file[f"Camera/25/mask/{frame}"]
             file[f"Camera/25/mask/{frame}"] = np.frombuffer(picture, np.uint8)
         del file["Camera"].attrs["resolution"]
-    row = place.run_alone(verify="full")["1000", "s1_all"]
+    row = place.run(verify="full").rows()["1000", "s1_all"]
     assert (row["status"], row["error"]) == ("completed", "2 damaged pictures, listed in info.json")
-    info = json.loads(place.path("1000/s1_all/metadata/info.json").read_text())
+    info = json.loads((place.output / "1000/s1_all/metadata/info.json").read_text())
     assert info["damaged_frames"] == {"masks": {"25": [0, 1]}}
 
 
@@ -292,27 +346,27 @@ def precious(place):
 
 def test_through_a_link_in_the_place_of_the_subject_a_new_performance_is_written_and_nothing_deleted(place, precious):
     source = small(place.smc("1000", "s2_all"))
-    place.path().mkdir()
-    place.path("1000").symlink_to(precious)
+    place.output.mkdir()
+    (place.output / "1000").symlink_to(precious)
     before = snapshot(precious)
-    row = place.run_alone(but=(*OURS, "precious"))["1000", "s2_all"]
+    row = place.run(but=(*OURS, "precious")).all_rows()["1000", "s2_all"]
     check_completed(precious / "s2_all", row, stored_pictures(source))
     shutil.rmtree(precious / "s2_all")
     assert place.code == 0 and snapshot(precious) == before
 
 
-REPLACED = (
+LINKS = (
     "subjects/{}/s1_all",
     "subjects/{}/.s1_all.partial",
     "subjects/{}/.s1_all.old",
     "temp_smc/{}",
     "temp_smc/{}/{}_s1_all_raw.smc",
 )
-PIPES = (REPLACED[1], REPLACED[4])
+PIPES = (LINKS[1], LINKS[4])
 
 
 def test_a_link_or_a_pipe_in_the_place_of_an_output_or_temp_file_is_replaced_and_not_followed(place, precious, sample):
-    cases = [(name, target) for name in REPLACED for target in ("precious", "precious/file", "nowhere")]
+    cases = [(name, target) for name in LINKS for target in ("precious", "precious/file", "nowhere")]
     cases += [(name, None) for name in PIPES]
     odd = {f"{1000 + number}": case for number, case in enumerate(sample(cases, 8))}
     for subject, (name, target) in odd.items():
@@ -325,13 +379,12 @@ def test_a_link_or_a_pipe_in_the_place_of_an_output_or_temp_file_is_replaced_and
         if path.suffix == ".smc" and target == "precious/file":  # as long and as old as the file on the remote
             path.write_bytes(bytes(source.stat().st_size))
             os.utime(path, ns=(source.stat().st_mtime_ns,) * 2)
-    rows = place.run_alone()
-    place.check_folders(rows)
+    rows = place.run().rows()
     assert place.code == 0, place.said
     for subject, case in odd.items():
         pictures = stored_pictures(place.smc(subject, "s1_all"))
         assert rows[subject, "s1_all"]["status"] == "completed", case
-        check_completed(place.path(subject, "s1_all"), rows[subject, "s1_all"], pictures)
-    paths = [*place.path().rglob("*"), *place.temp.rglob("*")]
+        check_completed(place.output / subject / "s1_all", rows[subject, "s1_all"], pictures)
+    paths = [*place.output.rglob("*"), *(place.folder / "temp_smc").rglob("*")]
     assert not any(path.is_symlink() or path.is_fifo() for path in paths)
     assert not (place.folder / "nowhere").exists()

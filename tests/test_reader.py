@@ -665,7 +665,7 @@ def test_parameters_of_flame_with_odd_names_are_left_out(copy):
         file["FLAME/2/a/b"] = 1  # which is a group "a"
     with SMCReader(copy) as reader:
         assert set(reader.get_FLAME(0)) == {"exp", "file"} and len(reader.oddities) == 1
-    assert "FLAME/2/a is no data set" in error(copy, lambda reader: reader.get_FLAME(2))
+    assert "no data set FLAME/2/a" in error(copy, lambda reader: reader.get_FLAME(2))
 
 
 @pytest.mark.parametrize(
@@ -928,8 +928,6 @@ SAMPLES = np.random.default_rng(3).integers(-(2**15), 2**15, (700, 2)).astype(np
         (SAMPLES[None], SAMPLES),
         (SAMPLES.astype(">i2"), SAMPLES),
         (SAMPLES.astype(np.int32) * 65536, SAMPLES.astype(np.int32) * 65536),
-        ((SAMPLES // 256 + 128).astype(np.uint8), SAMPLES // 256 * 256),
-        ((SAMPLES // 256).astype(np.int8), SAMPLES // 256 * 256),
         (SAMPLES / 32768, SAMPLES / 32768),
         ((SAMPLES / 32768).astype(np.float32).T, (SAMPLES / 32768).astype(np.float32)),
     ],
@@ -949,12 +947,6 @@ def test_sound_of_any_form_is_samples_by_channels(copy, stored, expected, rate):
         )
 
 
-def as_list_of_bytes(data):
-    array = np.empty(1, object)
-    array[0] = np.frombuffer(data, np.uint8)
-    return {"data": array, "dtype": h5py.vlen_dtype(np.uint8)}
-
-
 @pytest.mark.parametrize(
     "form",
     [
@@ -962,13 +954,9 @@ def as_list_of_bytes(data):
         lambda data: {"data": np.frombuffer(data, np.uint8)[:, None, None]},
         lambda data: {"data": np.frombuffer(data, np.uint8)[None], "chunks": (1, 100)},
         lambda data: {"data": np.frombuffer(data, np.int8)},
-        lambda data: {"data": np.void(data)},
-        lambda data: {"data": np.bytes_(data)},
-        lambda data: {"data": np.frombuffer(data, "S1")},
-        as_list_of_bytes,
     ],
 )
-def test_pictures_may_be_stored_as_any_type_of_bytes(copy, form):
+def test_pictures_may_be_stored_as_any_array_of_bytes(copy, form):
     with h5py.File(copy, "r+") as file:
         picture = file["Camera/25/color/0"][()].tobytes()
         del file["Camera/25/color/0"]
