@@ -1,5 +1,6 @@
 """Whatever ends a run, and when: the next one mends it, and nothing is marked done that is not on disk."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -139,6 +140,52 @@ def test_a_redo_killed_at_any_of_its_steps_never_loses_what_was_done(small_relea
 
     with ThreadPoolExecutor(2) as threads:
         list(threads.map(kill_and_run_again, sample(range(12), 2)))
+
+
+# Python runs this before the script, in all its processes: it writes down in which order things come onto the disk.
+NOTE_STEPS = """
+import builtins, ctypes, functools, os
+notes, write = os.open(os.environ["STEPS"], os.O_RDWR | os.O_CREAT | os.O_APPEND), os.write
+def noted(function, step):
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        result = function(*arguments, **options)
+        if name := step(*arguments):
+            write(notes, (name + " ").encode())
+        return result
+    return call
+os.rename = noted(os.rename, lambda old, new: "rename")
+os.pwrite = noted(os.pwrite, lambda *arguments: "row")
+os.fsync = noted(os.fsync, lambda *arguments: "fsync")
+os.unlink = noted(os.unlink, lambda path, *others: "delete" if str(path).endswith(".smc") else "")
+builtins.open = noted(open, lambda path, mode="r", *others: "file" if "x" in mode else "")
+class Library(ctypes.CDLL):
+    def __getitem__(self, name):
+        function = super().__getitem__(name)
+        return noted(function, lambda *arguments: "sync") if name == "syncfs" else function
+ctypes.CDLL = Library
+"""
+
+
+def test_each_step_is_on_the_disk_before_the_next_that_relies_on_it(small_release, tmp_path):
+    """The folder before it has its name, its name before the row, and the row before the SMC goes."""
+    workspace = new_workspace(tmp_path / "work", small_release)
+    workspace.write_config(extraction={"performances": ["s1_all"]})
+    (workspace.folder / "hook" / "sitecustomize.py").write_text(NOTE_STEPS)
+    steps = workspace.folder / "steps"
+    workspace.run(environment={"PYTHONPATH": str(workspace.folder / "hook"), "STEPS": str(steps)})
+    in_order = [step for step, _ in itertools.groupby(steps.read_text().split())]
+    assert in_order == ["file", "sync", "rename", "sync", "row", "fsync", "delete"]
+
+
+def test_a_folder_that_a_killed_run_was_replacing_comes_back(small_release, tmp_path):
+    """It is the only copy of what the manifest calls completed: nothing would bring it again."""
+    workspace = new_workspace(tmp_path / "work", small_release)
+    workspace.run()
+    before = workspace.tree()
+    workspace.path("0018", "s1_all").rename(workspace.path("0018", ".s1_all.old"))
+    workspace.run()
+    assert workspace.tree() == before and workspace.leftovers() == [] and len(workspace.rows) == 2
 
 
 @pytest.fixture(scope="module")
