@@ -653,6 +653,14 @@ def test_a_signal_to_all_processes_of_an_extraction_is_no_fault_of_the_file(long
     assert long_run.has_everything()
 
 
+def test_a_signal_that_reaches_an_extraction_is_left_to_the_run(long_run):
+    """Which has not got it, and goes on."""
+    run = long_run.start()
+    assert all(kill_extraction(run, number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    code, said = end_of(run)
+    assert code == 0 and long_run.has_everything(), said
+
+
 def test_a_hangup_ends_the_run_with_129_and_cleans_up(workspace, drive):
     gate = drive.gate("0018_s1_all_raw.smc", 1000)
     run = workspace.start(start_new_session=True)
@@ -703,7 +711,7 @@ class Popen(subprocess.Popen):
                 ends.wait()
         super().__init__(call, *arguments, **options)
     def kill(self):
-        if threading.current_thread() is threading.main_thread():  # which ends all downloads when the run ends
+        if len(copies) == 2 and threading.current_thread() is threading.main_thread():  # it ends all, and is at its end
             ends.set()
         super().kill()
 subprocess.Popen = Popen
