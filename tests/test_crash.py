@@ -262,6 +262,17 @@ def test_an_smc_that_is_whole_in_temp_is_not_downloaded_again(tmp_path, release)
     assert "Copied" not in log and workspace.states == {("0018", "s1_all"): "completed"} and workspace.leftovers() == []
 
 
+def test_an_smc_of_another_size_in_temp_is_downloaded_again(tmp_path, release):
+    """It is one that the remote had before, or a power failure has cut it."""
+    workspace = Workspace(tmp_path / "work", release)
+    workspace.write_config(extraction={"performances": ["s1_all"]})
+    held = workspace.folder / "temp_smc/0018/0018_s1_all_raw.smc"
+    held.parent.mkdir(parents=True)
+    held.write_bytes(workspace.smc("0018", "s1_all").read_bytes()[:-1000])
+    workspace.run()
+    assert workspace.has_everything() and len(workspace.rows) == 1
+
+
 def test_what_a_crash_left_of_a_finished_subject_is_cleaned_up(tmp_path, release):
     workspace = Workspace(tmp_path / "work", release)
     workspace.write_config(extraction={"performances": ["s1_all"]})
