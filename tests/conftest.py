@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,8 @@ def pytest_xdist_auto_num_workers():
 
 def pytest_configure(config):
     config.option.reportchars += "s"  # names what was skipped and why, in quiet mode too
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as for `pytest &` in a script; the runs would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(hookwrapper=True)

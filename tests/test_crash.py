@@ -1,5 +1,6 @@
 """Whatever ends a run, and when: the next one mends it, and nothing is marked done that is not on disk."""
 
+import itertools
 import os
 import shutil
 import signal
@@ -141,6 +142,52 @@ def test_a_redo_killed_at_any_of_its_steps_never_loses_what_was_done(small_relea
         list(threads.map(kill_and_run_again, sample(range(12), 2)))
 
 
+# Python runs this before the script, in all its processes: it writes down in which order things come onto the disk.
+NOTE_STEPS = """
+import builtins, ctypes, functools, os
+notes, write = os.open(os.environ["STEPS"], os.O_RDWR | os.O_CREAT | os.O_APPEND), os.write
+def noted(function, step):
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        result = function(*arguments, **options)
+        if name := step(*arguments):
+            write(notes, (name + " ").encode())
+        return result
+    return call
+os.rename = noted(os.rename, lambda old, new: "rename")
+os.pwrite = noted(os.pwrite, lambda *arguments: "row")
+os.fsync = noted(os.fsync, lambda *arguments: "fsync")
+os.unlink = noted(os.unlink, lambda path, *others: "delete" if str(path).endswith(".smc") else "")
+builtins.open = noted(open, lambda path, mode="r", *others: "file" if "x" in mode else "")
+class Library(ctypes.CDLL):
+    def __getitem__(self, name):
+        function = super().__getitem__(name)
+        return noted(function, lambda *arguments: "sync") if name == "syncfs" else function
+ctypes.CDLL = Library
+"""
+
+
+def test_each_step_is_on_the_disk_before_the_next_that_relies_on_it(small_release, tmp_path):
+    """The folder before it has its name, its name before the row, and the row before the SMC goes."""
+    workspace = new_workspace(tmp_path / "work", small_release)
+    workspace.write_config(extraction={"performances": ["s1_all"]})
+    (workspace.folder / "hook" / "sitecustomize.py").write_text(NOTE_STEPS)
+    steps = workspace.folder / "steps"
+    workspace.run(environment={"PYTHONPATH": str(workspace.folder / "hook"), "STEPS": str(steps)})
+    in_order = [step for step, _ in itertools.groupby(steps.read_text().split())]
+    assert in_order == ["file", "sync", "rename", "sync", "row", "fsync", "delete"]
+
+
+def test_a_folder_that_a_killed_run_was_replacing_comes_back(small_release, tmp_path):
+    """It is the only copy of what the manifest calls completed: nothing would bring it again."""
+    workspace = new_workspace(tmp_path / "work", small_release)
+    workspace.run()
+    before = workspace.tree()
+    workspace.path("0018", "s1_all").rename(workspace.path("0018", ".s1_all.old"))
+    workspace.run()
+    assert workspace.tree() == before and workspace.leftovers() == [] and len(workspace.rows) == 2
+
+
 @pytest.fixture(scope="module")
 def long_release(tmp_path_factory):
     """One performance whose extraction takes long enough to be interrupted."""
@@ -213,6 +260,17 @@ def test_an_smc_that_is_whole_in_temp_is_not_downloaded_again(tmp_path, release)
     workspace.run()
     log = next((workspace.folder / "logs").iterdir()).read_text()
     assert "Copied" not in log and workspace.states == {("0018", "s1_all"): "completed"} and workspace.leftovers() == []
+
+
+def test_an_smc_of_another_size_in_temp_is_downloaded_again(tmp_path, release):
+    """It is one that the remote had before, or a power failure has cut it."""
+    workspace = Workspace(tmp_path / "work", release)
+    workspace.write_config(extraction={"performances": ["s1_all"]})
+    held = workspace.folder / "temp_smc/0018/0018_s1_all_raw.smc"
+    held.parent.mkdir(parents=True)
+    held.write_bytes(workspace.smc("0018", "s1_all").read_bytes()[:-1000])
+    workspace.run()
+    assert workspace.has_everything() and len(workspace.rows) == 1
 
 
 def test_what_a_crash_left_of_a_finished_subject_is_cleaned_up(tmp_path, release):

@@ -96,13 +96,18 @@ def test_a_disk_that_is_full_when_the_row_is_written_leaves_no_half_row(tmp_path
     workspace.write_config(storage={"manifest": str(record / "MANIFEST.csv")}, extraction={"performances": ["s1_all"]})
     header = (SCRIPT.parent / "MANIFEST.csv").read_text()
     rows = [f"0077,s{n}_all,absent{',' * (header.count(',') - 2)}\n" for n in range(1000)]
-    while len(header) < 4096 - 40:  # the file's last block is full, so that a row needs another one
+    while len(header) < 4096 - 40:  # a row begins in the file's last block and ends in another one
         header += rows.pop()
     before = header.encode()
     (record / "MANIFEST.csv").write_bytes(before)
-    fill(record)
-    run = workspace.run(expect=3)
-    assert "Stopped" in run.err and (record / "MANIFEST.csv").read_bytes() == before
+    with open(record / "MANIFEST.csv") as manifest:
+        fcntl.flock(manifest, fcntl.LOCK_EX)  # the row waits until the disk is full
+        run = workspace.start()
+        wait_for(lambda: workspace.path("0018", "s1_all").exists() or run.poll() is not None)
+        fill(record)
+    said = run.communicate(timeout=120)[0]
+    assert run.returncode == 3 and "Stopped" in said and "MANIFEST.csv" in said, said
+    assert (record / "MANIFEST.csv").read_bytes() == before and workspace.path("0018", "s1_all").exists()
     (record / "filler").unlink()
     workspace.run()
     assert (record / "MANIFEST.csv").read_text().count("0018,s1_all,completed") == 1

@@ -1,6 +1,7 @@
 """Faults of the machine, the account and the network: they cost no data and no download, and no file is blamed."""
 
 import errno
+import fcntl
 import os
 import pty
 import resource
@@ -158,6 +159,21 @@ def test_min_free_gb_is_looked_at_while_rclone_writes(workspace, drive, small_di
     (disk / "filler").unlink()
     workspace.run()
     assert workspace.has_everything()
+
+
+def test_min_free_gb_is_looked_at_while_pictures_are_written(workspace, drive, small_disk):
+    disk = small_disk("disk", 10)
+    workspace.write_config(storage={"output_dir": str(disk), "min_free_gb": 0.005})
+    with open(workspace.manifest, "a") as manifest:
+        fcntl.flock(manifest, fcntl.LOCK_EX)  # the row of s1_all waits, and s3_all with it
+        run = workspace.start()
+        wait_for(lambda: workspace.path("0018", "s1_all").exists() or run.poll() is not None)
+        fill(disk, leave=3_000_000)
+    code, said = end_of(run)
+    assert code == 3 and "min_free_gb" in said and workspace.states == {("0018", "s1_all"): "completed"}
+    (disk / "filler").unlink()
+    workspace.run()
+    assert workspace.has_everything() and downloads(drive) == 2
 
 
 def test_two_runs_that_download_at_once_keep_min_free_gb_together(tmp_path, small_disk):
@@ -399,6 +415,28 @@ def test_a_file_that_is_damaged_on_the_remote_is_downloaded_once(tmp_path, three
         assert workspace.has_everything() and downloads(drive, damaged.name) == 3
 
 
+@pytest.mark.parametrize("change", ["bytes", "time"])
+def test_a_damaged_file_is_downloaded_again_when_its_size_or_its_time_is_another(tmp_path, three_subjects, change):
+    """Of a remote that knows no md5 without reading the files, which here is a folder."""
+    release = tmp_path / "release"
+    shutil.copytree(three_subjects, release)
+    workspace = Workspace(tmp_path / "work", release)
+    workspace.write_config(extraction={"performances": ["s1_all"]})
+    damaged = workspace.smc("0018", "s1_all")
+    size, time_ns = damaged.stat().st_size, damaged.stat().st_mtime_ns
+    healthy = damaged.read_bytes()
+    damaged.write_bytes(b"no HDF5".ljust(size if change == "time" else 1000))
+    os.utime(damaged, ns=(time_ns, time_ns))
+    for _ in range(2):
+        workspace.run(expect=1)
+        assert [row["status"] for row in workspace.rows] == ["failed"]
+    damaged.write_bytes(healthy)
+    time_ns += 10**9 if change == "time" else 0
+    os.utime(damaged, ns=(time_ns, time_ns))
+    workspace.run()
+    assert workspace.has_everything()
+
+
 # ---- the record
 
 
@@ -427,6 +465,19 @@ def test_folders_that_lack_something_asked_for_are_taken_over_and_then_completed
     workspace.write_config(extraction={"cameras": [0]})
     workspace.run()
     assert workspace.row("0018", "s3_all")["cameras"] == "0 25" and workspace.leftovers() == []
+
+
+def test_a_folder_that_says_it_is_of_another_performance_is_not_taken_over(workspace, drive):
+    """Somebody has copied s1_all to s3_all, and to another subject."""
+    workspace.write_config(extraction={"subjects": SUBJECTS[:2]})
+    workspace.run()
+    workspace.manifest.unlink()
+    for subject, performance in (("0018", "s3_all"), ("0019", "s1_all")):
+        shutil.rmtree(workspace.path(subject, performance))
+        shutil.copytree(workspace.path("0018", "s1_all"), workspace.path(subject, performance))
+    workspace.run()
+    assert workspace.has_everything() and downloads(drive) == 6
+    assert all(workspace.info(*which)["performance"] == which[1] for which in workspace.states)
 
 
 def test_a_manifest_that_excel_for_mac_has_saved_still_counts(workspace, drive):
@@ -602,6 +653,14 @@ def test_a_signal_to_all_processes_of_an_extraction_is_no_fault_of_the_file(long
     assert long_run.has_everything()
 
 
+def test_a_signal_that_reaches_an_extraction_is_left_to_the_run(long_run):
+    """Which has not got it, and goes on."""
+    run = long_run.start()
+    assert all(kill_extraction(run, number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    code, said = end_of(run)
+    assert code == 0 and long_run.has_everything(), said
+
+
 def test_a_hangup_ends_the_run_with_129_and_cleans_up(workspace, drive):
     gate = drive.gate("0018_s1_all_raw.smc", 1000)
     run = workspace.start(start_new_session=True)
@@ -637,3 +696,37 @@ def test_a_terminal_that_goes_away_does_not_end_the_run(workspace, drive):
     assert run.wait(timeout=300) == 0 and workspace.has_everything()
     (log,) = (workspace.folder / "logs").iterdir()
     assert "Summary" in log.read_text() and "Traceback" not in log.read_text()
+
+
+# Python runs this before the script: the second download does not start before the run ends.
+HOLD_SECOND_COPY = """
+import os, subprocess, threading
+ends, copies = threading.Event(), []
+class Popen(subprocess.Popen):
+    def __init__(self, call, *arguments, **options):
+        if "copy" in call:
+            copies.append(call)
+            if len(copies) == 2:
+                open(os.environ["HELD"], "w").close()
+                ends.wait()
+        super().__init__(call, *arguments, **options)
+    def kill(self):
+        if len(copies) == 2 and threading.current_thread() is threading.main_thread():  # it ends all, and is at its end
+            ends.set()
+        super().kill()
+subprocess.Popen = Popen
+"""
+
+
+def test_a_download_that_starts_while_the_run_ends_is_ended_too(workspace, drive, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(HOLD_SECOND_COPY)
+    workspace.write_config(extraction={"subjects": SUBJECTS[:2]})
+    gate = drive.gate("0019_s1_all_raw.smc", 1000)  # else a download that goes on would come to its end
+    run = workspace.start(environment={"PYTHONPATH": str(tmp_path), "HELD": str(tmp_path / "held")})
+    wait_for(lambda: (tmp_path / "held").exists() or run.poll() is not None)
+    run.send_signal(signal.SIGTERM)
+    code, said = end_of(run)
+    assert code == 143 and downloads(drive, "0019*") == 0 and "failed" not in workspace.states.values(), said
+    gate.release()
+    workspace.run()
+    assert workspace.has_everything()

@@ -82,9 +82,11 @@ def test_a_row_that_is_torn_or_holds_no_more_is_done_again(one, content):
 
 
 def test_a_torn_row_takes_nothing_else_with_it(workspace):
+    """Nothing of it stays behind the shorter one that is written in its place."""
     workspace.write_config(extraction={"performances": ["s1_all", "s2_all"]})
-    workspace.manifest.write_text(f'{HEADER}\n{DONE}\n0018,s2_all,failed,,,,2026,"an error with, a quo')
+    workspace.manifest.write_text(f'{HEADER}\n{DONE}\n0018,s2_all,failed,,,,2026,"{"an error with, a quo" * 50}')
     workspace.run()
+    assert "an error" not in workspace.manifest.read_text()
     assert [(row["performance"], row["status"]) for row in workspace.rows] == [
         ("s1_all", "completed"),
         ("s2_all", "completed"),

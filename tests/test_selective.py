@@ -22,6 +22,7 @@ import pytest
 import synthetic_release
 from conftest import DriveWorkspace, Workspace, wait_for
 from fake_drive import FakeDrive
+from machine import fill
 
 MB = 1e6
 VIEWS = list(synthetic_release.S3_VIEWS)
@@ -278,6 +279,21 @@ def test_a_remote_that_is_no_drive(workspace):
     assert done.out.count("fetched") == 1  # the other five have camera 25 only
     assert workspace.tree() == full
     assert workspace.leftovers() == []
+
+
+def test_min_free_gb_is_looked_at_while_parts_come(small, small_disk):
+    disk = small_disk("disk", 20)
+    small.write_config(storage={"temp_dir": str(disk / "temp"), "min_free_gb": 0.01})
+    gate = small.drive.gate("*s1_all*", 4096)
+    run = small.start()
+    gate.wait()
+    fill(disk, leave=6_000_000)
+    gate.release()
+    said = run.communicate(timeout=120)[0]
+    assert run.returncode == 3 and "min_free_gb" in said and small.rows == [], said
+    (disk / "filler").unlink()
+    small.run()
+    assert set(small.states.values()) == {"completed"} and small.leftovers() == []
 
 
 def test_a_whole_smc_in_temp_dir_is_used(small):
