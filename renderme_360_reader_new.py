@@ -788,7 +788,7 @@ def _as_kind(value, kind: type):
     text = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
     if not isinstance(value, (str, bytes, int, float)) or kind is not str and not math.isfinite(float(text)):
         raise ValueError(f"it is {value!r:.50}")
-    return text.encode("utf-8", "replace").decode() if kind is str else kind(float(text))
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if kind is str else kind(float(text))
 
 
 def printable(text: str, longest: int = 60) -> str:
