@@ -1808,6 +1808,606 @@ def cpu_limit(size: int, full: bool = False) -> int:
     return 60 + size // 1_000_000 if full else 4 + size // 20_000_000
 
 
+# ---------------------------------------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class Job:
+    """A performance that is asked for: its SMC file on the remote (or its two), and what to take out of it.
+
+    state: "done", "to do", "absent" (from the remote), "failed" (before, and the file is the same), or "refused" (it
+    cannot be downloaded). reason: why it is to be done again, or why not."""
+
+    subject: str
+    performance: str
+    files: tuple[RemoteFile, ...]
+    cameras: frozenset[int] | None  # None: all
+    modalities: tuple[str, ...]
+    selection: int = 0  # bytes that a selective download of it is expected to bring; 0 for whole files
+    state: str = "to do"
+    reason: str = ""
+
+    @property
+    def bytes(self) -> int:
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def temp_bytes(self) -> int:
+        """Return about what it takes in temp_dir."""
+        return (self.selection or self.bytes) if self.state == "to do" else 0
+
+    @property
+    def smc_id(self) -> str:
+        return " ".join(file.id for file in self.files)
+
+    def temp_paths(self, config: Config) -> list[Path]:
+        return [config.temp_dir / file.path for file in self.files]
+
+    def __str__(self):
+        return f"{self.subject} {self.performance}"
+
+
+class Download(NamedTuple):
+    """What became of a job's files: they are in temp_dir as they are on the remote now, or there is an error.
+
+    bytes, seconds: what came, and how long it took; blocks: see SelectedFile."""
+
+    files: tuple[RemoteFile, ...]
+    error: Exception | None = None
+    bytes: int = 0
+    seconds: float = 0.0
+    blocks: tuple[bytes, ...] | None = None
+
+
+def plan_subject(config: Config, manifest: Manifest, subject: str, listing: Listing) -> list[Job]:
+    """Return the jobs of a subject in the order of the config."""
+    found = listing.subjects.get(subject, {})
+    jobs = []
+    for name in config.performances or sorted({*found, *manifest.asked_performances(subject)}):
+        refused = listing.refused.get((subject, name)) or listing.refused.get((subject, ""), "")
+        jobs.append(plan_job(config, manifest, subject, name, found.get(name, ()), refused))
+    return jobs
+
+
+def plan_job(config: Config, manifest: Manifest, subject: str, performance: str, files: tuple, refused: str) -> Job:
+    """Return what is to be done of a performance, and why. refused: why its files cannot be downloaded."""
+    job = Job(subject, performance, files, *add_extracted(manifest, subject, performance))
+    row = manifest.rows.get((subject, performance), dict.fromkeys(COLUMNS, ""))
+    half = is_half(row) and len(files) == 2  # the other file of a pair has come
+    if manifest.is_done(subject, performance) and not half:
+        return replace(job, state="done")
+    if refused:
+        return replace(job, state="refused", reason=refused)
+    if not files:
+        return replace(job, state="absent", reason="absent from the remote")
+    same = row["smc_id"] == job.smc_id and row["smc_bytes"] == str(job.bytes)
+    if row["status"] == "failed" and same and not config.redo:
+        return replace(job, state="failed", reason=row["error"])
+    if config.download == "selective" and not takes_all_views(config, job) and not is_downloaded(config, job):
+        job = replace(job, selection=expected_bytes(config, job))
+    if job.temp_bytes > config.max_temp_size_gb * GB:
+        least = f"set storage.max_temp_size_gb to at least {math.ceil(job.temp_bytes / 1e6) / 1000:g}"
+        return replace(job, state="refused", reason=f"{format_size(job.temp_bytes)} do not fit into temp_dir: {least}")
+    last = "" if row["status"] in ("", "completed") else f"last time: {row['status'].replace('_', ' ')}"
+    more = "more cameras or modalities are asked for" if row["status"] == "completed" else last
+    return replace(job, reason="--redo" if config.redo else "the other file of the pair has come" if half else more)
+
+
+def add_extracted(manifest: Manifest, subject: str, performance: str) -> tuple[frozenset[int] | None, tuple[str, ...]]:
+    """Return (cameras, modalities) to extract: those asked for, and those that were, which no rerun takes away."""
+    asked, modalities = manifest.config.asked_cameras(performance), set(manifest.config.modalities)
+    row, folder = manifest.completed.get((subject, performance), {}), manifest.config.folder_of(subject, performance)
+    if asked is not None:
+        paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in PER_CAMERA))
+        asked |= parse_numbers(row.get("cameras", "")) | {int(path.name[4:6]) for path in paths}
+    modalities |= {*row.get("modalities", "").split(), *modalities_in(folder)}
+    return asked, tuple(name for name in WRITERS if name in modalities)
+
+
+def is_downloaded(config: Config, job: Job) -> bool:
+    """Return whether its files are whole in temp_dir: rclone gives a file its name when all of it has come."""
+    return all(has_size(path, file.bytes) for path, file in zip(job.temp_paths(config), job.files))
+
+
+def has_size(path: Path, size: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return path.lstat().st_size == size
+    return False
+
+
+class Plan(NamedTuple):
+    """What is asked for, from one look at the remote: {subject: its jobs in the order of the config}."""
+
+    config: Config  # with its subjects named
+    listing: Listing
+    subjects: dict[str, list[Job]]
+
+    def jobs(self, *states: str) -> list[Job]:
+        """Return the jobs of all subjects that are in one of the states; without any, all of them."""
+        return [job for job in itertools.chain(*self.subjects.values()) if not states or job.state in states]
+
+    def output_bytes(self) -> int:
+        """Return about how many bytes the run will write to output_dir."""
+        return sum(expected_bytes(self.config, job) for job in self.jobs("to do"))
+
+
+def make_plan(config: Config, manifest: Manifest, remote: Remote) -> Plan:
+    """Return the whole plan. Raise ConfigError where the set-up is wrong, StopEarly where the remote does not answer."""
+    listing, subjects = Listing({}, [], {}), config.subjects
+    manifest.adopt_folders(subjects or [])
+    if subjects is None or any(map(manifest.has_work, subjects)):
+        listing = remote.list_release(subjects and [subject for subject in subjects if manifest.has_work(subject)])
+        check_setup(config, remote, listing)
+    if subjects is None:
+        config = replace(config, subjects=sorted(listing.subjects))
+        manifest.adopt_folders(config.subjects)
+    return Plan(config, listing, {name: plan_subject(config, manifest, name, listing) for name in config.subjects})
+
+
+def check_setup(config: Config, remote: Remote, listing: Listing):
+    """Raise ConfigError where nothing that is asked for can be there, with what is there instead."""
+    if not listing.subjects:
+        names = remote.list_root()
+        subjects = [name[:-1] for name in names if SUBJECT.fullmatch(name[:-1])]
+        cure = "take the id of the folder that holds 0018, 0019, …"
+        if config.layout == "single" and {"raw/", "anno/"} & set(names):
+            cure = "google_drive.layout: pair?"
+        elif config.layout == "pair" and subjects:
+            cure = "google_drive.layout: single?"
+        elif any(map(SMC_NAME.fullmatch, names)):
+            cure = "this is the folder of one subject; take the id of the folder above"
+        elif subjects:
+            near = difflib.get_close_matches(config.subjects[0], subjects, 1, 0.5) or subjects[:1]
+            cure = f"no subject {' '.join(config.subjects[:5])}; did you mean {near[0]}?"
+        has = textwrap.shorten(printable(", ".join(names), 1000), 90, placeholder=" …") or "nothing"
+        place = f"{config.path}: google_drive.root_folder_id: the folder"
+        raise ConfigError(f"{place} has none of the asked-for subjects. It has {has}: {cure}")
+    known = {*KNOWN_PERFORMANCES, *itertools.chain(*listing.subjects.values())}
+    for name in config.performances or ():
+        if name not in known and not is_known_performance(name):
+            asked = f"extraction.performances, --performance: no subject has {name!r}, and nor has the data set"
+            raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
+
+
+def announce(plan: Plan) -> list[str]:
+    """Say what a run has before it, and return the warnings."""
+    config, waiting = plan.config, plan.jobs("to do")
+    states = collections.Counter(job.state for job in plan.jobs())
+    counts = [f"{states[state]} {state}" for state in ("done", "to do", "absent", "failed", "refused") if states[state]]
+    whole = f"{count_of(len(plan.subjects), 'subject')}, {count_of(len(plan.jobs()), 'performance')}"
+    size = sum(job.temp_bytes for job in waiting if not is_downloaded(config, job))
+    log.info("%s: %s; %s to download", whole, ", ".join(counts), format_size(size))
+    if waiting:
+        subjects = len({job.subject for job in waiting})
+        room = max(0, measure_free(config.output_dir) - config.min_free_gb * GB)
+        fits = int(room * subjects / max(1, plan.output_bytes()))
+        fits = f"about {count_of(fits, 'subject')}" if fits < subjects else "all of it"
+        free = [format_size(measure_free(folder)) for folder in (config.output_dir, config.temp_dir)]
+        log.info("output_dir has %s free, room for %s; temp_dir has %s free", free[0], fits, free[1])
+    doubts = find_doubts(plan)
+    for number, doubt in enumerate(doubts):
+        log.log(logging.WARNING if number < 10 else logging.DEBUG, "warning: %s", doubt)
+    return doubts
+
+
+def find_doubts(plan: Plan) -> list[str]:
+    """Return what may not be meant in a set-up that can be carried out."""
+    config, waiting, doubts = plan.config, plan.jobs("to do"), list(plan.listing.oddities)
+    for subject, jobs in plan.subjects.items():
+        if subject not in plan.listing.subjects and {job.state for job in jobs} == {"absent"}:
+            doubts.append(f"subject {subject} has no folder on the remote")
+    twins = plan.listing.refused.values()  # said already
+    doubts += [f"{job}: {job.reason}" for job in plan.jobs("refused") if job.reason not in twins]
+    for name in dict.fromkeys(job.performance for job in waiting):
+        asked, views = config.asked_cameras(name), expected_views(config, name)
+        blind = set() if asked is None or "images" not in config.modalities else asked - views
+        if blind and (blind == asked or name == "s3_all"):
+            cameras = f"camera {format_numbers(blind)}, which is asked for; only of {format_numbers(views)}"
+            doubts.append(f"{name} has no pictures of {cameras}")
+    total, selected = sum(job.bytes for job in waiting), plan.output_bytes()
+    if config.download == "full" and selected < 0.8 * total:
+        sizes = f"{format_size(selected)} instead of {format_size(total)}"
+        doubts.append(f"google_drive.download: selective would download about {sizes} for these choices")
+    return doubts
+
+
+def measure_free(folder: Path) -> int:
+    """Return the bytes that are free on the disk of a folder, which may have to be made yet."""
+    return shutil.disk_usage(nearest_folder(folder)).free
+
+
+class Console(logging.Handler):
+    """Messages as plain lines: on stdout, warnings and errors on stderr, above the bars if there are any."""
+
+    last, bars = time.monotonic(), False  # when the last message was; whether bars are shown
+
+    def emit(self, record):
+        stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
+        self.last = time.monotonic()
+        try:
+            erase = "\x1b[J" if self.bars and stream.isatty() else ""  # what the terminal has echoed, such as ^C
+            tqdm.write(erase + self.format(record), file=stream)
+            stream.flush()
+        except OSError:  # a reader such as `head` or the terminal has gone, which is no reason to stop
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Progress:
+    """How far a run is: three bars on a terminal (download, extraction, the whole run), elsewhere a line per subject;
+    and a line a minute while nothing else is said."""
+
+    def __init__(self, console: Console):
+        self.console, self.state, self.trouble = console, "listing the remote", ""
+        self.total = self.fetched = self.finished = 0  # bytes to come, bytes that came, subjects
+        self.over: dict[str, int] = {}  # bytes of each subject that have come, or will not come any more
+        threading.Thread(target=self.say_each_minute, daemon=True).start()
+
+    def say_each_minute(self):
+        while True:
+            time.sleep(1)
+            if time.monotonic() - self.console.last > MINUTE_S:
+                log.info("%s%s", self.state, f"; rclone: {self.trouble}" if self.trouble else "")
+                self.trouble = ""
+
+    @contextlib.contextmanager
+    def run(self, plan: Plan) -> Iterator[None]:
+        """Show a run."""
+        self.begin, self.subjects = time.monotonic(), len(plan.subjects)
+        self.total = sum(job.temp_bytes for job in plan.jobs())
+        columns, lines = narrow_shape()
+        options = {
+            "leave": False,
+            "disable": None,
+            "mininterval": 0.2,
+            "unit_scale": True,
+            "ncols": columns,
+            "nrows": lines,
+        }
+        whole = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
+        titles = [("download", "{desc}", "B"), ("extraction", "{desc}", " pictures"), ("run", whole, "B")]
+        self.bars = [
+            tqdm(desc=title, bar_format=form, unit=unit, total=self.total, position=position, **options)
+            for position, (title, form, unit) in enumerate(titles)
+        ]
+        for shown in self.bars:
+            shown.dynamic_ncols = narrow_shape
+        self.console.bars = not self.bars[0].disable
+        if not self.console.bars:
+            self.console.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%a %H:%M:%S"))
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # the terminal has gone
+                for shown in reversed(self.bars):
+                    shown.close()
+                print(end="\r\x1b[J" if self.console.bars else "", file=sys.stderr, flush=True)
+            self.console.bars = False
+            self.console.setFormatter(None)
+
+    def restart_bar(self, shown: tqdm, title: str, total: int):
+        shown.bar_format = None
+        shown.set_description(title, refresh=False)
+        shown.reset(total)
+
+    @contextlib.contextmanager
+    def download(self, jobs: list[Job]) -> Iterator[Callable]:
+        """Show a download. Give what to call with done=n for n bytes that have come of it."""
+        subject, total = jobs[0].subject, sum(job.temp_bytes for job in jobs)
+        begin, before = time.monotonic(), self.fetched
+        log.info("%s: downloading %s, %s", subject, " ".join(job.performance for job in jobs), format_size(total))
+        self.restart_bar(self.bars[0], f"{subject} download", total)
+
+        def update(done: int):
+            self.fetched = before + done
+            self.bars[0].update(min(done, total) - self.bars[0].n)
+            seconds = max(time.monotonic() - begin, 0.001)
+            speed = f"in {format_duration(seconds)} ({format_size(done / seconds)}/s)"
+            self.state = f"{subject}: downloaded {format_size(done)} of {format_size(total)} {speed}"
+            self.show_whole(done)
+
+        yield update
+        self.over[subject] = self.over.get(subject, 0) + total
+        log.info("%s", self.state)
+
+    def extraction(self, job: Job) -> Callable:
+        """Show an extraction. Return what to call with pictures=n for n more, total=n for all."""
+
+        def update(pictures: int = 0, total: int | None = None):
+            if total is not None:
+                self.restart_bar(self.bars[1], str(job), total)
+            self.bars[1].update(pictures)
+
+        return update
+
+    def show_whole(self, done: int = 0) -> str:
+        """Show the whole run, given the bytes that have come of a download. Return how far it is, in words."""
+        over, rate = sum(self.over.values()) + done, self.fetched / (time.monotonic() - self.begin)
+        text = f"subject {min(self.finished + 1, self.subjects)} of {self.subjects}"
+        if rate:
+            end = datetime.now() + timedelta(seconds=max(0, self.total - over) / rate)
+            text += f", {format_size(rate)}/s, ends {end:%a %d %b %H:%M}"
+        self.bars[2].set_postfix_str(text, refresh=False)
+        self.bars[2].update(min(over, self.total) - self.bars[2].n)
+        return f"{100 * over / max(1, self.total):.0f} % of {format_size(self.total)}, {text}"
+
+    def finish_subject(self, subject: str, planned: list[Job]):
+        """Count a subject as over, whatever became of it, and say so where there are no bars."""
+        self.over[subject] = sum(job.temp_bytes for job in planned)
+        text = self.show_whole()
+        self.finished += 1
+        if self.over[subject] and not self.console.bars:
+            log.info("%s: finished; %s", subject, text)
+
+
+def narrow_shape(stream=None) -> tuple[int, int]:
+    """Return the columns and lines for bars on a terminal: so many that a ^C beside them wraps no line."""
+    columns, lines = shutil.get_terminal_size()
+    return columns - 4, lines
+
+
+class Summary:
+    """What a run did, for its end. `totals` counts the performances of each status, and adds up what they took."""
+
+    def __init__(self, plan: Plan, doubts: list[str]):
+        self.begin = time.monotonic()
+        self.totals: collections.Counter[str] = collections.Counter()
+        again = "failed before, and the file is the same (--redo tries it again): "
+        self.failures = [f"{job}: {again}{job.reason}" for job in plan.jobs("failed")]
+        self.warnings = dict.fromkeys(doubts)
+
+    def include(self, job: Job, download: Download, row: dict, info: dict | None):
+        """Count a performance and say how it went."""
+        self.totals.update({row["status"]: 1, "fetched": download.bytes, "download_s": download.seconds})
+        if info:
+            self.totals.update(frames=row["frames"], bytes=info["bytes"], extract_s=row["extract_s"])
+            frames = f"{row['frames']} frames of {count_of(len(info['cameras']), 'camera')}"
+            size, duration = format_size(info["bytes"]), format_duration(row["extract_s"])
+            log.info("%s: %s, %s in %s", job, frames, size, duration)
+            if absent := (job.cameras or set()) - set(info["cameras_available"]):
+                log.debug("%s: the file has no pictures of the cameras %s", job, format_numbers(absent))
+            for message in [f"{job}: {note}" for note in info["notes"]] + info["oddities"]:
+                if message not in self.warnings:
+                    log.warning("warning: %s", message)
+                self.warnings[message] = None
+        elif row["status"] == "absent":
+            log.info("%s: absent from the remote", job)
+        else:
+            self.failures.append(f"{job}: {row['status'].replace('_', ' ')}: {row['error']}")
+            log.error("%s", self.failures[-1])
+
+    def write(self, config: Config, manifest: Manifest):
+        """Say at the end of a run: counts, sizes, times, and each warning once."""
+        manifest.refresh()
+        totals, size = self.totals, format_size(self.totals["bytes"])
+        asked = [(subject, name) for subject in config.subjects for name in manifest.asked_performances(subject)]
+        done = [key for key in asked if manifest.is_done(*key)]
+        gone = sum(not config.folder_of(*key).exists() for key in done)
+        lines = ["", f"Summary after {format_duration(time.monotonic() - self.begin)}"]
+        lines.append(f"  completed   {totals['completed']:5d}   {totals['frames']} frames, {size}")
+        lines.append(f"  failed      {len(self.failures):5d}")
+        lines.append(f"  absent      {totals['absent']:5d}")
+        lines.append(f"  downloaded  {format_size(totals['fetched'])} in {format_duration(totals['download_s'])}")
+        lines.append(f"  extracted   {size} in {format_duration(totals['extract_s'])}")
+        lines.append(f"  done        {len(done):5d} of {len(asked)} asked for")
+        lines += [f"                    {gone} of them no longer in {config.output_dir.name}"] if gone else []
+        for title, messages in (("Failed", self.failures), ("Warnings", list(self.warnings))):
+            lines += [title, *(f"  - {message}" for message in messages[:10])] if messages else []
+            lines += [f"  and {len(messages) - 10} more, in the log"] if len(messages) > 10 else []
+        for line in lines:
+            log.info("%s", line)
+
+
+def take_subjects(config: Config, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
+    """Yield each subject once it is ours. Those that another process holds come last: when it has let go of them, there
+    is nothing left to do, or else it died."""
+    passed: list[str] = []
+    for subject in itertools.chain(config.subjects, passed):
+        while not (ours := locks.take(subject)) and subject in passed and not remote.stopped:
+            time.sleep(0.5)
+        if ours:
+            yield subject
+        elif subject not in passed:
+            log.info("%s: another process is working on it", subject)
+            passed.append(subject)
+
+
+def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job] = ()) -> str | None:
+    """Return why these jobs are too much beside those in temp_dir, or None."""
+    coming = sum(job.temp_bytes for job in jobs if not is_downloaded(config, job))
+    total = sum(job.temp_bytes for job in itertools.chain(jobs, in_temp))
+    if total > config.max_temp_size_gb * GB:
+        return f"{config.temp_dir} would hold {format_size(total)}, more than storage.max_temp_size_gb"
+    needs = {config.temp_dir: coming, config.output_dir: total}
+    if nearest_folder(config.temp_dir).stat().st_dev == nearest_folder(config.output_dir).stat().st_dev:
+        needs = {config.output_dir: coming + total}
+    for folder, need in needs.items():
+        if need and measure_free(folder) - need < config.min_free_gb * GB:
+            disk = f"the disk of {folder} has {format_size(measure_free(folder))} free"
+            keeps = f"storage.min_free_gb keeps {config.min_free_gb:g} GB free"
+            advice = "Move finished subjects away, then run the same command again"
+            return f"{disk}: {jobs[-1]} would need {format_size(need)} of them, and {keeps}. {advice}"
+    return None
+
+
+def wait_for_room(config: Config, remote: Remote, jobs: list[Job], in_temp: set[Job]) -> list[Job]:
+    """Return the first of some jobs, as many as there is room for: where there is none, after an extraction."""
+    while not remote.stopped:
+        extracting = set(in_temp)  # asked first: what is deleted from now on makes room
+        for count in range(len(jobs), 0, -1):
+            if not lack_of_room(config, jobs[:count], extracting):
+                return jobs[:count]
+        if not extracting:
+            raise StopEarly(lack_of_room(config, jobs[:1]))
+        time.sleep(0.1)
+    return jobs
+
+
+def download(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
+    """Bring the files of some jobs to temp_dir. Return what became of each, as it is on the remote now; those that were
+    not tried because the remote refuses all are left out. Raise StopEarly or OSError for what is no file's fault."""
+    found = {}
+    for job in jobs:
+        if job.state != "to do":
+            status = "absent" if job.state == "absent" else "download_failed"
+            found[job] = Download(job.files, RemoteError(job.reason, status))
+        elif is_downloaded(remote.config, job):
+            found[job] = Download(job.files)
+    if waiting := [job for job in jobs if job not in found]:
+        with remote.progress.download(waiting) as update:
+
+            def update_all(done: int):
+                update(done + sum(each.bytes for each in found.values()))
+
+            whole, selective = ([job for job in waiting if bool(job.selection) == chosen] for chosen in (False, True))
+            while whole and not remote.refuses_all():
+                found.update(copy_whole(remote, whole, update_all))
+                whole = [job for job in whole if job not in found]
+            for job in selective:
+                if not remote.stopped and not remote.refuses_all():
+                    found[job] = fetch_selected(remote, job, update_all)
+            update_all(0)
+    return {replace(job, files=found[job].files): found[job] for job in jobs if job in found}
+
+
+def copy_whole(remote: Remote, jobs: list[Job], progress: Callable) -> dict[Job, Download]:
+    """Copy the files of some jobs with one call of rclone. A used-up quota ends it for all files: the jobs that were not
+    tried are left out then."""
+    begin, found, refused = time.monotonic(), {}, []
+    paths = {file: remote.config.temp_dir / file.path for job in jobs for file in job.files}
+    missing = [file for file, path in paths.items() if not has_size(path, file.bytes)]
+    for file in missing:
+        remove(paths[file])
+    md5s, errors = remote.copy(missing, progress)
+    quota = {path for path, error in errors.items() if re.search(MESSAGES["quota"], error)}
+    for job in jobs:
+        absent = [file for file in job.files if not paths[file].is_file()]
+        absent.sort(key=lambda file: file.path not in errors)
+        if not absent:
+            files = tuple(update_file(file, paths[file].stat().st_size, md5s.get(file.path)) for file in job.files)
+            came = sum(file.bytes for file in job.files if file in missing)
+            seconds = (time.monotonic() - begin) * came / max(1, sum(file.bytes for file in missing))
+            found[job] = Download(files, None, came, seconds)
+        elif not quota or absent[0].path in quota:
+            reason = errors.get(absent[0].path) or errors.get("") or "rclone did not bring it, and did not say why"
+            error = remote.explain(absent[0], reason)
+            refused += [error] if error.status == "quota_exceeded" or "googleapi: Error 5" in str(error) else []
+            found[job] = Download(job.files, error)
+    remote.note_refusals(refused, came=any(each.error is None for each in found.values()))
+    return found
+
+
+def update_file(file: RemoteFile, size: int, md5: str | None) -> RemoteFile:
+    """Return a file as it was downloaded: the listing may be days old. md5: None if it was there already."""
+    return file._replace(bytes=size, md5=md5, id=md5) if file.md5 and md5 else file._replace(bytes=size)
+
+
+def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: SubjectLocks, in_temp: set) -> Iterator:
+    """Yield (subject, {job: its download}, whether these are its last), for as many jobs of a subject at a time as there
+    is room for. Raise StopEarly where going on makes no sense.
+
+    in_temp: the jobs that were yielded and are not extracted yet; who takes them removes them."""
+    config = plan.config
+    for subject in take_subjects(config, remote, locks):
+        for row in [row for key, row in manifest.found.items() if key[0] == subject]:
+            log.info("%s %s: taken over from its folder", subject, row["performance"])
+            manifest.append(row)
+        jobs = plan_subject(config, manifest, subject, plan.listing)
+        jobs = [job for job in jobs if job.state not in ("done", "failed")]
+        if not jobs:
+            locks.release(subject)
+            remote.progress.finish_subject(subject, plan.subjects[subject])
+        while jobs:
+            downloads = download(remote, wait_for_room(config, remote, jobs, in_temp))
+            in_temp.update(downloads)
+            jobs = [job for job in jobs if job.performance not in {each.performance for each in downloads}]
+            yield subject, downloads, not jobs
+            if remote.refuses_all():
+                raise StopEarly(remote.describe_refusals())
+
+
+def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
+    """Yield each item while a thread computes the next one."""
+    end = object()
+    coming = thread.submit(next, items, end)
+    while (item := coming.result()) is not end:
+        coming = thread.submit(next, items, end)
+        yield item
+
+
+def extract_job(config: Config, job: Job, download: Download, children: ForkServer, progress: Progress) -> tuple:
+    """Extract a job and put its folder in place. Return its row for the manifest, and its info.json (None where it
+    failed). Raise OSError or StopEarly for what is not the file's fault: there is no row then, and the SMC stays."""
+    begin, error, info = time.monotonic(), download.error, None
+    partial, folder = config.partial_of(job.subject, job.performance), config.folder_of(job.subject, job.performance)
+    try:
+        if error is None:
+            info = extract_in_child(job, config, download.blocks, children, progress)
+            put_in_place(partial, folder)
+    except SMCError as failure:
+        error = failure
+    except FetchError as failure:
+        error = RemoteError(str(failure))
+    if error is None:
+        absent = {"raw", "anno"} - {file.path.partition("/")[0] for file in job.files}
+        if config.layout == "pair" and absent:
+            info["notes"].append(f"absent from the remote, and looked for again: the file {absent.pop()}")
+        row = completed_row(info, config.modalities)
+    else:
+        remove(partial)
+        row = {"status": getattr(error, "status", "failed"), "error": str(error)}
+    row.update(subject=job.subject, performance=job.performance, modalities=" ".join(job.modalities))
+    row.update(smc_bytes=job.bytes, smc_id=job.smc_id, download_s=round(download.seconds, 2))
+    return {**row, "extract_s": round(time.monotonic() - begin, 2)}, info
+
+
+def delete_smc(config: Config, job: Job):
+    for path in job.temp_paths(config):  # and what else begins with its name: see SelectedFile
+        for each in list_paths(path.parent, f"{glob.escape(path.name)}*"):
+            remove(each)
+
+
+def open_log(config: Config) -> Path:
+    """Send messages to a file of this run too."""
+    path = config.log_dir / f"extract_{datetime.now():%Y%m%d_%H%M%S}_{socket.gethostname()}_{os.getpid()}.log"
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
+    log.addHandler(handler)
+    logging.raiseExceptions = False  # a log that no longer fits on the disk is no reason to print a traceback
+    return path
+
+
+def run(config: Config, manifest: Manifest, remote: Remote, children: ForkServer) -> int:
+    """Download, extract, note and delete, subject by subject. Return the exit code."""
+    config.check_folders()
+    plan, progress = make_plan(config, manifest, remote), remote.progress
+    for folder in (config.temp_dir, config.output_dir, config.log_dir, manifest.path.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    log_file = open_log(config)
+    manifest.upgrade()
+    summary, locks, in_temp = Summary(plan, announce(plan)), SubjectLocks(config, manifest), set()
+    try:
+        with progress.run(plan), ThreadPoolExecutor(1) as thread, remote:
+            turns = download_in_turns(plan, manifest, remote, locks, in_temp)
+            for subject, downloads, last in one_ahead(turns, thread):
+                for job, download in downloads.items():
+                    row, info = extract_job(config, job, download, children, progress)
+                    manifest.append(row)
+                    if not isinstance(download.error, RemoteError):  # else one file of a pair may have come
+                        delete_smc(config, job)
+                    in_temp.discard(job)
+                    summary.include(job, download, row, info)
+                if last:
+                    locks.release(subject)
+                    progress.finish_subject(subject, plan.subjects[subject])
+    finally:
+        for subject in list(locks.held):
+            with contextlib.suppress(OSError):  # what ends the run is said already
+                locks.release(subject)
+        summary.write(plan.config, manifest)
+        log.info("The log is %s", log_file)
+    return 1 if summary.failures else 0
+
+
 # ---------------------------------------------------------------------------------------------- looking without doing
 
 
@@ -2504,606 +3104,6 @@ def colmap_pose(camera_to_world: np.ndarray) -> str:
     angle = np.linalg.norm(vector)
     axis = vector / 2 * np.sinc(angle / (2 * np.pi))  # of length sin(angle / 2), also where the angle is 0
     return " ".join(map(repr, [math.cos(angle / 2), *axis.tolist(), *(-rotation @ camera_to_world[:3, 3]).tolist()]))
-
-
-# ---------------------------------------------------------------------------------------------- the run
-
-
-@dataclass(frozen=True)
-class Job:
-    """A performance that is asked for: its SMC file on the remote (or its two), and what to take out of it.
-
-    state: "done", "to do", "absent" (from the remote), "failed" (before, and the file is the same), or "refused" (it
-    cannot be downloaded). reason: why it is to be done again, or why not."""
-
-    subject: str
-    performance: str
-    files: tuple[RemoteFile, ...]
-    cameras: frozenset[int] | None  # None: all
-    modalities: tuple[str, ...]
-    selection: int = 0  # bytes that a selective download of it is expected to bring; 0 for whole files
-    state: str = "to do"
-    reason: str = ""
-
-    @property
-    def bytes(self) -> int:
-        return sum(file.bytes for file in self.files)
-
-    @property
-    def temp_bytes(self) -> int:
-        """Return about what it takes in temp_dir."""
-        return (self.selection or self.bytes) if self.state == "to do" else 0
-
-    @property
-    def smc_id(self) -> str:
-        return " ".join(file.id for file in self.files)
-
-    def temp_paths(self, config: Config) -> list[Path]:
-        return [config.temp_dir / file.path for file in self.files]
-
-    def __str__(self):
-        return f"{self.subject} {self.performance}"
-
-
-class Download(NamedTuple):
-    """What became of a job's files: they are in temp_dir as they are on the remote now, or there is an error.
-
-    bytes, seconds: what came, and how long it took; blocks: see SelectedFile."""
-
-    files: tuple[RemoteFile, ...]
-    error: Exception | None = None
-    bytes: int = 0
-    seconds: float = 0.0
-    blocks: tuple[bytes, ...] | None = None
-
-
-def plan_subject(config: Config, manifest: Manifest, subject: str, listing: Listing) -> list[Job]:
-    """Return the jobs of a subject in the order of the config."""
-    found = listing.subjects.get(subject, {})
-    jobs = []
-    for name in config.performances or sorted({*found, *manifest.asked_performances(subject)}):
-        refused = listing.refused.get((subject, name)) or listing.refused.get((subject, ""), "")
-        jobs.append(plan_job(config, manifest, subject, name, found.get(name, ()), refused))
-    return jobs
-
-
-def plan_job(config: Config, manifest: Manifest, subject: str, performance: str, files: tuple, refused: str) -> Job:
-    """Return what is to be done of a performance, and why. refused: why its files cannot be downloaded."""
-    job = Job(subject, performance, files, *add_extracted(manifest, subject, performance))
-    row = manifest.rows.get((subject, performance), dict.fromkeys(COLUMNS, ""))
-    half = is_half(row) and len(files) == 2  # the other file of a pair has come
-    if manifest.is_done(subject, performance) and not half:
-        return replace(job, state="done")
-    if refused:
-        return replace(job, state="refused", reason=refused)
-    if not files:
-        return replace(job, state="absent", reason="absent from the remote")
-    same = row["smc_id"] == job.smc_id and row["smc_bytes"] == str(job.bytes)
-    if row["status"] == "failed" and same and not config.redo:
-        return replace(job, state="failed", reason=row["error"])
-    if config.download == "selective" and not takes_all_views(config, job) and not is_downloaded(config, job):
-        job = replace(job, selection=expected_bytes(config, job))
-    if job.temp_bytes > config.max_temp_size_gb * GB:
-        least = f"set storage.max_temp_size_gb to at least {math.ceil(job.temp_bytes / 1e6) / 1000:g}"
-        return replace(job, state="refused", reason=f"{format_size(job.temp_bytes)} do not fit into temp_dir: {least}")
-    last = "" if row["status"] in ("", "completed") else f"last time: {row['status'].replace('_', ' ')}"
-    more = "more cameras or modalities are asked for" if row["status"] == "completed" else last
-    return replace(job, reason="--redo" if config.redo else "the other file of the pair has come" if half else more)
-
-
-def add_extracted(manifest: Manifest, subject: str, performance: str) -> tuple[frozenset[int] | None, tuple[str, ...]]:
-    """Return (cameras, modalities) to extract: those asked for, and those that were, which no rerun takes away."""
-    asked, modalities = manifest.config.asked_cameras(performance), set(manifest.config.modalities)
-    row, folder = manifest.completed.get((subject, performance), {}), manifest.config.folder_of(subject, performance)
-    if asked is not None:
-        paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in PER_CAMERA))
-        asked |= parse_numbers(row.get("cameras", "")) | {int(path.name[4:6]) for path in paths}
-    modalities |= {*row.get("modalities", "").split(), *modalities_in(folder)}
-    return asked, tuple(name for name in WRITERS if name in modalities)
-
-
-def is_downloaded(config: Config, job: Job) -> bool:
-    """Return whether its files are whole in temp_dir: rclone gives a file its name when all of it has come."""
-    return all(has_size(path, file.bytes) for path, file in zip(job.temp_paths(config), job.files))
-
-
-def has_size(path: Path, size: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return path.lstat().st_size == size
-    return False
-
-
-class Plan(NamedTuple):
-    """What is asked for, from one look at the remote: {subject: its jobs in the order of the config}."""
-
-    config: Config  # with its subjects named
-    listing: Listing
-    subjects: dict[str, list[Job]]
-
-    def jobs(self, *states: str) -> list[Job]:
-        """Return the jobs of all subjects that are in one of the states; without any, all of them."""
-        return [job for job in itertools.chain(*self.subjects.values()) if not states or job.state in states]
-
-    def output_bytes(self) -> int:
-        """Return about how many bytes the run will write to output_dir."""
-        return sum(expected_bytes(self.config, job) for job in self.jobs("to do"))
-
-
-def make_plan(config: Config, manifest: Manifest, remote: Remote) -> Plan:
-    """Return the whole plan. Raise ConfigError where the set-up is wrong, StopEarly where the remote does not answer."""
-    listing, subjects = Listing({}, [], {}), config.subjects
-    manifest.adopt_folders(subjects or [])
-    if subjects is None or any(map(manifest.has_work, subjects)):
-        listing = remote.list_release(subjects and [subject for subject in subjects if manifest.has_work(subject)])
-        check_setup(config, remote, listing)
-    if subjects is None:
-        config = replace(config, subjects=sorted(listing.subjects))
-        manifest.adopt_folders(config.subjects)
-    return Plan(config, listing, {name: plan_subject(config, manifest, name, listing) for name in config.subjects})
-
-
-def check_setup(config: Config, remote: Remote, listing: Listing):
-    """Raise ConfigError where nothing that is asked for can be there, with what is there instead."""
-    if not listing.subjects:
-        names = remote.list_root()
-        subjects = [name[:-1] for name in names if SUBJECT.fullmatch(name[:-1])]
-        cure = "take the id of the folder that holds 0018, 0019, …"
-        if config.layout == "single" and {"raw/", "anno/"} & set(names):
-            cure = "google_drive.layout: pair?"
-        elif config.layout == "pair" and subjects:
-            cure = "google_drive.layout: single?"
-        elif any(map(SMC_NAME.fullmatch, names)):
-            cure = "this is the folder of one subject; take the id of the folder above"
-        elif subjects:
-            near = difflib.get_close_matches(config.subjects[0], subjects, 1, 0.5) or subjects[:1]
-            cure = f"no subject {' '.join(config.subjects[:5])}; did you mean {near[0]}?"
-        has = textwrap.shorten(printable(", ".join(names), 1000), 90, placeholder=" …") or "nothing"
-        place = f"{config.path}: google_drive.root_folder_id: the folder"
-        raise ConfigError(f"{place} has none of the asked-for subjects. It has {has}: {cure}")
-    known = {*KNOWN_PERFORMANCES, *itertools.chain(*listing.subjects.values())}
-    for name in config.performances or ():
-        if name not in known and not is_known_performance(name):
-            asked = f"extraction.performances, --performance: no subject has {name!r}, and nor has the data set"
-            raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
-
-
-def announce(plan: Plan) -> list[str]:
-    """Say what a run has before it, and return the warnings."""
-    config, waiting = plan.config, plan.jobs("to do")
-    states = collections.Counter(job.state for job in plan.jobs())
-    counts = [f"{states[state]} {state}" for state in ("done", "to do", "absent", "failed", "refused") if states[state]]
-    whole = f"{count_of(len(plan.subjects), 'subject')}, {count_of(len(plan.jobs()), 'performance')}"
-    size = sum(job.temp_bytes for job in waiting if not is_downloaded(config, job))
-    log.info("%s: %s; %s to download", whole, ", ".join(counts), format_size(size))
-    if waiting:
-        subjects = len({job.subject for job in waiting})
-        room = max(0, measure_free(config.output_dir) - config.min_free_gb * GB)
-        fits = int(room * subjects / max(1, plan.output_bytes()))
-        fits = f"about {count_of(fits, 'subject')}" if fits < subjects else "all of it"
-        free = [format_size(measure_free(folder)) for folder in (config.output_dir, config.temp_dir)]
-        log.info("output_dir has %s free, room for %s; temp_dir has %s free", free[0], fits, free[1])
-    doubts = find_doubts(plan)
-    for number, doubt in enumerate(doubts):
-        log.log(logging.WARNING if number < 10 else logging.DEBUG, "warning: %s", doubt)
-    return doubts
-
-
-def find_doubts(plan: Plan) -> list[str]:
-    """Return what may not be meant in a set-up that can be carried out."""
-    config, waiting, doubts = plan.config, plan.jobs("to do"), list(plan.listing.oddities)
-    for subject, jobs in plan.subjects.items():
-        if subject not in plan.listing.subjects and {job.state for job in jobs} == {"absent"}:
-            doubts.append(f"subject {subject} has no folder on the remote")
-    twins = plan.listing.refused.values()  # said already
-    doubts += [f"{job}: {job.reason}" for job in plan.jobs("refused") if job.reason not in twins]
-    for name in dict.fromkeys(job.performance for job in waiting):
-        asked, views = config.asked_cameras(name), expected_views(config, name)
-        blind = set() if asked is None or "images" not in config.modalities else asked - views
-        if blind and (blind == asked or name == "s3_all"):
-            cameras = f"camera {format_numbers(blind)}, which is asked for; only of {format_numbers(views)}"
-            doubts.append(f"{name} has no pictures of {cameras}")
-    total, selected = sum(job.bytes for job in waiting), plan.output_bytes()
-    if config.download == "full" and selected < 0.8 * total:
-        sizes = f"{format_size(selected)} instead of {format_size(total)}"
-        doubts.append(f"google_drive.download: selective would download about {sizes} for these choices")
-    return doubts
-
-
-def measure_free(folder: Path) -> int:
-    """Return the bytes that are free on the disk of a folder, which may have to be made yet."""
-    return shutil.disk_usage(nearest_folder(folder)).free
-
-
-class Console(logging.Handler):
-    """Messages as plain lines: on stdout, warnings and errors on stderr, above the bars if there are any."""
-
-    last, bars = time.monotonic(), False  # when the last message was; whether bars are shown
-
-    def emit(self, record):
-        stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
-        self.last = time.monotonic()
-        try:
-            erase = "\x1b[J" if self.bars and stream.isatty() else ""  # what the terminal has echoed, such as ^C
-            tqdm.write(erase + self.format(record), file=stream)
-            stream.flush()
-        except OSError:  # a reader such as `head` or the terminal has gone, which is no reason to stop
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-class Progress:
-    """How far a run is: three bars on a terminal (download, extraction, the whole run), elsewhere a line per subject;
-    and a line a minute while nothing else is said."""
-
-    def __init__(self, console: Console):
-        self.console, self.state, self.trouble = console, "listing the remote", ""
-        self.total = self.fetched = self.finished = 0  # bytes to come, bytes that came, subjects
-        self.over: dict[str, int] = {}  # bytes of each subject that have come, or will not come any more
-        threading.Thread(target=self.say_each_minute, daemon=True).start()
-
-    def say_each_minute(self):
-        while True:
-            time.sleep(1)
-            if time.monotonic() - self.console.last > MINUTE_S:
-                log.info("%s%s", self.state, f"; rclone: {self.trouble}" if self.trouble else "")
-                self.trouble = ""
-
-    @contextlib.contextmanager
-    def run(self, plan: Plan) -> Iterator[None]:
-        """Show a run."""
-        self.begin, self.subjects = time.monotonic(), len(plan.subjects)
-        self.total = sum(job.temp_bytes for job in plan.jobs())
-        columns, lines = narrow_shape()
-        options = {
-            "leave": False,
-            "disable": None,
-            "mininterval": 0.2,
-            "unit_scale": True,
-            "ncols": columns,
-            "nrows": lines,
-        }
-        whole = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
-        titles = [("download", "{desc}", "B"), ("extraction", "{desc}", " pictures"), ("run", whole, "B")]
-        self.bars = [
-            tqdm(desc=title, bar_format=form, unit=unit, total=self.total, position=position, **options)
-            for position, (title, form, unit) in enumerate(titles)
-        ]
-        for shown in self.bars:
-            shown.dynamic_ncols = narrow_shape
-        self.console.bars = not self.bars[0].disable
-        if not self.console.bars:
-            self.console.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%a %H:%M:%S"))
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # the terminal has gone
-                for shown in reversed(self.bars):
-                    shown.close()
-                print(end="\r\x1b[J" if self.console.bars else "", file=sys.stderr, flush=True)
-            self.console.bars = False
-            self.console.setFormatter(None)
-
-    def restart_bar(self, shown: tqdm, title: str, total: int):
-        shown.bar_format = None
-        shown.set_description(title, refresh=False)
-        shown.reset(total)
-
-    @contextlib.contextmanager
-    def download(self, jobs: list[Job]) -> Iterator[Callable]:
-        """Show a download. Give what to call with done=n for n bytes that have come of it."""
-        subject, total = jobs[0].subject, sum(job.temp_bytes for job in jobs)
-        begin, before = time.monotonic(), self.fetched
-        log.info("%s: downloading %s, %s", subject, " ".join(job.performance for job in jobs), format_size(total))
-        self.restart_bar(self.bars[0], f"{subject} download", total)
-
-        def update(done: int):
-            self.fetched = before + done
-            self.bars[0].update(min(done, total) - self.bars[0].n)
-            seconds = max(time.monotonic() - begin, 0.001)
-            speed = f"in {format_duration(seconds)} ({format_size(done / seconds)}/s)"
-            self.state = f"{subject}: downloaded {format_size(done)} of {format_size(total)} {speed}"
-            self.show_whole(done)
-
-        yield update
-        self.over[subject] = self.over.get(subject, 0) + total
-        log.info("%s", self.state)
-
-    def extraction(self, job: Job) -> Callable:
-        """Show an extraction. Return what to call with pictures=n for n more, total=n for all."""
-
-        def update(pictures: int = 0, total: int | None = None):
-            if total is not None:
-                self.restart_bar(self.bars[1], str(job), total)
-            self.bars[1].update(pictures)
-
-        return update
-
-    def show_whole(self, done: int = 0) -> str:
-        """Show the whole run, given the bytes that have come of a download. Return how far it is, in words."""
-        over, rate = sum(self.over.values()) + done, self.fetched / (time.monotonic() - self.begin)
-        text = f"subject {min(self.finished + 1, self.subjects)} of {self.subjects}"
-        if rate:
-            end = datetime.now() + timedelta(seconds=max(0, self.total - over) / rate)
-            text += f", {format_size(rate)}/s, ends {end:%a %d %b %H:%M}"
-        self.bars[2].set_postfix_str(text, refresh=False)
-        self.bars[2].update(min(over, self.total) - self.bars[2].n)
-        return f"{100 * over / max(1, self.total):.0f} % of {format_size(self.total)}, {text}"
-
-    def finish_subject(self, subject: str, planned: list[Job]):
-        """Count a subject as over, whatever became of it, and say so where there are no bars."""
-        self.over[subject] = sum(job.temp_bytes for job in planned)
-        text = self.show_whole()
-        self.finished += 1
-        if self.over[subject] and not self.console.bars:
-            log.info("%s: finished; %s", subject, text)
-
-
-def narrow_shape(stream=None) -> tuple[int, int]:
-    """Return the columns and lines for bars on a terminal: so many that a ^C beside them wraps no line."""
-    columns, lines = shutil.get_terminal_size()
-    return columns - 4, lines
-
-
-class Summary:
-    """What a run did, for its end. `totals` counts the performances of each status, and adds up what they took."""
-
-    def __init__(self, plan: Plan, doubts: list[str]):
-        self.begin = time.monotonic()
-        self.totals: collections.Counter[str] = collections.Counter()
-        again = "failed before, and the file is the same (--redo tries it again): "
-        self.failures = [f"{job}: {again}{job.reason}" for job in plan.jobs("failed")]
-        self.warnings = dict.fromkeys(doubts)
-
-    def include(self, job: Job, download: Download, row: dict, info: dict | None):
-        """Count a performance and say how it went."""
-        self.totals.update({row["status"]: 1, "fetched": download.bytes, "download_s": download.seconds})
-        if info:
-            self.totals.update(frames=row["frames"], bytes=info["bytes"], extract_s=row["extract_s"])
-            frames = f"{row['frames']} frames of {count_of(len(info['cameras']), 'camera')}"
-            size, duration = format_size(info["bytes"]), format_duration(row["extract_s"])
-            log.info("%s: %s, %s in %s", job, frames, size, duration)
-            if absent := (job.cameras or set()) - set(info["cameras_available"]):
-                log.debug("%s: the file has no pictures of the cameras %s", job, format_numbers(absent))
-            for message in [f"{job}: {note}" for note in info["notes"]] + info["oddities"]:
-                if message not in self.warnings:
-                    log.warning("warning: %s", message)
-                self.warnings[message] = None
-        elif row["status"] == "absent":
-            log.info("%s: absent from the remote", job)
-        else:
-            self.failures.append(f"{job}: {row['status'].replace('_', ' ')}: {row['error']}")
-            log.error("%s", self.failures[-1])
-
-    def write(self, config: Config, manifest: Manifest):
-        """Say at the end of a run: counts, sizes, times, and each warning once."""
-        manifest.refresh()
-        totals, size = self.totals, format_size(self.totals["bytes"])
-        asked = [(subject, name) for subject in config.subjects for name in manifest.asked_performances(subject)]
-        done = [key for key in asked if manifest.is_done(*key)]
-        gone = sum(not config.folder_of(*key).exists() for key in done)
-        lines = ["", f"Summary after {format_duration(time.monotonic() - self.begin)}"]
-        lines.append(f"  completed   {totals['completed']:5d}   {totals['frames']} frames, {size}")
-        lines.append(f"  failed      {len(self.failures):5d}")
-        lines.append(f"  absent      {totals['absent']:5d}")
-        lines.append(f"  downloaded  {format_size(totals['fetched'])} in {format_duration(totals['download_s'])}")
-        lines.append(f"  extracted   {size} in {format_duration(totals['extract_s'])}")
-        lines.append(f"  done        {len(done):5d} of {len(asked)} asked for")
-        lines += [f"                    {gone} of them no longer in {config.output_dir.name}"] if gone else []
-        for title, messages in (("Failed", self.failures), ("Warnings", list(self.warnings))):
-            lines += [title, *(f"  - {message}" for message in messages[:10])] if messages else []
-            lines += [f"  and {len(messages) - 10} more, in the log"] if len(messages) > 10 else []
-        for line in lines:
-            log.info("%s", line)
-
-
-def take_subjects(config: Config, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
-    """Yield each subject once it is ours. Those that another process holds come last: when it has let go of them, there
-    is nothing left to do, or else it died."""
-    passed: list[str] = []
-    for subject in itertools.chain(config.subjects, passed):
-        while not (ours := locks.take(subject)) and subject in passed and not remote.stopped:
-            time.sleep(0.5)
-        if ours:
-            yield subject
-        elif subject not in passed:
-            log.info("%s: another process is working on it", subject)
-            passed.append(subject)
-
-
-def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job] = ()) -> str | None:
-    """Return why these jobs are too much beside those in temp_dir, or None."""
-    coming = sum(job.temp_bytes for job in jobs if not is_downloaded(config, job))
-    total = sum(job.temp_bytes for job in itertools.chain(jobs, in_temp))
-    if total > config.max_temp_size_gb * GB:
-        return f"{config.temp_dir} would hold {format_size(total)}, more than storage.max_temp_size_gb"
-    needs = {config.temp_dir: coming, config.output_dir: total}
-    if nearest_folder(config.temp_dir).stat().st_dev == nearest_folder(config.output_dir).stat().st_dev:
-        needs = {config.output_dir: coming + total}
-    for folder, need in needs.items():
-        if need and measure_free(folder) - need < config.min_free_gb * GB:
-            disk = f"the disk of {folder} has {format_size(measure_free(folder))} free"
-            keeps = f"storage.min_free_gb keeps {config.min_free_gb:g} GB free"
-            advice = "Move finished subjects away, then run the same command again"
-            return f"{disk}: {jobs[-1]} would need {format_size(need)} of them, and {keeps}. {advice}"
-    return None
-
-
-def wait_for_room(config: Config, remote: Remote, jobs: list[Job], in_temp: set[Job]) -> list[Job]:
-    """Return the first of some jobs, as many as there is room for: where there is none, after an extraction."""
-    while not remote.stopped:
-        extracting = set(in_temp)  # asked first: what is deleted from now on makes room
-        for count in range(len(jobs), 0, -1):
-            if not lack_of_room(config, jobs[:count], extracting):
-                return jobs[:count]
-        if not extracting:
-            raise StopEarly(lack_of_room(config, jobs[:1]))
-        time.sleep(0.1)
-    return jobs
-
-
-def download(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
-    """Bring the files of some jobs to temp_dir. Return what became of each, as it is on the remote now; those that were
-    not tried because the remote refuses all are left out. Raise StopEarly or OSError for what is no file's fault."""
-    found = {}
-    for job in jobs:
-        if job.state != "to do":
-            status = "absent" if job.state == "absent" else "download_failed"
-            found[job] = Download(job.files, RemoteError(job.reason, status))
-        elif is_downloaded(remote.config, job):
-            found[job] = Download(job.files)
-    if waiting := [job for job in jobs if job not in found]:
-        with remote.progress.download(waiting) as update:
-
-            def update_all(done: int):
-                update(done + sum(each.bytes for each in found.values()))
-
-            whole, selective = ([job for job in waiting if bool(job.selection) == chosen] for chosen in (False, True))
-            while whole and not remote.refuses_all():
-                found.update(copy_whole(remote, whole, update_all))
-                whole = [job for job in whole if job not in found]
-            for job in selective:
-                if not remote.stopped and not remote.refuses_all():
-                    found[job] = fetch_selected(remote, job, update_all)
-            update_all(0)
-    return {replace(job, files=found[job].files): found[job] for job in jobs if job in found}
-
-
-def copy_whole(remote: Remote, jobs: list[Job], progress: Callable) -> dict[Job, Download]:
-    """Copy the files of some jobs with one call of rclone. A used-up quota ends it for all files: the jobs that were not
-    tried are left out then."""
-    begin, found, refused = time.monotonic(), {}, []
-    paths = {file: remote.config.temp_dir / file.path for job in jobs for file in job.files}
-    missing = [file for file, path in paths.items() if not has_size(path, file.bytes)]
-    for file in missing:
-        remove(paths[file])
-    md5s, errors = remote.copy(missing, progress)
-    quota = {path for path, error in errors.items() if re.search(MESSAGES["quota"], error)}
-    for job in jobs:
-        absent = [file for file in job.files if not paths[file].is_file()]
-        absent.sort(key=lambda file: file.path not in errors)
-        if not absent:
-            files = tuple(update_file(file, paths[file].stat().st_size, md5s.get(file.path)) for file in job.files)
-            came = sum(file.bytes for file in job.files if file in missing)
-            seconds = (time.monotonic() - begin) * came / max(1, sum(file.bytes for file in missing))
-            found[job] = Download(files, None, came, seconds)
-        elif not quota or absent[0].path in quota:
-            reason = errors.get(absent[0].path) or errors.get("") or "rclone did not bring it, and did not say why"
-            error = remote.explain(absent[0], reason)
-            refused += [error] if error.status == "quota_exceeded" or "googleapi: Error 5" in str(error) else []
-            found[job] = Download(job.files, error)
-    remote.note_refusals(refused, came=any(each.error is None for each in found.values()))
-    return found
-
-
-def update_file(file: RemoteFile, size: int, md5: str | None) -> RemoteFile:
-    """Return a file as it was downloaded: the listing may be days old. md5: None if it was there already."""
-    return file._replace(bytes=size, md5=md5, id=md5) if file.md5 and md5 else file._replace(bytes=size)
-
-
-def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: SubjectLocks, in_temp: set) -> Iterator:
-    """Yield (subject, {job: its download}, whether these are its last), for as many jobs of a subject at a time as there
-    is room for. Raise StopEarly where going on makes no sense.
-
-    in_temp: the jobs that were yielded and are not extracted yet; who takes them removes them."""
-    config = plan.config
-    for subject in take_subjects(config, remote, locks):
-        for row in [row for key, row in manifest.found.items() if key[0] == subject]:
-            log.info("%s %s: taken over from its folder", subject, row["performance"])
-            manifest.append(row)
-        jobs = plan_subject(config, manifest, subject, plan.listing)
-        jobs = [job for job in jobs if job.state not in ("done", "failed")]
-        if not jobs:
-            locks.release(subject)
-            remote.progress.finish_subject(subject, plan.subjects[subject])
-        while jobs:
-            downloads = download(remote, wait_for_room(config, remote, jobs, in_temp))
-            in_temp.update(downloads)
-            jobs = [job for job in jobs if job.performance not in {each.performance for each in downloads}]
-            yield subject, downloads, not jobs
-            if remote.refuses_all():
-                raise StopEarly(remote.describe_refusals())
-
-
-def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
-    """Yield each item while a thread computes the next one."""
-    end = object()
-    coming = thread.submit(next, items, end)
-    while (item := coming.result()) is not end:
-        coming = thread.submit(next, items, end)
-        yield item
-
-
-def extract_job(config: Config, job: Job, download: Download, children: ForkServer, progress: Progress) -> tuple:
-    """Extract a job and put its folder in place. Return its row for the manifest, and its info.json (None where it
-    failed). Raise OSError or StopEarly for what is not the file's fault: there is no row then, and the SMC stays."""
-    begin, error, info = time.monotonic(), download.error, None
-    partial, folder = config.partial_of(job.subject, job.performance), config.folder_of(job.subject, job.performance)
-    try:
-        if error is None:
-            info = extract_in_child(job, config, download.blocks, children, progress)
-            put_in_place(partial, folder)
-    except SMCError as failure:
-        error = failure
-    except FetchError as failure:
-        error = RemoteError(str(failure))
-    if error is None:
-        absent = {"raw", "anno"} - {file.path.partition("/")[0] for file in job.files}
-        if config.layout == "pair" and absent:
-            info["notes"].append(f"absent from the remote, and looked for again: the file {absent.pop()}")
-        row = completed_row(info, config.modalities)
-    else:
-        remove(partial)
-        row = {"status": getattr(error, "status", "failed"), "error": str(error)}
-    row.update(subject=job.subject, performance=job.performance, modalities=" ".join(job.modalities))
-    row.update(smc_bytes=job.bytes, smc_id=job.smc_id, download_s=round(download.seconds, 2))
-    return {**row, "extract_s": round(time.monotonic() - begin, 2)}, info
-
-
-def delete_smc(config: Config, job: Job):
-    for path in job.temp_paths(config):  # and what else begins with its name: see SelectedFile
-        for each in list_paths(path.parent, f"{glob.escape(path.name)}*"):
-            remove(each)
-
-
-def open_log(config: Config) -> Path:
-    """Send messages to a file of this run too."""
-    path = config.log_dir / f"extract_{datetime.now():%Y%m%d_%H%M%S}_{socket.gethostname()}_{os.getpid()}.log"
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-    log.addHandler(handler)
-    logging.raiseExceptions = False  # a log that no longer fits on the disk is no reason to print a traceback
-    return path
-
-
-def run(config: Config, manifest: Manifest, remote: Remote, children: ForkServer) -> int:
-    """Download, extract, note and delete, subject by subject. Return the exit code."""
-    config.check_folders()
-    plan, progress = make_plan(config, manifest, remote), remote.progress
-    for folder in (config.temp_dir, config.output_dir, config.log_dir, manifest.path.parent):
-        folder.mkdir(parents=True, exist_ok=True)
-    log_file = open_log(config)
-    manifest.upgrade()
-    summary, locks, in_temp = Summary(plan, announce(plan)), SubjectLocks(config, manifest), set()
-    try:
-        with progress.run(plan), ThreadPoolExecutor(1) as thread, remote:
-            turns = download_in_turns(plan, manifest, remote, locks, in_temp)
-            for subject, downloads, last in one_ahead(turns, thread):
-                for job, download in downloads.items():
-                    row, info = extract_job(config, job, download, children, progress)
-                    manifest.append(row)
-                    if not isinstance(download.error, RemoteError):  # else one file of a pair may have come
-                        delete_smc(config, job)
-                    in_temp.discard(job)
-                    summary.include(job, download, row, info)
-                if last:
-                    locks.release(subject)
-                    progress.finish_subject(subject, plan.subjects[subject])
-    finally:
-        for subject in list(locks.held):
-            with contextlib.suppress(OSError):  # what ends the run is said already
-                locks.release(subject)
-        summary.write(plan.config, manifest)
-        log.info("The log is %s", log_file)
-    return 1 if summary.failures else 0
 
 
 # ---------------------------------------------------------------------------------------------- main
