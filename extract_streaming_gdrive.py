@@ -1672,6 +1672,7 @@ class ForkServer(contextlib.AbstractContextManager):
         # These signals can reach the whole group; blocked in the children, they are left to this process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
         self.socket, theirs = socket.socketpair()
+        self.pipe: multiprocessing.connection.Connection | None = None  # to the child
         parent, self.pid = os.getpid(), os.fork()
         if not self.pid:
             try:
@@ -1683,11 +1684,14 @@ class ForkServer(contextlib.AbstractContextManager):
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def __exit__(self, *error):
-        """End the server. On Linux its child ends with it."""
-        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        """End the server, and wait for its child: on Linux it ends too, elsewhere with its next report."""
+        if self.pid:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
-        self.socket.close()
+            self.pid = 0
+        with contextlib.suppress(EOFError, OSError):
+            while self.pipe:
+                self.pipe.recv_bytes()
 
     def run(self, work: Callable, *arguments, name: str, limits: tuple[int, int], progress: Callable):
         """Return work(*arguments, progress), called in a child. Raise what it raises; SMCError where the file crashed
@@ -1717,14 +1721,14 @@ class ForkServer(contextlib.AbstractContextManager):
         if os.waitpid(self.pid, os.WNOHANG)[0]:  # it has been killed
             self.socket.close()
             self.__init__()
-        ours, theirs = multiprocessing.Pipe()
+        self.pipe, theirs = multiprocessing.Pipe()
         answer, code = None, b""
-        with contextlib.closing(ours), contextlib.suppress(EOFError, ConnectionError):
+        with contextlib.suppress(EOFError, ConnectionError):
             with theirs:
                 socket.send_fds(self.socket, [b"work"], [theirs.fileno()])
-            ours.send(task)
+            self.pipe.send(task)
             while True:
-                kind, value = ours.recv()
+                kind, value = self.pipe.recv()
                 if kind == "progress":
                     progress(**value)
                 else:
@@ -2386,7 +2390,8 @@ def run(config: Config, manifest: Manifest, remote: Remote, children: ForkServer
     manifest.upgrade()
     summary, locks, in_temp = Summary(plan, announce(plan)), SubjectLocks(config, manifest), set()
     try:
-        with progress.run(plan), ThreadPoolExecutor(1) as thread, remote:
+        # Whatever ends this block, rclone and the child end first: nobody writes into what is cleaned up then.
+        with progress.run(plan), ThreadPoolExecutor(1) as thread, remote, children:
             turns = download_in_turns(plan, manifest, remote, locks, in_temp)
             for subject, downloads, last in one_ahead(turns, thread):
                 for job, download in downloads.items():

@@ -74,7 +74,7 @@ def run_until(workspace, kill_at):
 
 
 def check_promises(workspace, reference):
-    """What has to hold at every moment: a completed row has its whole folder; without the row, the SMC is still
+    """What has to hold at every moment: a completed has its whole folder; without the row, the SMC is still
     there."""
     states = workspace.states if workspace.manifest.exists() else {}
     for performance in PERFORMANCES:
@@ -155,7 +155,6 @@ def noted(function, step):
         return result
     return call
 os.rename = noted(os.rename, lambda old, new: "rename")
-os.pwrite = noted(os.pwrite, lambda *arguments: "row")
 os.fsync = noted(os.fsync, lambda *arguments: "fsync")
 os.unlink = noted(os.unlink, lambda path, *others: "delete" if str(path).endswith(".smc") else "")
 builtins.open = noted(open, lambda path, mode="r", *others: "file" if "x" in mode else "")
@@ -175,7 +174,7 @@ def test_each_step_is_on_the_disk_before_the_next_that_relies_on_it(small_releas
     steps = workspace.folder / "steps"
     workspace.run(environment={"PYTHONPATH": str(workspace.folder / "hook"), "STEPS": str(steps)})
     in_order = [step for step, _ in itertools.groupby(steps.read_text().split())]
-    assert in_order == ["file", "sync", "rename", "sync", "row", "fsync", "delete"]
+    assert in_order == ["file", "sync", "rename", "sync", "fsync", "delete"]
 
 
 def test_a_folder_that_a_killed_run_was_replacing_comes_back(small_release, tmp_path):
