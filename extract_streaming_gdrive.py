@@ -935,6 +935,8 @@ class Remote:
                     error = self.interpret(text)
                     if not isinstance(error, RemoteError) and not re.search(MESSAGES["network"], text):
                         raise error
+                    if getattr(error, "status", "") == "quota_exceeded" and message["object"].endswith(".smc"):
+                        log.info("%s: %s", message["object"], error)
                     # A file has a longer name while it is written.
                     errors[re.sub(r"(\.smc[^.]*)\..*", r"\1", message["object"])] = text
         return md5s, errors
@@ -3028,7 +3030,8 @@ def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[
     picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
     jpg.write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1])
     page.write_text(camera_page(rig, tiles, chosen, title, frame), encoding="utf-8")
-    log.info("%s, frame %d, as the cameras stand: %d view(s), %d framed", title, frame, len(tiles), len(chosen))
+    views = count_of(len(tiles), "view")
+    log.info("%s, frame %d, as the cameras stand: %s, %d framed", title, frame, views, len(chosen))
     log.info("  picture  %s", jpg)
     log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", page)
 
@@ -3073,7 +3076,8 @@ def write_scene(config: Config, name: str, frame: int | None):
         put_in_place(unfinished, scene)
     finally:
         remove(unfinished)
-    log.info("%s %s, frame %d, %d view(s) as a scene: %s", *folder.parts[-2:], frame, len(colors), scene)
+    views = count_of(len(colors), "view")
+    log.info("%s %s, frame %d, %s as a scene: %s", *folder.parts[-2:], frame, views, scene)
 
 
 def warp_view(scene: Path, K: np.ndarray, size: tuple[int, int], points: np.ndarray, path: Path, camera: dict):
