@@ -272,6 +272,20 @@ def test_a_run_goes_on_with_the_code_that_it_began_with(workspace, drive, tmp_pa
     assert code == 0 and workspace.has_everything(), said
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_an_rclone_that_is_killed_is_no_fault_of_the_files(workspace, drive, number):
+    gate = drive.gate("0018_s1_all_raw.smc", 1000)
+    run = workspace.start()
+    gate.wait()
+    (rclone,) = subprocess.check_output(["pgrep", "-P", str(run.pid), "-x", "rclone"], text=True).split()
+    os.kill(int(rclone), number)
+    code, said = end_of(run)  # the gate still holds the answer
+    assert code == 3 and "rclone" in said and workspace.rows == [], said
+    gate.release()
+    workspace.run()
+    assert workspace.has_everything()
+
+
 # ---- the account and the network
 
 
@@ -639,6 +653,15 @@ def test_a_lock_file_that_is_removed_does_not_end_the_run(workspace, drive):
 # ---- signals and the terminal
 
 
+def test_an_interrupt_during_the_imports_shows_no_traceback(workspace, drive, tmp_path):
+    (tmp_path / "yaml.py").write_text("import os, time\nopen(os.environ['IMPORTING'], 'w').close()\ntime.sleep(60)\n")
+    run = workspace.start(environment={"PYTHONPATH": str(tmp_path), "IMPORTING": str(tmp_path / "importing")})
+    wait_for((tmp_path / "importing").exists)
+    run.send_signal(signal.SIGINT)
+    code, said = end_of(run)
+    assert code == -signal.SIGINT and said == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_all_processes_of_an_extraction_is_no_fault_of_the_file(long_run, number):
     """As Ctrl-C, SLURM and a terminal send it: to the extracting process too."""
@@ -659,6 +682,16 @@ def test_a_signal_that_reaches_an_extraction_is_left_to_the_run(long_run):
     assert all(kill_extraction(run, number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     code, said = end_of(run)
     assert code == 0 and long_run.has_everything(), said
+
+
+def test_nothing_is_written_any_more_where_an_interrupted_extraction_was_removed(long_run):
+    for _ in range(3):
+        run = long_run.start()
+        wait_for(lambda run=run: long_run.path("0018", ".s1_all.partial", "images").exists() or run.poll() is not None)
+        run.send_signal(signal.SIGTERM)
+        code, said = end_of(run)
+        assert code == 143, said
+        assert all(path.name.endswith("_raw.smc") or path.name == "0018" for path in long_run.leftovers())
 
 
 def test_a_hangup_ends_the_run_with_129_and_cleans_up(workspace, drive):
@@ -730,3 +763,46 @@ def test_a_download_that_starts_while_the_run_ends_is_ended_too(workspace, drive
     gate.release()
     workspace.run()
     assert workspace.has_everything()
+
+
+# ---- what a rerun must not take away
+
+
+def test_of_a_pair_whose_half_is_gone_from_the_remote_everything_stays(tmp_path):
+    release = tmp_path / "release"
+    options = {"performances": ["s1_all"], "frames": 2, "size": (64, 76), "cameras": (0, 25)}
+    raw, _ = sorted(synthetic_release.write_subject(release, "0018", layout="pair", **options), reverse=True)
+    workspace = Workspace(tmp_path / "work", release)
+    workspace.write_config(
+        google_drive={"layout": "pair"}, extraction={"performances": ["s1_all"], "modalities": ["images", "audio"]}
+    )
+    workspace.run()
+    before = workspace.tree()
+    raw.unlink()
+    workspace.write_config(extraction={"modalities": ["images", "audio", "masks"]})
+    workspace.run()
+    assert workspace.tree() == before and len(workspace.rows) == 1
+
+
+def test_what_people_put_into_a_folder_outlives_its_replacement(workspace, drive):
+    workspace.run()
+    (workspace.path("0018", "s1_all") / "my_labels").mkdir()
+    (workspace.path("0018", "s1_all") / "my_labels" / "a.txt").write_text("mine")
+    workspace.run("--redo", "--subject", "0018")
+    assert (workspace.path("0018", "s1_all") / "my_labels" / "a.txt").read_text() == "mine"
+    assert workspace.has_everything()
+
+
+def test_an_smc_of_the_right_size_and_another_content_is_downloaded_again(workspace, drive):
+    path = workspace.temp / "0018" / "0018_s1_all_raw.smc"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(bytes(workspace.smc("0018", "s1_all").stat().st_size))
+    workspace.run()
+    assert workspace.has_everything() and downloads(drive) == 2
+
+
+def test_a_subject_that_is_missing_beside_finished_ones_is_no_wrong_set_up(workspace, drive):
+    workspace.write_config(extraction={"subjects": ["0018", "0777"]})
+    for _ in range(2):
+        run = workspace.run()
+        assert "0777" in run.said and workspace.states["0018", "s1_all"] == "completed"
