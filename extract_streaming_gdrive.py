@@ -1722,10 +1722,11 @@ class ForkServer(contextlib.AbstractContextManager):
 
     def __exit__(self, *error):
         """End the server, and wait for its child: on Linux it ends too, elsewhere with its next report."""
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            self.pid = 0
+        pid, self.pid = self.pid, 0
+        if pid:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):  # another thread has seen its end
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
         with contextlib.suppress(Exception):  # whatever another thread has read of it
             while self.pipe:
                 self.pipe.recv_bytes()
@@ -2093,7 +2094,12 @@ class Console(logging.Handler):
             tqdm.write(erase + self.format(record), file=stream)
             stream.flush()
         except OSError:  # a reader such as `head` or the terminal has gone, which is no reason to stop
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            silence(stream)
+
+
+def silence(stream):
+    """Let what is written to a stream go nowhere: also what it still holds when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Progress:
@@ -2141,10 +2147,12 @@ class Progress:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # the terminal has gone
+            try:
                 for shown in reversed(self.bars):
                     shown.close()
                 print(end="\r\x1b[J" if self.console.bars else "", file=sys.stderr, flush=True)
+            except OSError:  # the terminal has gone
+                silence(sys.stderr)
             self.console.bars = False
             self.console.setFormatter(None)
 

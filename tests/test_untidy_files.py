@@ -376,7 +376,8 @@ def test_a_modality_is_a_row_in_the_reader_and_a_line_in_the_script(tmp_path):
     workspace = Workspace(tmp_path / "other", release)
     modalities = ["images", "depth", "hands", "calibration", "transforms"]
     workspace.write_config(extraction={"performances": ["s1_all"], "modalities": modalities, "cameras": [25]})
-    command = [arg.replace(str(TESTS.parent), str(tmp_path)) for arg in map(str, workspace.command())]
+    python, script, *arguments = map(str, workspace.command())
+    command = [python, script.replace(str(TESTS.parent), str(tmp_path)), *arguments]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     folder = workspace.path("0018", "s1_all")
