@@ -372,7 +372,7 @@ class Config:
         return self.output_dir / subject / f".{performance}.partial"
 
     def check_folders(self):
-        """Raise ConfigError where a folder of the run, or the nearest one above it, or the manifest cannot be written."""
+        """Raise ConfigError where a folder of the run, or the nearest one above it, or the manifest is not writable."""
         for key in ("temp_dir", "output_dir", "log_dir", "manifest"):
             path = Path(os.path.realpath(getattr(self, key)))
             try:
@@ -742,8 +742,8 @@ def count_of(number: int, noun: str) -> str:
 
 
 class RemoteFile(NamedTuple):
-    """A file on the remote: path from its root, bytes, its md5 or else its modification time (as `id`), md5 in hex (None
-    where it is not known without reading the file)."""
+    """A file on the remote: path from its root, bytes, its md5 or else its modification time (as `id`), md5 in hex (or
+    None where it is not known without reading the file)."""
 
     path: str
     bytes: int
@@ -1061,7 +1061,8 @@ def clean_rclone_message(message: str) -> str:
     adds to the name of a remote."""
     noise = (
         r"^\d\S+ \d\S+ *(?:[A-Z]+ *: *)*|(?:Failed to \w+(?: with \d+ errors)?|last error was|error in ListJSON|"
-        r'error listing|couldn\'t list directory|(?:Get|Post) "https?://[^"]*"): |(?<=\w)\{[\w-]{5}\}(?=:)| - try refreshing with .*'
+        r'error listing|couldn\'t list directory|(?:Get|Post) "https?://[^"]*"): |'
+        r"(?<=\w)\{[\w-]{5}\}(?=:)| - try refreshing with .*"
     )
     return printable(re.sub(noise, "", " ".join(message.split())), 300)
 
@@ -1994,11 +1995,11 @@ class Plan(NamedTuple):
 
 
 def make_plan(config: Config, manifest: Manifest, remote: Remote) -> Plan:
-    """Return the whole plan. Raise ConfigError where the set-up is wrong, StopEarly where the remote does not answer."""
+    """Return the whole plan. Raise ConfigError where the set-up is wrong, StopEarly where the remote is silent."""
     listing, subjects = Listing({}, [], {}), config.subjects
     manifest.adopt_folders(subjects or [])
-    if subjects is None or any(map(manifest.has_work, subjects)):
-        work = subjects and [subject for subject in subjects if manifest.has_work(subject)]
+    work = subjects and [subject for subject in subjects if manifest.has_work(subject)]
+    if work is None or work:
         listing = remote.list_release(work)
         if not listing.subjects and work != subjects:  # those that are done tell whether it is the right folder
             listing = remote.list_release(subjects)
@@ -2342,7 +2343,7 @@ def download(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
 
 
 def copy_whole(remote: Remote, jobs: list[Job], progress: Callable) -> dict[Job, Download]:
-    """Copy the files of some jobs with one call of rclone. A used-up quota ends it for all files: the jobs that were not
+    """Copy the files of some jobs with one call of rclone. A used-up quota ends it for all files: jobs that were not
     tried are left out then."""
     begin, found, refused = time.monotonic(), {}, []
     paths = {file: remote.config.temp_dir / file.path for job in jobs for file in job.files}
@@ -2374,7 +2375,7 @@ def update_file(file: RemoteFile, size: int, md5: str | None) -> RemoteFile:
 
 
 def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: SubjectLocks, in_temp: set) -> Iterator:
-    """Yield (subject, {job: its download}, whether these are its last), for as many jobs of a subject at a time as there
+    """Yield (subject, {job: its download}, whether these are its last), for as many jobs of a subject at once as there
     is room for. Raise StopEarly where going on makes no sense.
 
     in_temp: the jobs that were yielded and are not extracted yet; who takes them removes them."""
@@ -3260,7 +3261,7 @@ def main(argv: list[str] | None = None) -> int:
     manifest = Manifest(config)
     if arguments.status:
         return show_status(config, manifest)
-    if arguments.camera_grid or arguments.scene or arguments.suggest_cameras is not None:
+    if look or arguments.suggest_cameras is not None:
         return show_cameras(config, manifest, arguments)
     with ForkServer() as children, ForkServer() as fetching:
         remote = Remote(config, Progress(console), fetching)
