@@ -2914,7 +2914,7 @@ function choose(list) {
 }
 function enlarge({id, label, image}) {
   $("large").src = image ?? "";
-  $("large").alt = $("caption").textContent = `Camera ${id}: ${label}`;
+  $("caption").textContent = `Camera ${id}: ${label}${image ? "" : ", without picture"}`;
 }
 
 for (const i of views) {
