@@ -2521,73 +2521,58 @@ def format_ranges(numbers: Iterable[int]) -> str:
 
 
 class Rig(NamedTuple):
-    """The cameras of a rig, seen from the point nearest to all optical axes: one entry per camera in each field."""
+    """The cameras of a rig, seen from the point nearest to all optical axes: one entry per camera in each array."""
 
     ids: list[int]  # camera numbers, ascending
     center: np.ndarray  # (3,) that point in the world, metres
-    directions: np.ndarray  # (n, 3) unit vectors from that point to the cameras
     distances: np.ndarray  # (n,) metres from that point
-    azimuth: np.ndarray  # (n,) degrees: 0 for the front camera, 0…180 on the person's left, -180…0 on the right
+    azimuth: np.ndarray  # (n,) degrees from -170 to 190: 0 for the front camera, 90 on the person's left, 180 behind
     elevation: np.ndarray  # (n,) degrees, positive above
+    angles: np.ndarray  # (n, n) degrees between the directions to two cameras
 
 
 def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
     """Return where the cameras of a rig stand, whatever the origin and the axes of the world.
 
-    poses: (4, 4) per camera, camera to world, OpenCV axes, metres. Up is the normal of the cameras' x axes on the side
-    where their pictures have the top, because the cameras are mounted level. Raise ConfigError where the optical axes
-    are parallel, and where the front camera is missing."""
+    poses: (4, 4) per camera, camera to world, OpenCV axes, metres. Up is the normal of the cameras' x axes, because the
+    cameras are mounted level. Raise ConfigError where the optical axes are parallel or the front camera is missing."""
     ids = sorted(poses)
-    matrices = np.array([poses[camera] for camera in ids]).reshape(-1, 4, 4)
-    right, down, forward, centers = matrices[:, :3].transpose(2, 0, 1)
+    right, down, forward, centers = np.array([poses[camera][:3] for camera in ids]).reshape(-1, 3, 4).transpose(2, 0, 1)
     # Each of these matrices projects onto the plane across an optical axis.
     across = np.eye(3) - forward[:, :, None] * forward[:, None, :]
-    if not np.linalg.cond(across.sum(0)) < 1e8:
-        raise ConfigError(f"the optical axes of the {len(ids)} calibrated camera(s) meet in no point")
-    if FRONT_CAMERA not in ids:
-        raise ConfigError(f"the calibration has no camera {FRONT_CAMERA}, which would be the front")
+    if FRONT_CAMERA not in ids or np.linalg.cond(across.sum(0)) > 1e8:
+        raise ConfigError(f"the calibration lacks camera {FRONT_CAMERA}, or its optical axes meet in no point")
     center = np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, centers))
-    offsets = centers - center
-    distances = np.linalg.norm(offsets, axis=1)
-    directions = offsets / distances[:, None]
-    up = -down.mean(0)
-    _, spread, axes = np.linalg.svd(right)
-    # The x axes span no plane where all cameras stand in one column.
-    if spread[1] > 0.1 * spread[0]:
-        up = axes[2] * np.sign(axes[2] @ up)
-    up = up / np.linalg.norm(up)
+    distances = np.linalg.norm(centers - center, axis=1)
+    directions = (centers - center) / distances[:, None]
+    normal = np.linalg.svd(right)[2][2]
+    up = -normal * np.sign(down.mean(0) @ normal)
     front = directions[ids.index(FRONT_CAMERA)]
     azimuth = np.degrees(np.arctan2(directions @ np.cross(up, front), directions @ (front - up * (front @ up))))
-    # Straight behind is 180, whatever the rounding says.
-    azimuth[azimuth < -180 + 1e-6] += 360
+    azimuth = (azimuth + 170) % 360 - 170
     elevation = np.degrees(np.arcsin(np.clip(directions @ up, -1, 1)))
-    return Rig(ids, center, directions, distances, azimuth, elevation)
+    angles = np.degrees(np.arccos(np.clip(directions @ directions.T, -1, 1)))
+    return Rig(ids, center, distances, azimuth, elevation, angles)
 
 
-def pairwise_angles(directions: np.ndarray) -> np.ndarray:
-    """Return the angles between unit vectors (n, 3) in degrees, (n, n)."""
-    return np.degrees(np.arccos(np.clip(directions @ directions.T, -1, 1)))
+def coverage(angles: np.ndarray, chosen: list[int]) -> tuple[float, float]:
+    """Return the largest and the mean angle in degrees between a camera of the rig and its nearest chosen one.
 
-
-def coverage(directions: np.ndarray, chosen: list[int]) -> tuple[float, float]:
-    """Return the largest and the mean angle in degrees between a direction of the rig and its nearest chosen one.
-
-    directions (n, 3): unit vectors to all cameras of the rig; chosen: rows of it. Without any, both angles are 180."""
-    nearest = pairwise_angles(directions)[:, list(chosen)].min(1, initial=180)
+    angles (n, n): those of the rig; chosen: indices in it. Without any, both angles are 180."""
+    nearest = angles[:, chosen].min(1, initial=180)
     return float(nearest.max()), float(nearest.mean())
 
 
-def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, always: int) -> list[int]:
-    """Return the n available cameras that leave the smallest largest gap, sorted.
+def suggest_cameras(angles: np.ndarray, available: Iterable[int], n: int, always: int) -> list[int]:
+    """Return the n available cameras that leave the smallest largest gap, sorted; ConfigError if there are fewer.
 
-    directions (m, 3): unit vectors to all cameras of the rig; available: rows of it that have pictures; always: the row
-    that is kept if it is available. Raise ConfigError for n < 1 or n > len(available). The result is exact: it tries
-    all angles between cameras, from the smallest, until n cameras are within that angle of every one."""
-    available = sorted(set(available))
+    angles (m, m): those of the rig; available: indices of the cameras with pictures; always: the one that is kept if it
+    has any. The result is exact: it tries all angles, from the smallest, until n cameras are that near to every one."""
+    available = sorted(available)
     if not 1 <= n <= len(available):
         raise ConfigError(f"cannot choose {n} cameras: at least 1 is needed, and {len(available)} have pictures")
     # Rounded angles keep ties independent of the world's axes.
-    angles = pairwise_angles(directions).round(6)[:, available]
+    angles = angles.round(6)[:, available]
     keep = [column for column, camera in enumerate(available) if camera == always]
     for radius in np.unique(angles):
         near = angles <= radius
@@ -2597,14 +2582,12 @@ def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, al
     chosen = keep + found
     while len(chosen) < n:
         others = sorted(set(range(len(available))) - set(chosen))
-        chosen.append(min(others, key=lambda column: angles[:, [*chosen, column]].min(1).mean()))
+        chosen.append(min(others, key=lambda column: coverage(angles, [*chosen, column])[1]))
     return sorted(available[column] for column in chosen)
 
 
 def find_cover(near: np.ndarray, n: int) -> list[int] | None:
-    """Return at most n columns (cameras) that have a True in every row (direction) of near; None where there are none.
-
-    This is a branch and bound: a branch for each camera that is near the direction to which the fewest are."""
+    """Return at most n columns (cameras) that have a True in every row (direction) of near; None where there are none."""
     if not len(near):
         return []
     gains = near.sum(0)
@@ -2614,6 +2597,7 @@ def find_cover(near: np.ndarray, n: int) -> list[int] | None:
     within = near.T.astype(float) @ near == gains[:, None]
     useless = within & ((gains[:, None] < gains) | np.tri(len(gains), k=-1, dtype=bool))
     near = near & ~useless.any(1)
+    # One of those near the direction that has the fewest is needed: try each.
     for camera in np.flatnonzero(near[near.sum(1).argmin()]):
         found = find_cover(near[~near[:, camera]], n - 1)
         if found is not None:
@@ -2621,57 +2605,31 @@ def find_cover(near: np.ndarray, n: int) -> list[int] | None:
     return None
 
 
-def rig_layout(rig: Rig) -> dict[str, list]:
-    """Return the rig unrolled, as seen from outside: where each camera stands in the picture, the page and its map.
+def rig_layout(rig: Rig) -> list[dict]:
+    """Return where each camera stands in the picture and on the page, which show the rig unrolled, seen from outside.
 
-    Columns go by azimuth, growing to the right, and rows by elevation, from the top down. Cameras that stand closer to
-    the person than those around them have a row of their own, between the columns.
-
-    "rows" and "columns": their labels. "cameras": for each its number ("id"), its direction in words ("label"), "row"
-    and "slot" (left edge in half columns), and its place on the map, where each row is a ring of RINGS and the front is
-    at the bottom ("x" to the right and "y" down from the middle)."""
-    around = pairwise_angles(rig.directions) < 45
-    closer = rig.distances < [0.93 * np.median(rig.distances[near]) for near in around]
-    columns = split_at_gaps(rig.azimuth, ~closer)
-    middles = [rig.azimuth[members].mean() for members in columns]
-    slots = np.interp(rig.azimuth, middles, range(0, 2 * len(columns), 2)).round().astype(int).tolist()
-    rows = [("close", np.flatnonzero(closer))] if closer.any() else []
-    for members in split_at_gaps(rig.elevation, ~closer):
-        height = rig.elevation[members].mean()
-        rows.append(("above" if height > 15 else "below" if height < -15 else "eye level", members))
-    rows.sort(key=lambda row: -rig.elevation[row[1]].mean())
-    cameras: list[dict] = [{} for _ in rig.ids]
-    for row, (name, members) in enumerate(rows):
-        free = 0
-        for i in sorted(members, key=lambda i: rig.azimuth[i]):
-            label = f"azimuth {round(rig.azimuth[i]):+}°, elevation {round(rig.elevation[i]):+}°"
-            slot, angle = max(free, slots[i]), math.radians(rig.azimuth[i])
-            x, y = round(RINGS[name] * math.sin(angle), 1), round(RINGS[name] * math.cos(angle), 1)
-            cameras[i] = {"id": rig.ids[i], "label": label, "row": row, "slot": slot, "x": x, "y": y}
-            free = slot + 2
-    front = rig.ids.index(FRONT_CAMERA)
-    labels = ["front" if front in members else f"{round(middle):+}°" for members, middle in zip(columns, middles)]
-    return {"cameras": cameras, "rows": [name for name, _ in rows], "columns": labels}
+    "row": 0 above, 1 at eye level, 2 closer to the person than the cameras around, 3 below. "slot": the left edge in
+    half columns, which are 10° wide and start at -170°. Besides, "id" is its number and "label" its direction."""
+    closer = rig.distances < [0.93 * np.median(rig.distances[angles < 45]) for angles in rig.angles]
+    rows = np.select([closer, rig.elevation > 15, rig.elevation > -15], [2, 0, 1], 3).tolist()
+    columns = np.where(closer, rig.azimuth / 20, (rig.azimuth / 20).round()) + 8
+    cameras = []
+    for i, camera in enumerate(rig.ids):
+        label = f"azimuth {round(rig.azimuth[i]):+}°, elevation {round(rig.elevation[i]):+}°"
+        cameras.append({"id": camera, "label": label, "row": rows[i], "slot": round(2 * columns[i])})
+    return cameras
 
 
-def split_at_gaps(values: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
-    """Return the indices of the wanted values (n,) bool in ascending order, split at each step of more than 8°."""
-    members = np.argsort(values, kind="stable")
-    members = members[wanted[members]]
-    return np.split(members, np.flatnonzero(np.diff(values[members]) > 8) + 1)
-
-
-RINGS = {"above": 100, "eye level": 80, "below": 60, "close": 40}  # radius of each row on the map of the page
 TILE_SIZE = (400, 335)  # width and height in pixels, as of a picture of 2448 x 2048
 # BGR. This blue differs from the colours of faces for people with any colour vision (Okabe and Ito).
 BLUE, DARK_GREY, LIGHT_GREY, WHITE = (178, 114, 0), (36, 31, 27), (226, 222, 219), (255, 255, 255)
 
 
-def read_picture(path: Path, flags: int = 1, size: tuple[int, int] | None = None) -> np.ndarray | None:
-    """Return a picture as cv2.imread does with these flags, by default (h, w, 3) uint8 BGR, made smaller if `size`
-    (width, height) says so; None, with a warning, where it is damaged."""
+def read_picture(path: Path, grey: bool = False, size: tuple[int, int] | None = None) -> np.ndarray | None:
+    """Return a picture, uint8 BGR or grey, resized to `size` (width, height); None, with a warning, if it is damaged."""
     import cv2
 
+    flags = cv2.IMREAD_IGNORE_ORIENTATION | (cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
     with contextlib.suppress(cv2.error):  # a header that asks for too many pixels
         if probe_picture(path.read_bytes()).whole and (picture := cv2.imread(str(path), flags)) is not None:
             return picture if size is None else cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
@@ -2682,16 +2640,13 @@ def read_picture(path: Path, flags: int = 1, size: tuple[int, int] | None = None
 def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str) -> np.ndarray:
     """Return a contact sheet of the views as the cameras stand, (h, w, 3) uint8 BGR.
 
-    tiles: pictures of TILE_SIZE, by index in the rig; a camera without a picture is a grey field. chosen: indices of
-    those to be framed. A line below has the title and the largest gap."""
+    tiles: pictures of TILE_SIZE, by index in the rig; chosen: indices of those to be framed."""
     import cv2
 
-    layout = rig_layout(rig)
     width, height, gap, margin = 200, 168, 14, 40
-    bottom = margin + len(layout["rows"]) * (height + gap)
-    right = margin + (max(camera["slot"] for camera in layout["cameras"]) + 2) * (width + gap) // 2
-    sheet = np.full((bottom + 120, max(1600, right + margin), 3), 255, np.uint8)
-    for i, camera in enumerate(layout["cameras"]):
+    bottom = margin + 4 * (height + gap)
+    sheet = np.full((bottom + 120, margin + 18 * (width + gap) + margin, 3), 255, np.uint8)
+    for i, camera in enumerate(rig_layout(rig)):
         x, y = margin + camera["slot"] * (width + gap) // 2, margin + camera["row"] * (height + gap)
         back, ink = (BLUE, WHITE) if i in chosen else (WHITE, DARK_GREY)
         sheet[y - 6 : y + height + 6, x - 6 : x + width + 6] = back
@@ -2700,29 +2655,25 @@ def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
         field[-40:, : 16 + 24 * len(number)] = back  # below the heads
         cv2.putText(field, number, (8, height - 9), cv2.FONT_HERSHEY_SIMPLEX, 1.1, ink, 2, cv2.LINE_AA)
     facts = f"{title}: {len(chosen)} of {len(tiles)} views selected, "
-    facts += "largest gap {:.1f} degrees, mean {:.1f} degrees".format(*coverage(rig.directions, chosen))
-    scale = sheet.shape[1] / 2400  # of letters about 18 pixels wide
-    cv2.putText(sheet, facts, (margin, bottom + 70), cv2.FONT_HERSHEY_SIMPLEX, scale, DARK_GREY, 3, cv2.LINE_AA)
+    facts += "largest gap {:.1f} degrees, mean {:.1f} degrees".format(*coverage(rig.angles, chosen))
+    cv2.putText(sheet, facts, (margin, bottom + 70), cv2.FONT_HERSHEY_SIMPLEX, 1.6, DARK_GREY, 3, cv2.LINE_AA)
     return sheet
 
 
-def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str, frame: int) -> str:
-    """Return an HTML page with the same layout as camera_grid to choose views in, without network or libraries.
-
-    rig, tiles, chosen: as for camera_grid; title: subject and performance, which are plain names. The page computes
-    gaps from the angles in it, which have four decimals; the suggestions are those of suggest_cameras."""
+def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str) -> str:
+    """Return an HTML page to choose views in, laid out as camera_grid, which has the same parameters."""
     import cv2
 
-    layout, views, front = rig_layout(rig), sorted(tiles), rig.ids.index(FRONT_CAMERA)
+    cameras, views, front = rig_layout(rig), sorted(tiles), rig.ids.index(FRONT_CAMERA)
     for i in views:
         jpeg = cv2.imencode(".jpg", tiles[i], [cv2.IMWRITE_JPEG_QUALITY, 75])[1]
-        layout["cameras"][i]["image"] = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-    suggested = [suggest_cameras(rig.directions, views, n, front) for n in (4, 8, 12, 16, 20) if n < len(views)]
+        cameras[i]["image"] = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+    suggested = [suggest_cameras(rig.angles, views, n, front) for n in (4, 8, 12, 16, 20) if n < len(views)]
     label = "{} · {:.1f}° · mean {:.1f}°"
-    presets = [(label.format(len(best), *coverage(rig.directions, best)), best) for best in suggested]
-    layout.update(presets=[*presets, ("all", views), ("none", [])], selected=chosen, front=front)
-    layout["angles"] = pairwise_angles(rig.directions).round(4).tolist()
-    return PAGE.replace("@TITLE@", title).replace("@FRAME@", str(frame)).replace("@DATA@", json.dumps(layout))
+    presets = [(label.format(len(best), *coverage(rig.angles, best)), best) for best in suggested]
+    data = {"cameras": cameras, "angles": rig.angles.round(4).tolist(), "selected": chosen, "front": front}
+    data["presets"] = [*presets, ("all", views), ("none", [])]
+    return PAGE.replace("@TITLE@", title).replace("@DATA@", json.dumps(data))
 
 
 PAGE = r"""<!doctype html>
@@ -2736,114 +2687,90 @@ PAGE = r"""<!doctype html>
   .quiet, #grid { color: var(--quiet); }
   header { position: sticky; top: 0; z-index: 2; display: grid; gap: 6px; padding: 8px 16px; background: var(--faint); }
   header div, main { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
-  h1 { font-size: 17px; margin: 0 8px 0 0; }
+  h1 { font-size: 17px; margin: 0; }
   #status { margin-left: auto; font-size: 16px; font-variant-numeric: tabular-nums; }
   #largest, #warning { margin: 0; color: var(--gap); }
-  button, .view { cursor: pointer; }
   header button, input { font: inherit; color: inherit; background: Canvas; padding: 3px 9px;
                          border: 1px solid var(--quiet); border-radius: 5px; }
+  button:enabled { cursor: pointer; }
   #line { flex: 1; min-width: 12em; font-family: ui-monospace, monospace; }
   :focus-visible { outline: 3px solid; outline-offset: 2px; }
   #grid { display: grid; grid: auto / 54px; grid-auto-columns: minmax(15px, 72px); gap: 4px 3px; padding: 8px 16px;
-          align-items: center; justify-content: center; text-align: center; font-size: 11px; white-space: nowrap; }
-  .tile { position: relative; display: grid; align-content: center; place-self: stretch; min-height: 44px; padding: 0;
-          overflow: hidden; border: 0; border-radius: 4px; background: var(--faint); color: inherit; font: inherit;
-          line-height: 1.2; white-space: normal; }
+          place-items: center; justify-content: center; font-size: 11px; white-space: nowrap; }
+  .tile { position: relative; place-self: stretch; min-height: 44px; padding: 0; overflow: hidden; border: 0;
+          border-radius: 4px; background: var(--faint); font: inherit; color: inherit; }
   .tile b { position: absolute; left: 0; bottom: 0; padding: 0 4px; background: Canvas; color: CanvasText;
             border-top-right-radius: 4px; line-height: 15px; }
-  .tile[aria-pressed=true] { box-shadow: 0 0 0 3px var(--chosen); }
   .tile[aria-pressed=true] b::after { content: " ✓"; }
   #presets [aria-pressed=true], [aria-pressed=true] b { background: var(--chosen); color: Canvas; }
+  .tile[aria-pressed=true] { box-shadow: 0 0 0 3px var(--chosen); }
+  .tile.gap { box-shadow: 0 0 0 3px var(--gap); }
   main { gap: 8px 32px; justify-content: center; padding: 8px 16px 12px; }
-  svg, figure { width: clamp(280px, min(30vw, 100vh - 24vw - 60px), 560px); margin: 0; white-space: nowrap; }
-  svg { font-size: 8px; text-anchor: middle; dominant-baseline: central; fill: var(--quiet); }
-  circle { fill: var(--disc, none); stroke: var(--edge, var(--faint)); }
-  .dot { --disc: var(--faint); }
-  .view { --disc: Canvas; --edge: var(--quiet); fill: CanvasText; }
-  .on { --disc: var(--chosen); --edge: var(--chosen); fill: Canvas; font-weight: bold; }
-  #gap { --edge: var(--gap); stroke: var(--gap); stroke-width: 2.5; }
+  figure { width: clamp(280px, min(60vw, 100vh - 24vw - 60px), 560px); margin: 0; }
   img { display: block; width: 100%; min-height: 44px; border-radius: 4px; object-fit: cover; }
-  .help { flex: 1; min-width: 19em; max-width: 60em; }
+  .help { flex: 1; min-width: 15em; max-width: 38em; }
 </style>
 <header>
-  <div><h1>@TITLE@</h1><span class="quiet">frame @FRAME@</span><span id="status" role="status"></span></div>
+  <div><h1>@TITLE@</h1><span id="status" role="status"></span></div>
   <div id="presets">Suggested </div>
   <div><input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy"></button></div>
   <p id="warning" role="alert">Without camera 25: five of the six speech performances have only this camera.</p>
 </header>
 <section id="grid" aria-label="views, as the cameras stand"></section>
 <main>
-  <svg class="map" viewBox="-124 -124 248 248" role="img" aria-label="the rig from above">
-    <circle r="100"/><circle r="80"/><circle r="60"/><circle r="40"/><g id="gap"></g><g id="dots"></g>
-    <path d="M-4 13 L0 21 L4 13Z"/><ellipse rx="12" ry="15"/>
-    <text y="118">front</text><text y="-118">behind</text>
-    <text transform="translate(118) rotate(90)">person's left</text>
-    <text transform="translate(-118) rotate(-90)">person's right</text>
-  </svg>
   <figure><img id="large" alt=""><figcaption id="caption"></figcaption></figure>
   <div class="help quiet">
     <p>Click a view to choose it or not. Keys: <kbd>Tab</kbd> and <kbd>Space</kbd>. Then copy the line above.</p>
-    <p>The largest gap is the largest angle, seen from the person, between any camera of the rig and the nearest chosen
-       view; the mean is over all cameras. Smaller is better.</p>
-    <p class="map">Orange on the map: the camera with the largest gap, and the way to its nearest chosen view.</p>
+    <p>The largest gap is the largest angle, seen from the person, between any camera of the rig (grey: without picture)
+       and the nearest chosen view; both have an orange frame. The mean is over all cameras. Smaller is better.</p>
   </div>
 </main>
 <script>
-const {cameras, rows, columns, angles, presets, selected, front} = @DATA@;
+const {cameras, angles, presets, selected, front} = @DATA@;
+const sides = [[0, "behind"], [7, "person's right"], [16, "front"], [25, "person's left"], [34, "behind"]];
 const views = [...cameras.keys()].filter(i => cameras[i].image);
 let chosen;
 
 const $ = id => document.getElementById(id);
 const fill = (id, items, markup) => $(id).insertAdjacentHTML("beforeend", items.map(markup).join(""));
-const area = (row, slot) => `style="grid-area: ${row + 2} / ${slot + 2} / auto / span 2"`;
-const disc = ({x, y}, r) => `<circle cx="${x}" cy="${y}" r="${r}"/>`;
+const area = (row, slot) => `style="grid-area: ${row + 2} / ${slot + 2} / auto / span ${slot < 0 ? 1 : 2}"`;
 
-fill("grid", rows, (label, row) => `<span style="grid-area: ${row + 2} / 1">${label}</span>`);
-fill("grid", columns, (label, column) => `<span ${area(-1, 2 * column)}>${label}</span>`);
-fill("grid", cameras, ({id, label, row, slot, image}) => image
-  ? `<button class="tile" ${area(row, slot)} data-camera="${id}" aria-label="camera ${id}, ${label}">
-       <b>${id}</b><img src="${image}" alt=""></button>`
-  : `<div class="tile" ${area(row, slot)} title="${label}">${id}<small>no picture</small></div>`);
-fill("dots", cameras, camera => `<g class="dot ${camera.image ? "view" : ""}">${disc(camera, 7.5)}
-  <text x="${camera.x}" y="${camera.y}">${camera.id}</text></g>`);
+fill("grid", ["above", "eye level", "close", "below"], (label, row) => `<span ${area(row, -1)}>${label}</span>`);
+fill("grid", sides, ([slot, label]) => `<span ${area(-1, slot)}>${label}</span>`);
+fill("grid", cameras, ({id, label, row, slot, image}) =>
+  `<button class="tile" ${area(row, slot)} data-camera="${id}" aria-label="camera ${id}, ${label}"
+     ${image ? `><b>${id}</b><img src="${image}" alt="">` : `disabled>${id}`}</button>`);
 fill("presets", presets, ([label]) => `<button>${label}</button>`);
-const [tiles, dots, buttons] = [".tile", ".dot", "#presets button"].map(all => [...document.querySelectorAll(all)]);
+const [tiles, buttons] = [".tile", "#presets button"].map(all => [...document.querySelectorAll(all)]);
 
 function choose(list) {
   const ids = list.map(i => cameras[i].id), all = list.length > 1 && list.length === views.length;
+  const gaps = angles.map(row => Math.min(...list.map(j => row[j])));
+  const largest = Math.max(...gaps), mean = gaps.reduce((sum, gap) => sum + gap) / gaps.length;
+  const worst = gaps.indexOf(largest), nearest = list.find(j => angles[worst][j] === largest);
   if (chosen) history.replaceState(null, "", `#${ids.join() || "none"}`);  // a reload keeps what was clicked
   chosen = list;
-  for (const i of views) {
-    tiles[i].setAttribute("aria-pressed", list.includes(i));
-    dots[i].classList.toggle("on", list.includes(i));
-  }
+  tiles.forEach((tile, i) => {
+    tile.setAttribute("aria-pressed", list.includes(i));
+    tile.classList.toggle("gap", list.length > 0 && largest > 0 && [worst, nearest].includes(i));
+  });
   buttons.forEach((button, k) => button.setAttribute("aria-pressed", `${presets[k][1]}` === `${list}`));
   $("line").value = all ? "cameras: all" : list.length ? `cameras: [${ids.join(", ")}]` : "";
   $("copy").textContent = "Copy";
   $("copy").disabled = !list.length;
-  $("warning").hidden = !list.length || list.includes(front) || !views.includes(front);
-  $("status").innerHTML = `<b id="count">${list.length}</b> of ${views.length} view${views.length === 1 ? "" : "s"}`;
-  $("gap").innerHTML = "";
-  if (!list.length) return;
-
-  const gaps = angles.map(row => Math.min(...list.map(j => row[j])));
-  const largest = Math.max(...gaps), mean = gaps.reduce((sum, gap) => sum + gap) / gaps.length;
-  const worst = gaps.indexOf(largest), nearest = list.find(j => angles[worst][j] === largest);
-  const from = cameras[worst], to = cameras[nearest];
-  $("status").innerHTML += ` · largest gap <b id="largest">${largest.toFixed(1)}°</b>
-    <span id="where" class="quiet">at camera ${from.id} · mean ${mean.toFixed(1)}°</span>`;
-  if (largest) $("gap").innerHTML = `${disc(from, 9)}<path d="M${from.x} ${from.y} L${to.x} ${to.y}"/>`;
+  $("warning").hidden = !list.length || list.includes(front);
+  $("status").innerHTML = `<b id="count">${list.length}</b> of ${views.length} chosen`;
+  if (list.length) $("status").innerHTML += ` · largest gap <b id="largest">${largest.toFixed(1)}°</b>
+    <span id="where" class="quiet">at camera ${cameras[worst].id} · mean ${mean.toFixed(1)}°</span>`;
 }
 function enlarge({id, label, image}) {
-  $("large").src = image;
-  $("large").alt = $("caption").textContent = `Camera ${id}: ${label}`;
+  $("large").src = image ?? "";
+  $("caption").textContent = `Camera ${id}: ${label}${image ? "" : ", without picture"}`;
 }
 
 for (const i of views) {
-  for (const element of [tiles[i], dots[i]]) {
-    element.onclick = () => choose(views.filter(j => (j === i) !== chosen.includes(j)));
-    element.onmouseenter = element.onfocus = () => enlarge(cameras[i]);
-  }
+  tiles[i].onclick = () => choose(views.filter(j => (j === i) !== chosen.includes(j)));
+  tiles[i].onmouseenter = tiles[i].onfocus = () => enlarge(cameras[i]);
 }
 buttons.forEach((button, k) => { button.onclick = () => choose(presets[k][1]); });
 $("copy").onclick = () => {
@@ -2851,51 +2778,50 @@ $("copy").onclick = () => {
   document.execCommand("copy");      // navigator.clipboard is not for file:// pages in every browser
   $("copy").textContent = "Copied";
 };
-if (views.length) enlarge(cameras[views.includes(front) ? front : views[0]]);
-if (views.length < 2) document.querySelectorAll(".map").forEach(element => { element.style.display = "none"; });
-const kept = location.hash.slice(1).split(",");
-choose(location.hash ? views.filter(i => kept.includes(`${cameras[i].id}`)) : selected);
+enlarge(cameras[front]);
+choose(location.hash ? views.filter(i => location.hash.slice(1).split(",").includes(`${cameras[i].id}`)) : selected);
 </script>
 """
 
 
 def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespace) -> int:
-    """Carry out --camera-grid, --suggest-cameras and --scene with what was extracted, without a download."""
+    """Carry out --camera-grid, --suggest-cameras or --scene with what was extracted, without a download."""
     if arguments.scene:
         write_scene(config, arguments.scene, arguments.frame)
+        return 0
     if arguments.camera_grid:
         folder, pictures, frame = extracted_views(config, arguments.camera_grid, arguments.frame)
-        cameras = set(pictures)
-    elif arguments.suggest_cameras is not None:
+    else:
         folders = (config.folder_of(*key) for key in manifest.completed)
         folder = next((folder for folder in folders if (folder / "calibration").is_dir()), None)
         if folder is None:
             raise ConfigError(f"{config.output_dir} has no calibration: extract one subject with all cameras first")
-        cameras = set().union(*(parse_numbers(row["cameras_available"]) for row in manifest.completed.values()))
-    else:
-        return 0
-    _, rig = read_calibration(folder, cameras)
-    available = [i for i, camera in enumerate(rig.ids) if camera in cameras]
+        pictures = set().union(*(parse_numbers(row["cameras_available"]) for row in manifest.completed.values()))
+    _, rig = read_calibration(folder, pictures)
     asked = config.asked_cameras(folder.name if arguments.camera_grid else "s3_all")
-    chosen = [i for i in available if asked is None or rig.ids[i] in asked]
+    available = [rig.ids.index(camera) for camera in pictures]
+    chosen = now = [i for i in sorted(available) if asked is None or rig.ids[i] in asked]
     if arguments.suggest_cameras is not None:
-        chosen = show_suggestion(config, rig, available, chosen, arguments.suggest_cameras)
+        chosen = suggest_cameras(rig.angles, available, arguments.suggest_cameras, rig.ids.index(FRONT_CAMERA))
+        for title, cameras in (("suggested", chosen), (f"{config.path.name} now", now)):
+            gaps = coverage(rig.angles, cameras)
+            log.info("  %-16s %2d cameras, largest gap %5.1f°, mean %4.1f°", title, len(cameras), *gaps)
+        ids = [rig.ids[i] for i in chosen]
+        log.info("The line for %s (%d cameras have pictures):\n  cameras: %s", config.path.name, len(available), ids)
     if arguments.camera_grid:
-        show_grid(config, rig, pictures, chosen, f"{folder.parent.name} {folder.name}", frame)
+        show_grid(config, rig, pictures, chosen, folder, frame)
     return 0
 
 
 def extracted_views(config: Config, name: str, frame: int | None) -> tuple[Path, dict[int, Path], int]:
     """Return the folder of an extracted performance, such as "0018/s3_all", the picture of each camera that has the
     frame, and the frame: by default the first that most cameras have."""
-    if not re.fullmatch(f"{SUBJECT.pattern}/{PLAIN_NAME.pattern}", name):
-        raise ConfigError(f"{printable(name)!r} is no performance: write it as 0018/s3_all")
-    folder = config.folder_of(*name.split("/"))
+    folder = config.output_dir / name
     pictures: dict[int, dict[int, Path]] = collections.defaultdict(dict)
     for path in sorted(folder.glob("images/cam_[0-9][0-9]/frame_*.*")):
         pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
     if not pictures:
-        raise ConfigError(f"{folder} has no pictures: extract {name} first, with its images")
+        raise ConfigError(f"{folder} has no pictures: extract {name} first (the name is one such as 0018/s3_all)")
     if frame is None:
         frame = min(pictures, key=lambda number: (-len(pictures[number]), number))
     if frame not in pictures:
@@ -2908,59 +2834,38 @@ def read_calibration(folder: Path, cameras: Iterable[int]) -> tuple[dict[int, di
     "RT" (4, 4) camera to world in metres. Raise ConfigError where it cannot be read, or lacks one of these cameras."""
     path = folder / "calibration" / "cameras.json"
     try:
-        stored = json.loads(path.read_text())["cameras"].items()
-        shapes = {"K": (3, 3), "D": (5,), "RT": (4, 4)}
-        calibration = {
-            int(number): {name: np.array(camera[name], float).reshape(shape) for name, shape in shapes.items()}
-            for number, camera in stored
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        stored = json.loads(path.read_text())["cameras"]
+    except (OSError, ValueError, KeyError):
         raise ConfigError(f"{path} cannot be read: extract the performance with calibration, or again") from None
-    missing = sorted(set(cameras) - set(calibration))
-    if missing:
+    calibration = {int(key): {name: np.array(stored[key][name]) for name in stored[key]} for key in stored}
+    if missing := sorted(set(cameras) - set(calibration)):
         raise ConfigError(f"{path} has no calibration for camera {', '.join(map(str, missing))}")
     return calibration, rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})
 
 
-def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[int], n: int) -> list[int]:
-    """Print the n views that cover the rig best, beside what the config gives now, and return them as indices."""
-    chosen = suggest_cameras(rig.directions, available, n, rig.ids.index(FRONT_CAMERA))
-    log.info("%d of the %d cameras with pictures:", n, len(available))
-    for title, cameras in (("suggested", chosen), (f"{config.path.name} now", now)):
-        largest, mean = coverage(rig.directions, cameras)
-        log.info("  %-16s %2d cameras, largest gap %5.1f°, mean %4.1f°", title, len(cameras), largest, mean)
-    ids = "all" if 1 < len(chosen) == len(available) else [rig.ids[i] for i in chosen]
-    log.info("The line for %s:\n  cameras: %s", config.path.name, ids)
-    return chosen
-
-
-def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[int], title: str, frame: int):
-    """Write the picture and the page of a performance into previews/ beside the config, and say so."""
+def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[int], folder: Path, frame: int):
+    """Write the picture and the page of an extracted performance into previews/ beside the config, and say so."""
     import cv2
 
     with ThreadPoolExecutor() as pool:
         read = pool.map(partial(read_picture, size=TILE_SIZE), pictures.values())
         tiles = {rig.ids.index(camera): tile for camera, tile in zip(pictures, read) if tile is not None}
-    chosen = [i for i in wanted if i in tiles]
-    folder = config.path.parent / "previews"
-    folder.mkdir(exist_ok=True)
-    jpg, page = (folder / f"{title.replace(' ', '_')}.{ending}" for ending in ("jpg", "html"))
-    picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
-    jpg.write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1])
-    page.write_text(camera_page(rig, tiles, chosen, title, frame), encoding="utf-8")
-    views = count_of(len(tiles), "view")
-    log.info("%s, frame %d, as the cameras stand: %s, %d framed", title, frame, views, len(chosen))
-    log.info("  picture  %s", jpg)
+    chosen, title = [i for i in wanted if i in tiles], f"{folder.parent.name} {folder.name}, frame {frame}"
+    page = config.path.parent / "previews" / f"{folder.parent.name}_{folder.name}.html"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(camera_page(rig, tiles, chosen, title), encoding="utf-8")
+    page.with_suffix(".jpg").write_bytes(cv2.imencode(".jpg", camera_grid(rig, tiles, chosen, title))[1])
+    log.info("%s, as the cameras stand: %s, %d framed", title, count_of(len(tiles), "view"), len(chosen))
+    log.info("  picture  %s", page.with_suffix(".jpg"))
     log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", page)
 
 
 def write_scene(config: Config, name: str, frame: int | None):
     """Write one moment of a performance into scenes/ beside the config, in COLMAP's text format.
 
-    name: such as "0018/s3_all"; frame: None for the first that most cameras have. Every view of it is warped to one
-    common pinhole camera: the mean focal length, the principal point in the middle, the size that most pictures have.
-    The points are random ones in the largest ball around the point nearest to all optical axes that every camera sees
-    in full. Raise ConfigError where nothing is extracted, and where no picture can be read."""
+    Every view is warped to one common pinhole camera: the mean focal length, the principal point in the middle, the
+    size that most pictures have. The points are random ones in the largest ball around the center of the rig that every
+    camera sees in full. Raise ConfigError where no picture can be read."""
     folder, pictures, frame = extracted_views(config, name, frame)
     calibration, rig = read_calibration(folder, pictures)
     headers = [probe_picture(path.read_bytes()) for path in pictures.values()]
@@ -2974,48 +2879,42 @@ def write_scene(config: Config, name: str, frame: int | None):
 
     scene = config.path.parent / "scenes" / f"{'_'.join(folder.parts[-2:])}_{frame:06d}"
     unfinished = scene.with_name(f".{scene.name}.partial")
-    model, warp = unfinished / "sparse" / "0", partial(warp_view, unfinished, K, (width, height), points)
     remove(unfinished)
-    try:
-        model.mkdir(parents=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            warped = pool.map(warp, pictures.values(), map(calibration.get, pictures))
-            warped = list(tqdm(warped, desc=scene.name, total=len(pictures), unit="view", disable=None, leave=False))
-        colors = {camera: seen for camera, seen in zip(pictures, warped) if seen is not None}
-        if not colors:
-            raise ConfigError(f"{folder} has no picture of frame {frame} that can be read")
-        # In COLMAP, the corner of the first pixel is (0, 0).
-        (model / "cameras.txt").write_text(f"1 PINHOLE {width} {height} {focal} {focal} {width / 2} {height / 2}\n")
-        images = [f"{n + 1} {colmap_pose(calibration[n]['RT'])} 1 {n:02d}.png\n\n" for n in colors]
-        (model / "images.txt").write_text("".join(images))
-        color = np.median(list(colors.values()), axis=0)[:, ::-1]
-        table = np.column_stack([np.arange(len(points)) + 1, points, color, np.zeros(len(points))])
-        np.savetxt(model / "points3D.txt", table, "%d %.6f %.6f %.6f %d %d %d %d")
-        put_in_place(unfinished, scene)
-    finally:
-        remove(unfinished)
-    views = count_of(len(colors), "view")
-    log.info("%s %s, frame %d, %s as a scene: %s", *folder.parts[-2:], frame, views, scene)
+    warp = partial(warp_view, unfinished, K, (width, height), points)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        warped = pool.map(warp, pictures.values(), map(calibration.get, pictures))
+        warped = list(tqdm(warped, desc=scene.name, total=len(pictures), unit="view", disable=None, leave=False))
+    colors = {camera: seen for camera, seen in zip(pictures, warped) if seen is not None}
+    if not colors:
+        raise ConfigError(f"{folder} has no picture of frame {frame} that can be read")
+    model = unfinished / "sparse" / "0"
+    model.mkdir(parents=True)
+    # In COLMAP, the corner of the first pixel is (0, 0).
+    (model / "cameras.txt").write_text(f"1 PINHOLE {width} {height} {focal} {focal} {width / 2} {height / 2}\n")
+    images = [f"{n + 1} {colmap_pose(calibration[n]['RT'])} 1 {n:02d}.png\n\n" for n in colors]
+    (model / "images.txt").write_text("".join(images))
+    color = np.median(list(colors.values()), axis=0)[:, ::-1]
+    table = np.column_stack([np.arange(len(points)) + 1, points, color, np.zeros(len(points))])
+    np.savetxt(model / "points3D.txt", table, "%d %.6f %.6f %.6f %d %d %d %d")
+    put_in_place(unfinished, scene)
+    log.info("%s, frame %d, %s as a scene: %s", name, frame, count_of(len(colors), "view"), scene)
 
 
 def warp_view(scene: Path, K: np.ndarray, size: tuple[int, int], points: np.ndarray, path: Path, camera: dict):
     """Write a view and its mask, if there is one, into a scene as the pinhole camera K (3, 3) sees them, with 0 around.
 
-    size: width and height in pixels; points (n, 3): in the world; path, camera: the stored picture and the calibration
-    of its camera. Return the colors of the points in the view, (n, 3) uint8 BGR; None, with a warning, where the
-    picture is damaged."""
+    size: width and height in pixels; path, camera: the stored picture and the calibration of its camera. Return the
+    colors of the points (n, 3) in the view, (n, 3) uint8 BGR; None where the picture is damaged."""
     import cv2
 
-    picture = read_picture(path, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if picture is None:
+    if (picture := read_picture(path)) is None:
         return None
     maps = cv2.initUndistortRectifyMap(camera["K"], camera["D"], None, K, size, cv2.CV_32FC1)
     view, png = cv2.remap(picture, *maps, cv2.INTER_LANCZOS4), f"{path.parent.name[4:]}.png"
-    (scene / "images").mkdir(exist_ok=True)
+    (scene / "images").mkdir(parents=True, exist_ok=True)
     (scene / "images" / png).write_bytes(cv2.imencode(".png", view)[1])
     for mask_path in path.parents[2].glob(f"masks/{path.parent.name}/{path.stem}.*"):
-        mask = read_picture(mask_path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
-        if mask is not None:
+        if (mask := read_picture(mask_path, grey=True)) is not None:
             (scene / "masks").mkdir(exist_ok=True)
             (scene / "masks" / png).write_bytes(cv2.imencode(".png", cv2.remap(mask, *maps, cv2.INTER_LINEAR))[1])
     x, y, depth = (K @ camera["RT"][:3, :3].T @ (points - camera["RT"][:3, 3]).T).astype(np.float32)
