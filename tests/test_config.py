@@ -62,7 +62,6 @@ WRONG = [
     wrong("min_free_gb: 0", "min_free_gb: much", "line 10", "'much'"),
     wrong("min_free_gb: 0", "min_free_gb: nan", "'nan'"),
     wrong("min_free_gb: 0", "min_free_gb: -1", "'-1'"),
-    wrong("min_free_gb: 0", "max_temp_size_gb: 0", "at least"),
     wrong("output_dir: subjects", "output_dir: temp_smc", "same folder"),
     wrong("output_dir: subjects", 'output_dir: ""', "empty"),
     wrong("min_free_gb: 0", "min_free_gb: 0\nprocessing:\n  workers: 0", "line 12", "workers"),
