@@ -178,66 +178,64 @@ REFUSED_OPTIONS = re.compile(
 
 def load_config(path: str) -> Config:
     """Return the settings of a config file. Raise ConfigError with all that is wrong, each with its line."""
+    text, content = load_yaml(path)
     known: dict[str, dict[str, tuple]] = {}
     for each in fields(Config):
         for section, parse_and_default in each.metadata.items():
             known.setdefault(section, {})[each.name] = parse_and_default
-    errors: list[tuple[int, str]] = []
-    sections, values = read_mapping(load_yaml_tree(path), "", known, errors), {"path": Path(path).absolute()}
+    values = {"path": Path(path).absolute()}
+    errors = {(name,): f"unknown key; {suggest(name, known)}" for name in content if name not in known}
     for section, settings in known.items():
-        nodes = read_mapping(sections.get(section), section, settings, errors)
+        given = content.get(section) or {}
+        if not isinstance(given, dict):
+            errors[section,], given = "this has to be a list of 'key: value' lines", {}
+        errors.update(
+            {(section, key): f"unknown key; {suggest(key, settings)}" for key in given if key not in settings}
+        )
         for key, (parse, value) in settings.items():
-            line = nodes[key].start_mark.line + 1 if key in nodes else 0
             try:
-                if key in nodes:
-                    value = parse(yaml.constructor.BaseConstructor().construct_document(nodes[key]))
+                if given.get(key, "") != "":
+                    value = parse(given[key])
                 elif value is None:
                     raise ValueError("this setting is missing or empty")
-            except (ValueError, yaml.YAMLError) as error:
-                errors.append((line, f"{section}.{key}: {error}"))
+            except ValueError as error:
+                errors[section, key] = str(error)
             values[key] = values["path"].parent / value if isinstance(value, Path) else value
     if values["temp_dir"] and values["temp_dir"] == values["output_dir"]:
-        errors.append((0, "storage.temp_dir and storage.output_dir are the same folder"))
+        errors["storage", "temp_dir"] = "this is the same folder as storage.output_dir"
     if "transforms" in values["modalities"] and not {"images", "calibration"} <= set(values["modalities"]):
-        errors.append((0, "extraction.modalities: transforms needs images and calibration beside it"))
+        errors["extraction", "modalities"] = "transforms needs images and calibration beside it"
     if errors:
-        lines = [f"{path}{f', line {line}' if line else ''}: {text}" for line, text in sorted(errors)]
-        raise ConfigError("\n".join(lines))
+        raise ConfigError("\n".join(f"{path}{find_line(text, key)}: {'.'.join(key)}: {errors[key]}" for key in errors))
     return Config(**values)
 
 
-def load_yaml_tree(path: str) -> yaml.Node | None:
-    """Return the syntax tree of a YAML file, which knows the line of each value, and has it as it stands there."""
+def load_yaml(path: str) -> tuple[str, dict]:
+    """Return the text of a config file, and {section: {key: value}} with all words as they stand there: YAML would read
+    0026 as 22."""
     try:
-        content = Path(path).read_text("utf-8-sig", "replace")
-        return yaml.compose(content, Loader=yaml.BaseLoader)  # SafeLoader would read 0026 as 22
+        text = Path(path).read_text("utf-8-sig", "replace")
+        content = yaml.load(text, Loader=yaml.BaseLoader) or {}
     except OSError as error:
         advice = "run this in the folder of your config, or name it with --config FILE"
         raise ConfigError(f"{path}: {error.strerror}: {advice}") from None
     except yaml.YAMLError as error:
         place, reason = "", " ".join(str(getattr(error, "problem", error)).split())
         if mark := getattr(error, "problem_mark", None):
-            place, line = f", line {mark.line + 1}", [*content.splitlines(), ""][mark.line]
+            place, line = f", line {mark.line + 1}", [*text.splitlines(), ""][mark.line]
             reason = "a tab; YAML needs spaces" if "\t" in line else reason
             reason = "write the value without the colon" if re.search(r":\s.*:\s*$", line) else reason
         raise ConfigError(f"{path}{place}: this is no YAML: {printable(reason, 200)}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: this has to be a list of 'key: value' lines")
+    return text, content
 
 
-def read_mapping(node: yaml.Node | None, section: str, known: Iterable[str], errors: list) -> dict[str, yaml.Node]:
-    """Return {key: value} of the known keys of a YAML mapping that have a value; add to `errors` what is wrong."""
-    if not isinstance(node, yaml.MappingNode):
-        if node is not None:
-            errors.append((node.start_mark.line + 1, f"{section or 'this'} has to be a list of 'key: value' lines"))
-        return {}
-    found: dict[str, yaml.Node] = {}
-    for key, value in node.value:
-        name = str(key.value)
-        if name in known and name not in found:
-            found[name] = value
-        else:
-            wrong = "is there twice" if name in found else f"unknown key; {suggest(name, known)}"
-            errors.append((key.start_mark.line + 1, f"{printable(f'{section}.{name}'.lstrip('.'))}: {wrong}"))
-    return {key: value for key, value in found.items() if value.value != ""}
+def find_line(text: str, key: tuple[str, ...]) -> str:
+    """Return ", line N" for where (section,) or (section, key) stands in the text of a config."""
+    names = r"\s*:.*?^\s*".join(map(re.escape, key))
+    found = re.search(rf"(?ms)^{names}\s*:", text)
+    return f", line {text.count(chr(10), 0, found.end()) + 1}" if found else ""
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
@@ -261,12 +259,6 @@ def parse_path(value) -> Path:
     return Path(path)
 
 
-def parse_subject(value) -> str:
-    short = re.fullmatch("[0-9]{1,3}", str(value))
-    advice = f"did you mean '{value.zfill(4)}'?" if short else "they are four digits such as '0018'"
-    return parse_text(value, SUBJECT.pattern, f"subject: {advice}")
-
-
 def parse_choice(known: Iterable[str], value) -> str:
     if parse_text(value) not in known:
         raise ValueError(f"{value!r} is not known; {suggest(value, known)}")
@@ -285,6 +277,7 @@ def parse_list(parse: Callable, form: str, value, may_be_empty: bool = False) ->
 FOLDER_ID = r"(?!YOUR_SHARED_FOLDER_ID)([A-Za-z0-9_][A-Za-z0-9_-]*)?"
 parse_folder_id = partial(parse_text, pattern=FOLDER_ID, what="folder id: take what its address has after /folders/")
 parse_remote = partial(parse_text, pattern=r"[\w.+@][\w.+@ -]*", what="remote of rclone (write it without the colon)")
+parse_subject = partial(parse_text, pattern=SUBJECT.pattern, what="subject: they have four digits, such as '0018'")
 parse_performance = partial(parse_text, pattern=PLAIN_NAME.pattern, what="performance such as s1_all, e0 or h1_3bk")
 parse_camera = partial(parse_text, pattern="[0-5]?[0-9]", what="camera: they are numbers from 0 to 59", kind=int)
 parse_gb = partial(parse_text, pattern="[0-9.][0-9.e+-]*", what="number such as 50 (the unit is GB)", kind=float)
@@ -428,11 +421,9 @@ class Manifest:
         return enough and modalities <= set(row["modalities"].split())
 
     def has_work(self, subject: str) -> bool:
-        """Return whether a subject has to be looked for on the remote: also where one file of a pair is missing."""
-        keys = [(subject, performance) for performance in self.config.performances or ()]
-        halves = [key for key in keys if key in self.rows and len(self.rows[key]["smc_id"].split()) == 1]
-        one_missing = self.config.layout == "pair" and halves
-        return not keys or bool(one_missing) or not all(self.is_done(*key) for key in keys)
+        """Return whether a subject has to be looked for on the remote. Of a pair, a file may have come that was absent."""
+        asked = self.config.performances
+        return asked is None or self.config.layout == "pair" or not all(self.is_done(subject, name) for name in asked)
 
     def asked_performances(self, subject: str) -> list[str]:
         """Return the performances that the config asks for; if it asks for all, those of the subject in the rows."""
@@ -544,29 +535,19 @@ def lock_file(path: Path, wait: bool = True) -> io.FileIO:
         file.close()  # while we waited, the holder removed or replaced the file: this is the lock of nothing
 
 
-class SubjectLocks:
-    """Which subjects this process works on: two locked files each, one beside the manifest and one in temp_dir, because
-    processes can share either."""
-
-    def __init__(self, manifest: Manifest):
-        self.manifest = manifest
-        self.held: dict[str, contextlib.ExitStack] = {}
-
-    def take(self, subject: str) -> bool:
-        """Return whether the subject is ours now, without what a run that ended early has left of it."""
-        beside = self.manifest.path.with_name(f".{self.manifest.path.name}.{subject}.lock")
-        with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as locks:
-            for path in (beside, self.manifest.config.temp_dir / f".{subject}.lock"):
-                locks.enter_context(lock_file(path, wait=False))
-                locks.callback(path.unlink, missing_ok=True)
-            clean_up(self.manifest, subject)
-            locks.callback(clean_up, self.manifest, subject)
-            self.held[subject] = locks.pop_all()
-        return subject in self.held
-
-    def release(self, subject: str):
-        """Delete a subject's unfinished files and let go of it."""
-        self.held.pop(subject).close()
+def lock_subject(manifest: Manifest, subject: str) -> contextlib.ExitStack | None:
+    """Return the lock of a subject once what a run that ended early has left of it is deleted, or None where another
+    process has the lock. To close it deletes what is unfinished then. Two files are locked, one beside the manifest and
+    one in temp_dir, because processes can share either."""
+    beside = manifest.path.with_name(f".{manifest.path.name}.{subject}.lock")
+    with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as lock:
+        for path in (beside, manifest.config.temp_dir / f".{subject}.lock"):
+            lock.enter_context(lock_file(path, wait=False))
+            lock.callback(path.unlink, missing_ok=True)
+        clean_up(manifest, subject)
+        lock.callback(clean_up, manifest, subject)
+        return lock.pop_all()
+    return None
 
 
 def clean_up(manifest: Manifest, subject: str):
@@ -2222,14 +2203,15 @@ class Summary:
             log.info("%s", line)
 
 
-def take_subjects(config: Config, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
+def take_subjects(config: Config, manifest: Manifest, remote: Remote, locks: dict) -> Iterator[str]:
     """Yield each subject once it is ours. Those that another process holds come last: when it has let go of them, there
     is nothing left to do, or else it died."""
     passed: list[str] = []
     for subject in itertools.chain(config.subjects, passed):
-        while not (ours := locks.take(subject)) and subject in passed and not remote.stopped:
+        while not (lock := lock_subject(manifest, subject)) and subject in passed and not remote.stopped:
             time.sleep(0.5)
-        if ours:
+        if lock:
+            locks[subject] = lock
             yield subject
         elif subject not in passed:
             log.info("%s: another process is working on it", subject)
@@ -2326,20 +2308,20 @@ def update_file(file: RemoteFile, size: int, md5: str | None) -> RemoteFile:
     return file._replace(bytes=size, md5=md5, id=md5) if file.md5 and md5 else file._replace(bytes=size)
 
 
-def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: SubjectLocks, in_temp: set) -> Iterator:
+def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: dict, in_temp: set) -> Iterator:
     """Yield (subject, {job: its download}, whether these are its last), for as many jobs of a subject at once as there
     is room for. Raise StopEarly where going on makes no sense.
 
     in_temp: the jobs that were yielded and are not extracted yet; who takes them removes them."""
     config = plan.config
-    for subject in take_subjects(config, remote, locks):
+    for subject in take_subjects(config, manifest, remote, locks):
         for row in [row for key, row in manifest.rows.items() if key[0] == subject and "adopted" in row]:
             log.info("%s %s: taken over from its folder", subject, row["performance"])
             manifest.append(row)
         jobs = plan_subject(config, manifest, subject, plan.listing)
         jobs = [job for job in jobs if job.state not in ("done", "failed")]
         if not jobs:
-            locks.release(subject)
+            locks.pop(subject).close()
             remote.progress.finish_subject(subject, plan.subjects[subject])
         while jobs:
             downloads = download(remote, wait_for_room(config, remote, jobs, in_temp))
@@ -2409,7 +2391,7 @@ def run(config: Config, manifest: Manifest, remote: Remote, children: ForkServer
         folder.mkdir(parents=True, exist_ok=True)
     log_file = open_log(config)
     manifest.upgrade()
-    summary, locks, in_temp = Summary(plan, announce(plan)), SubjectLocks(manifest), set()
+    summary, locks, in_temp = Summary(plan, announce(plan)), {}, set()
     try:
         # Whatever ends this block, rclone and the child end first: nobody writes into what is cleaned up then.
         with progress.run(plan), ThreadPoolExecutor(1) as thread, remote, children:
@@ -2423,12 +2405,12 @@ def run(config: Config, manifest: Manifest, remote: Remote, children: ForkServer
                     in_temp.discard(job)
                     summary.include(job, download, row, info)
                 if last:
-                    locks.release(subject)
+                    locks.pop(subject).close()
                     progress.finish_subject(subject, plan.subjects[subject])
     finally:
-        for subject in list(locks.held):
+        for subject in list(locks):
             with contextlib.suppress(OSError):  # what ends the run is said already
-                locks.release(subject)
+                locks.pop(subject).close()
         summary.write(plan.config, manifest)
         log.info("The log is %s", log_file)
     return 1 if summary.failures else 0
