@@ -157,15 +157,12 @@ class Interrupted(BaseException):
 
 # ---------------------------------------------------------------------------------------------- configuration
 
-# What the script that people used before has in its config, and what to write instead.
+# What the script that people used before has in its config, and what takes its place under another name.
 OTHER_KEYS = {
-    "manifest_path": "write manifest",
     "verify_extraction": "write verify: fast or verify: full",
     "force_reextract": "delete it, and run with --redo --subject ID",
-    "max_retries": "delete it: rclone retries by itself",
     "limits": "write max_temp_size_gb and min_free_gb into the section storage",
     "logging": "delete it: each run has a log in storage.log_dir, and --verbose shows it on the console",
-    "metadata": "delete it: metadata/info.json is always written",
 }
 # Options of rclone that change what it prints, which files it takes, or when a file has its final name.
 REFUSED_OPTIONS = re.compile(
@@ -178,35 +175,31 @@ REFUSED_OPTIONS = re.compile(
 
 def load_config(path: str) -> Config:
     """Return the settings of a config file. Raise ConfigError with all that is wrong, each with its line."""
-    text, content = load_yaml(path)
-    known: dict[str, dict[str, tuple]] = {}
-    for each in fields(Config):
-        for section, parse_and_default in each.metadata.items():
-            known.setdefault(section, {})[each.name] = parse_and_default
-    values = {"path": Path(path).absolute()}
-    errors = {(name,): f"unknown key; {suggest(name, known)}" for name in content if name not in known}
-    for section, settings in known.items():
-        given = content.get(section) or {}
-        if not isinstance(given, dict):
-            errors[section,], given = "this has to be a list of 'key: value' lines", {}
-        errors.update(
-            {(section, key): f"unknown key; {suggest(key, settings)}" for key in given if key not in settings}
-        )
-        for key, (parse, value) in settings.items():
-            try:
-                if given.get(key, "") != "":
-                    value = parse(given[key])
-                elif value is None:
-                    raise ValueError("this setting is missing or empty")
-            except ValueError as error:
-                errors[section, key] = str(error)
-            values[key] = values["path"].parent / value if isinstance(value, Path) else value
-    if values["temp_dir"] and values["temp_dir"] == values["output_dir"]:
-        errors["storage", "temp_dir"] = "this is the same folder as storage.output_dir"
+    text, sections = load_yaml(path)
+    known = {f"{section}.{each.name}": rule for each in fields(Config) for section, rule in each.metadata.items()}
+    values, given, errors = {"path": Path(path).absolute()}, {}, {}
+    for section, settings in sections.items():
+        if isinstance(settings, dict):
+            given.update({f"{section}.{key}": value for key, value in settings.items()})
+        elif settings:
+            errors[section] = "it has to be a list of 'key: value' lines"
+    for name in given.keys() - known.keys():
+        cures = [OTHER_KEYS[word] for word in name.split(".") if word in OTHER_KEYS]
+        errors[name] = f"unknown key; {cures[0] if cures else suggest(name, known)}"
+    for name, (parse, value) in known.items():
+        try:
+            if given.get(name, "") != "":
+                value = parse(given[name])
+            elif value is None:
+                raise ValueError("this setting is missing or empty")
+        except ValueError as error:
+            errors[name] = str(error)
+        values[name.partition(".")[2]] = values["path"].parent / value if isinstance(value, Path) else value
     if "transforms" in values["modalities"] and not {"images", "calibration"} <= set(values["modalities"]):
-        errors["extraction", "modalities"] = "transforms needs images and calibration beside it"
+        errors["extraction.modalities"] = "transforms needs images and calibration beside it"
     if errors:
-        raise ConfigError("\n".join(f"{path}{find_line(text, key)}: {'.'.join(key)}: {errors[key]}" for key in errors))
+        lines = sorted((find_line(text, name), f"{printable(name)}: {error}") for name, error in errors.items())
+        raise ConfigError("\n".join(f"{path}{f', line {line}' if line else ''}: {error}" for line, error in lines))
     return Config(**values)
 
 
@@ -226,22 +219,20 @@ def load_yaml(path: str) -> tuple[str, dict]:
             reason = "a tab; YAML needs spaces" if "\t" in line else reason
             reason = "write the value without the colon" if re.search(r":\s.*:\s*$", line) else reason
         raise ConfigError(f"{path}{place}: this is no YAML: {printable(reason, 200)}") from None
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: this has to be a list of 'key: value' lines")
-    return text, content
+    return text, content if isinstance(content, dict) else {"the file": content}
 
 
-def find_line(text: str, key: tuple[str, ...]) -> str:
-    """Return ", line N" for where (section,) or (section, key) stands in the text of a config."""
-    names = r"\s*:.*?^\s*".join(map(re.escape, key))
-    found = re.search(rf"(?ms)^{names}\s*:", text)
-    return f", line {text.count(chr(10), 0, found.end()) + 1}" if found else ""
+def find_line(text: str, name: str) -> int:
+    """Return the line of a config's text where a section or "section.key" stands, 0 for none."""
+    words = r"\s*:.*?^\s*".join(map(re.escape, name.split(".")))
+    found = re.search(rf"(?ms)^{words}\s*:", text)
+    return text.count("\n", 0, found.end()) + 1 if found else 0
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return what to write instead of an unknown word."""
-    near = difflib.get_close_matches(word.lower(), known, 1)
-    return OTHER_KEYS.get(word) or (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+    near = difflib.get_close_matches(word.lower(), known, 1, 0.8)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
 def parse_text(value, pattern: str = ".*", what: str = "single value without control characters", kind: type = str):
@@ -356,7 +347,6 @@ class Config:
 
 # ---------------------------------------------------------------------------------------------- manifest
 
-
 COLUMNS = ["subject", "performance", "status", "cameras_extracted", "frames", "size_gb", "timestamp", "error"]
 COLUMNS += ["cameras", "cameras_available", "modalities", "smc_bytes", "download_s", "extract_s", "smc_id"]
 
@@ -364,8 +354,8 @@ COLUMNS += ["cameras", "cameras_available", "modalities", "smc_bytes", "download
 class Manifest:
     """MANIFEST.csv: the record of what was done, one row appended for each performance, the last one holds.
 
-    `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings. One
-    that is only in a folder's info.json so far has an entry "adopted"."""
+    `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings. A row
+    of `adopt_folders` that is not written yet has an entry "adopted"."""
 
     def __init__(self, config: Config):
         self.config, self.path, self.content = config, Path(os.path.realpath(config.manifest)), b""
@@ -431,7 +421,7 @@ class Manifest:
 
     def adopt_folders(self, subjects: list[str]):
         """Take finished folders without a row for done, as their info.json says: the manifest was lost, or the power
-        failed before the row. The row is written when its subject's turn comes."""
+        failed before the row. `append` writes the row when its subject's turn comes."""
         folders = [self.config.output_dir / subject for subject in subjects]
         for path in itertools.chain(*(list_paths(folder, "*/metadata/info.json") for folder in folders)):
             key = path.parts[-4:-2]
@@ -456,7 +446,6 @@ class Manifest:
                 os.chown(new, status.st_uid, status.st_gid)
             sync_disk(new.parent)
             os.replace(new, self.path)
-            sync_disk(new.parent)
 
     def append(self, row: dict):
         """Write one row: whole, under a lock, and on disk when this returns. `absent` is only written as the first."""
@@ -480,20 +469,12 @@ class Manifest:
 
 def completed_row(info: dict) -> dict:
     """Return the row of a performance, from its info.json."""
-    return {
-        "subject": info["subject"],
-        "performance": info["performance"],
-        "status": "completed",
-        "cameras_extracted": len(info["cameras"]),
-        "frames": sum(info["frames"].values()),
-        "size_gb": f"{info['bytes'] / GB:.6f}",
-        "error": "; ".join(info["notes"]),
-        "cameras": format_numbers(info["cameras"]),
-        "cameras_available": format_numbers(info["cameras_available"]),
-        "modalities": " ".join(info["modalities_asked"]),
-        "smc_bytes": sum(file["bytes"] for file in info["source"]),
-        "smc_id": info["smc_id"],
-    }
+    row = {"subject": info["subject"], "performance": info["performance"], "status": "completed"}
+    row.update(cameras_extracted=len(info["cameras"]), cameras=format_numbers(info["cameras"]))
+    row.update(cameras_available=format_numbers(info["cameras_available"]), frames=sum(info["frames"].values()))
+    row.update(size_gb=f"{info['bytes'] / GB:.6f}", smc_bytes=sum(file["bytes"] for file in info["source"]))
+    row.update(modalities=" ".join(info["modalities_asked"]), smc_id=info["smc_id"], error="; ".join(info["notes"]))
+    return row
 
 
 def csv_lines(rows) -> bytes:
@@ -512,6 +493,7 @@ def parse_numbers(words: str) -> set[int]:
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 UNFINISHED = re.compile(r"\.selected$|\.[^.]*\.partial$")  # ends the name of an SMC that rclone or we are writing
+libc = ctypes.CDLL(None, use_errno=True)
 WORK_FOLDER = re.compile(rf"\.({PLAIN_NAME.pattern})\.(partial|old)")  # beside the folder of that performance
 
 
@@ -536,9 +518,8 @@ def lock_file(path: Path, wait: bool = True) -> io.FileIO:
 
 
 def lock_subject(manifest: Manifest, subject: str) -> contextlib.ExitStack | None:
-    """Return the lock of a subject once what a run that ended early has left of it is deleted, or None where another
-    process has the lock. To close it deletes what is unfinished then. Two files are locked, one beside the manifest and
-    one in temp_dir, because processes can share either."""
+    """Return the lock of a subject, or None where another process has it. What is unfinished of the subject is deleted
+    now, and when the lock is closed. It locks a file beside the manifest and one in temp_dir: processes share either."""
     beside = manifest.path.with_name(f".{manifest.path.name}.{subject}.lock")
     with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as lock:
         for path in (beside, manifest.config.temp_dir / f".{subject}.lock"):
@@ -573,19 +554,13 @@ def clean_up(manifest: Manifest, subject: str):
                 emptied.rmdir()
 
 
-libc = ctypes.CDLL(None, use_errno=True)
-
-
 def sync_disk(folder: Path):
     """Bring everything written to the disk of a folder onto it, with one call for any number of files and names."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if not hasattr(libc, "syncfs"):  # on macOS
-            os.sync()
-        elif libc.syncfs(descriptor) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
-    finally:
-        os.close(descriptor)
+    failed = libc.syncfs(descriptor) if hasattr(libc, "syncfs") else os.sync()  # macOS has no syncfs
+    os.close(descriptor)
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
 
 
 def put_in_place(finished: Path, folder: Path):
