@@ -366,6 +366,8 @@ class Manifest:
 
     def refresh(self):
         """Reload the file if another process has changed it."""
+        if self.path.is_dir():
+            raise ConfigError(f"{self.config.path}: storage.manifest: {self.path} is a folder")
         with contextlib.suppress(FileNotFoundError):
             content = self.path.read_bytes()
             if content != self.content:
