@@ -113,7 +113,6 @@ DEFAULT_MODALITIES = [name for name, modality in MODALITIES.items() if modality.
 BY_CAMERA = {name for name, modality in MODALITIES.items() if "{}" in modality.path}  # have frames for each camera
 PER_CAMERA = {name for name, modality in MODALITIES.items() if modality.by_camera}  # depend on the cameras asked for
 GB = 1e9
-NO_VALUE = "tag:yaml.org,2002:null"  # what YAML calls a key without a value
 
 RCLONE_VERSION = (1, 65)  # the oldest that downloads to a name of its own and renames the whole file
 RCLONE_FLAGS = ["--drive-acknowledge-abuse", "--drive-stop-on-download-limit", "--transfers", "4", "--checkers", "8"]
@@ -159,15 +158,12 @@ class Interrupted(BaseException):
 
 # ---------------------------------------------------------------------------------------------- configuration
 
-# What the script that people used before has in its config, and what to write instead.
+# What the script that people used before has in its config, and what takes its place under another name.
 OTHER_KEYS = {
-    "manifest_path": "write manifest",
     "verify_extraction": "write verify: fast or verify: full",
     "force_reextract": "delete it, and run with --redo --subject ID",
-    "max_retries": "delete it: rclone retries by itself",
     "limits": "write max_temp_size_gb and min_free_gb into the section storage",
     "logging": "delete it: each run has a log in storage.log_dir, and --verbose shows it on the console",
-    "metadata": "delete it: metadata/info.json is always written",
 }
 # Options of rclone that change what it prints, which files it takes, or when a file has its final name.
 REFUSED_OPTIONS = re.compile(
@@ -180,116 +176,85 @@ REFUSED_OPTIONS = re.compile(
 
 def load_config(path: str) -> Config:
     """Return the settings of a config file. Raise ConfigError with all that is wrong, each with its line."""
-    known: dict[str, dict[str, tuple]] = {}
-    for each in fields(Config):
-        for section, parse_and_default in each.metadata.items():
-            known.setdefault(section, {})[each.name] = parse_and_default
-    errors: list[tuple[int, str]] = []
-    sections, values = read_mapping(load_yaml_tree(path), "", known, errors), {"path": Path(path).absolute()}
-    for section, settings in known.items():
-        nodes = read_mapping(sections.get(section), section, settings, errors)
-        for key, (parse, value) in settings.items():
-            line = nodes[key].start_mark.line + 1 if key in nodes else 0
-            try:
-                if key in nodes:  # each word as it stands in the file: YAML would read 0026 as 22
-                    value = parse(yaml.constructor.BaseConstructor().construct_document(nodes[key]))
-                elif value is None:
-                    raise ValueError("this setting is missing")
-            except (ValueError, yaml.YAMLError) as error:
-                errors.append((line, f"{section}.{key}: {getattr(error, 'problem', error)}"))
-            values[key] = values["path"].parent / value if isinstance(value, Path) else value
-    if os.path.realpath(values["temp_dir"] or "temp_dir") == os.path.realpath(values["output_dir"] or "output_dir"):
-        errors.append((0, "storage.temp_dir and storage.output_dir are the same folder"))
+    text, sections = load_yaml(path)
+    known = {f"{section}.{each.name}": rule for each in fields(Config) for section, rule in each.metadata.items()}
+    values, given, errors = {"path": Path(path).absolute()}, {}, {}
+    for section, settings in sections.items():
+        if isinstance(settings, dict):
+            given.update({f"{section}.{key}": value for key, value in settings.items()})
+        elif settings:
+            errors[section] = "it has to be a list of 'key: value' lines"
+    for name in given.keys() - known.keys():
+        cures = [OTHER_KEYS[word] for word in name.split(".") if word in OTHER_KEYS]
+        errors[name] = f"unknown key; {cures[0] if cures else suggest(name, known)}"
+    for name, (parse, value) in known.items():
+        try:
+            if given.get(name, "") != "":
+                value = parse(given[name])
+            elif value is None:
+                raise ValueError("this setting is missing or empty")
+        except ValueError as error:
+            errors[name] = str(error)
+        values[name.partition(".")[2]] = values["path"].parent / value if isinstance(value, Path) else value
     if "transforms" in values["modalities"] and not {"images", "calibration"} <= set(values["modalities"]):
-        errors.append((0, "extraction.modalities: transforms needs images and calibration beside it"))
+        errors["extraction.modalities"] = "transforms needs images and calibration beside it"
     if errors:
-        lines = [f"{path}{f', line {line}' if line else ''}: {text}" for line, text in sorted(errors)]
-        raise ConfigError("\n".join(lines))
+        lines = sorted((find_line(text, name), f"{printable(name)}: {error}") for name, error in errors.items())
+        raise ConfigError("\n".join(f"{path}{f', line {line}' if line else ''}: {error}" for line, error in lines))
     return Config(**values)
 
 
-def load_yaml_tree(path: str) -> yaml.Node | None:
-    """Return the syntax tree of a YAML file, which knows the line of each value."""
+def load_yaml(path: str) -> tuple[str, dict]:
+    """Return the text of a config file, and {section: {key: value}} with all words as they stand there: YAML would read
+    0026 as 22."""
     try:
-        content = Path(path).read_bytes()
-        return yaml.compose(content, Loader=yaml.SafeLoader)
+        text = Path(path).read_text("utf-8-sig", "replace")
+        content = yaml.load(text, Loader=yaml.BaseLoader) or {}
     except OSError as error:
         advice = "run this in the folder of your config, or name it with --config FILE"
         raise ConfigError(f"{path}: {error.strerror}: {advice}") from None
     except yaml.YAMLError as error:
-        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-        line = [*content.decode(errors="replace").splitlines(), ""][mark.line] if mark else ""
-        if "\t" in line:
-            reason = "a tab; YAML needs spaces"
-        elif colon := re.fullmatch(r"\s*(\w+):\s+(\S+):\s*(#.*)?", line):
-            reason = f"{colon[1]}: write {colon[2]} without the colon"
-        place = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: this is no YAML: {printable(' '.join(reason.split()), 200)}") from None
+        place, reason = "", " ".join(str(getattr(error, "problem", error)).split())
+        if mark := getattr(error, "problem_mark", None):
+            place, line = f", line {mark.line + 1}", [*text.splitlines(), ""][mark.line]
+            reason = "a tab; YAML needs spaces" if "\t" in line else reason
+            reason = "write the value without the colon" if re.search(r":\s.*:\s*$", line) else reason
+        raise ConfigError(f"{path}{place}: this is no YAML: {printable(reason, 200)}") from None
+    return text, content if isinstance(content, dict) else {"the file": content}
 
 
-def read_mapping(node: yaml.Node | None, section: str, known: Iterable[str], errors: list) -> dict[str, yaml.Node]:
-    """Return {key: value} of the known keys of a YAML mapping that have a value; add to `errors` what is wrong."""
-    if not isinstance(node, yaml.MappingNode):
-        if node is not None:
-            errors.append((node.start_mark.line + 1, f"{section or 'this'} has to be a list of 'key: value' lines"))
-        return {}
-    found: dict[str, yaml.Node] = {}
-    for key, value in node.value:
-        name = str(key.value)
-        if name in known and name not in found:
-            found[name] = value
-        else:
-            wrong = "is there twice" if name in found else f"unknown key; {suggest(name, known)}"
-            errors.append((key.start_mark.line + 1, f"{printable(f'{section}.{name}'.lstrip('.'))}: {wrong}"))
-    return {key: value for key, value in found.items() if value.tag != NO_VALUE}
+def find_line(text: str, name: str) -> int:
+    """Return the line of a config's text where a section or "section.key" stands, 0 for none."""
+    words = r"\s*:.*?^\s*".join(map(re.escape, name.split(".")))
+    found = re.search(rf"(?ms)^{words}\s*:", text)
+    return text.count("\n", 0, found.end()) + 1 if found else 0
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return what to write instead of an unknown word."""
-    near = difflib.get_close_matches(word.lower(), known, 1)
-    return OTHER_KEYS.get(word) or (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+    near = difflib.get_close_matches(word.lower(), known, 1, 0.8)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
-def parse_text(value, pattern: str = ".*", what: str = "single value without control characters") -> str:
-    """Return a single value that matches a pattern; `what` says what another value is not."""
+def parse_text(value, pattern: str = ".*", what: str = "single value without control characters", kind: type = str):
+    """Return a single value that matches a pattern, as that kind; `what` says what another value is not."""
     if not (isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)):
         raise ValueError(f"{value!r} is no {what}")
-    return value
+    return kind(value)
 
 
 def parse_path(value) -> Path:
     """Return a path with ~ and $VARIABLES filled in."""
-    for variable in re.findall(r"\$\{?(\w+)", parse_text(value, r".*\S.*", "path: it must not be empty")):
-        if not os.environ.get(variable):
-            raise ValueError(f"the variable ${variable} is not set")
-    try:
-        return Path(os.path.expandvars(value)).expanduser()
-    except RuntimeError as error:  # no such user
-        raise ValueError(str(error)) from None
-
-
-def parse_subject(value) -> str:
-    short = re.fullmatch("[0-9]{1,3}", str(value))
-    advice = f"did you mean '{value.zfill(4)}'?" if short else "they are four digits such as '0018'"
-    return parse_text(value, SUBJECT.pattern, f"subject: {advice}")
-
-
-def parse_camera(value) -> int:
-    return int(parse_text(value, "0?[0-9]|[1-5][0-9]", "camera: they are whole numbers from 0 to 59"))
+    path = os.path.expanduser(os.path.expandvars(parse_text(value)))
+    if re.search(r"^~|\$", path):
+        raise ValueError(f"{path!r} has a variable or a user that is not set")
+    return Path(path)
 
 
 def parse_choice(known: Iterable[str], value) -> str:
     if parse_text(value) not in known:
         raise ValueError(f"{value!r} is not known; {suggest(value, known)}")
     return value
-
-
-def parse_number(kind: type, least: float, value) -> float:
-    with contextlib.suppress(ValueError):
-        if least <= kind(parse_text(value)) < 1e9:
-            return kind(value)
-    form = "a whole number" if kind is int else "a number (such as 50: the unit is GB)"
-    raise ValueError(f"{value!r}: write {form} of at least {least:g}")
 
 
 def parse_list(parse: Callable, form: str, value, may_be_empty: bool = False) -> list | None:
@@ -302,9 +267,13 @@ def parse_list(parse: Callable, form: str, value, may_be_empty: bool = False) ->
 
 
 FOLDER_ID = r"(?!YOUR_SHARED_FOLDER_ID)([A-Za-z0-9_][A-Za-z0-9_-]*)?"
-parse_remote = partial(parse_text, pattern=r"[\w.+@][\w.+@ -]*", what="remote of rclone (write it without the colon)")
 parse_folder_id = partial(parse_text, pattern=FOLDER_ID, what="folder id: take what its address has after /folders/")
+parse_remote = partial(parse_text, pattern=r"[\w.+@][\w.+@ -]*", what="remote of rclone (write it without the colon)")
+parse_subject = partial(parse_text, pattern=SUBJECT.pattern, what="subject: they have four digits, such as '0018'")
 parse_performance = partial(parse_text, pattern=PLAIN_NAME.pattern, what="performance such as s1_all, e0 or h1_3bk")
+parse_camera = partial(parse_text, pattern="[0-5]?[0-9]", what="camera: they are numbers from 0 to 59", kind=int)
+parse_gb = partial(parse_text, pattern="[0-9.][0-9.e+-]*", what="number such as 50 (the unit is GB)", kind=float)
+parse_count = partial(parse_text, pattern="[1-9][0-9]{0,3}", what="whole number of at least 1", kind=int)
 parse_subjects = partial(parse_list, parse_subject, '["0018", "0026"], or all')
 parse_performances = partial(parse_list, parse_performance, "[s1_all, s3_all], or all")
 parse_modalities = partial(parse_list, partial(parse_choice, MODALITIES), "[images, audio]")
@@ -320,15 +289,8 @@ def parse_rclone_flags(value) -> list[str]:
 def parse_cameras(value) -> dict[str, list[int] | None]:
     """Return {performance or "default": list of cameras, or None for all}."""
     chosen = value if isinstance(value, dict) else {"default": value}
-    for key in chosen:
-        if not is_known_performance(key):
-            parse_choice(["default", *KNOWN_PERFORMANCES], key)
-    return {key: parse_list(parse_camera, "[0, 25], or all", cameras, True) for key, cameras in chosen.items()}
-
-
-def is_known_performance(name: str) -> bool:
-    """Return whether the data set has performances of that name."""
-    return name in KNOWN_PERFORMANCES or name.startswith("h1_")
+    known = ["default", *KNOWN_PERFORMANCES, *(key for key in chosen if key.startswith("h1_"))]
+    return {parse_choice(known, key): parse_list(parse_camera, "[0, 25], or all", chosen[key], True) for key in chosen}
 
 
 @dataclass(frozen=True)
@@ -351,9 +313,9 @@ class Config:
     output_dir: Path = field(metadata={"storage": (parse_path, None)})
     manifest: Path = field(metadata={"storage": (parse_path, Path("MANIFEST.csv"))})
     log_dir: Path = field(metadata={"storage": (parse_path, Path("logs"))})
-    max_temp_size_gb: float = field(metadata={"storage": (partial(parse_number, float, 1e-6), 50.0)})
-    min_free_gb: float = field(metadata={"storage": (partial(parse_number, float, 0), 100.0)})
-    workers: int = field(metadata={"processing": (partial(parse_number, int, 1), 4)})
+    max_temp_size_gb: float = field(metadata={"storage": (parse_gb, 50.0)})
+    min_free_gb: float = field(metadata={"storage": (parse_gb, 100.0)})
+    workers: int = field(metadata={"processing": (parse_count, 4)})
     verify: str = field(metadata={"processing": (partial(parse_choice, ["fast", "full"]), "fast")})
     redo: bool = False
 
@@ -370,24 +332,18 @@ class Config:
         return self.output_dir / subject / performance
 
     def check_folders(self):
-        """Raise ConfigError where a folder of the run, or the nearest one above it, or the manifest is not writable."""
+        """Raise ConfigError where a folder of the run, or the nearest one above it, cannot be written."""
         for key in ("temp_dir", "output_dir", "log_dir", "manifest"):
             path = Path(os.path.realpath(getattr(self, key)))
             try:
-                path = path.parent if key == "manifest" else path
-                nearest = next(each for each in (path, *path.parents) if os.path.lexists(each))
-                with tempfile.TemporaryFile(dir=nearest) as trial:
-                    trial.write(b"x")
-                if key == "manifest" and self.manifest.exists():
-                    os.close(os.open(self.manifest, os.O_RDWR))
+                tempfile.TemporaryFile(dir=nearest_path(path.parent if key == "manifest" else path)).close()
             except OSError as error:
                 if error.errno in DISK_FULL:
-                    raise OSError(error.errno, error.strerror, str(path)) from None
+                    raise
                 raise ConfigError(f"{self.path}: storage.{key}: {path} cannot be written: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------- manifest
-
 
 COLUMNS = ["subject", "performance", "status", "cameras_extracted", "frames", "size_gb", "timestamp", "error"]
 COLUMNS += ["cameras", "cameras_available", "modalities", "smc_bytes", "download_s", "extract_s", "smc_id"]
@@ -396,15 +352,13 @@ COLUMNS += ["cameras", "cameras_available", "modalities", "smc_bytes", "download
 class Manifest:
     """MANIFEST.csv: the record of what was done, one row appended for each performance, the last one holds.
 
-    `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings.
-    `found` are the rows of `adopt_folders` that are not written yet."""
+    `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings. A row
+    of `adopt_folders` that is not written yet has an entry "adopted"."""
 
     def __init__(self, config: Config):
         self.config, self.path, self.content = config, Path(os.path.realpath(config.manifest)), b""
-        self.columns: list[str] = []
         self.rows: dict[tuple[str, str], dict] = {}
         self.completed: dict[tuple[str, str], dict] = {}
-        self.found: dict[tuple[str, str], dict] = {}
         self.refresh()
         self.to_redo = dict(self.rows) if config.redo else {}  # rows that don't count
 
@@ -415,12 +369,12 @@ class Manifest:
         with contextlib.suppress(FileNotFoundError):
             content = self.path.read_bytes()
             if content != self.content:
-                self.columns, rows, _ = self.parse(content)
+                for row in self.parse(content)[1]:
+                    key = row["subject"], row["performance"]
+                    self.rows[key] = row
+                    if row["status"] == "completed":
+                        self.completed[key] = row
                 self.content = content
-                self.rows.update({(row["subject"], row["performance"]): row for row in rows})
-                done = [row for row in rows if row["status"] == "completed"]
-                self.completed.update({(row["subject"], row["performance"]): row for row in done})
-                self.found = {key: row for key, row in self.found.items() if self.rows[key] is row}
 
     def parse(self, content: bytes) -> tuple[list[str], list[dict], int]:
         """Return the columns, the rows as dicts of strings, and the length of the whole lines. Raise ConfigError where
@@ -457,59 +411,52 @@ class Manifest:
         return enough and modalities <= set(row["modalities"].split())
 
     def has_work(self, subject: str) -> bool:
-        """Return whether a subject has to be looked for on the remote: also where one file of a pair is missing."""
+        """Return whether a subject has to be looked for on the remote. Of a pair, a file may have come that was absent."""
         asked = self.config.performances
-        keys = [(subject, performance) for performance in asked or ()]
-        one_file = any(self.config.layout == "pair" and is_half(self.rows[key]) for key in keys if key in self.rows)
-        return asked is None or one_file or not all(self.is_done(*key) for key in keys)
+        return asked is None or self.config.layout == "pair" or not all(self.is_done(subject, name) for name in asked)
 
     def asked_performances(self, subject: str) -> list[str]:
         """Return the performances that the config asks for; if it asks for all, those of the subject in the rows."""
         return self.config.performances or sorted(name for known, name in self.rows if known == subject)
 
     def adopt_folders(self, subjects: list[str]):
-        """Take finished folders that were never noted for done, as their info.json says: the manifest was lost, or the
-        power failed before the row. `append` writes a row of `found` when its subject's turn comes."""
-        paths = [list_paths(self.config.output_dir / subject, "*/metadata/info.json") for subject in subjects]
-        for path in sorted(itertools.chain(*paths)):
+        """Take finished folders without a row for done, as their info.json says: the manifest was lost, or the power
+        failed before the row. `append` writes the row when its subject's turn comes."""
+        folders = [self.config.output_dir / subject for subject in subjects]
+        for path in itertools.chain(*(list_paths(folder, "*/metadata/info.json") for folder in folders)):
             key = path.parts[-4:-2]
-            asked = not self.config.redo and key[1] in (self.config.performances or key)
-            if asked and key not in self.completed:
+            if key not in self.completed and not self.config.redo:
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                    row = completed_row(json.loads(path.read_text()), self.config.modalities)
+                    row = completed_row(json.loads(path.read_text()))
                     if key == (row["subject"], row["performance"]):
-                        row = {**dict.fromkeys(COLUMNS, ""), **{name: str(value) for name, value in row.items()}}
-                        self.rows[key] = self.completed[key] = self.found[key] = row
+                        row = dict.fromkeys(COLUMNS, "") | {name: str(value) for name, value in row.items()}
+                        self.rows[key] = self.completed[key] = {**row, "adopted": "yes"}
 
     def upgrade(self):
         """Give a file of older columns the new header: once, and with its owner, its mode and its other columns."""
-        if self.columns[: len(COLUMNS)] in ([], COLUMNS):
+        if self.parse(self.content)[0][: len(COLUMNS)] in ([], COLUMNS):
             return
         with lock_file(self.path) as file:
             columns, rows, _ = self.parse(file.read())
             columns = list(dict.fromkeys([*COLUMNS, *columns]))
             new, status = self.path.with_name(f".{self.path.name}.new"), self.path.stat()
             new.write_bytes(csv_lines([columns, *([row[name] for name in columns] for row in rows)]))
-            os.chmod(new, status.st_mode & 0o7777)
+            os.chmod(new, status.st_mode)
             with contextlib.suppress(PermissionError):  # only root can give a file away
                 os.chown(new, status.st_uid, status.st_gid)
             sync_disk(new.parent)
             os.replace(new, self.path)
-            sync_disk(new.parent)
 
     def append(self, row: dict):
         """Write one row: whole, under a lock, and on disk when this returns. `absent` is only written as the first."""
-        key = row["subject"], row["performance"]
-        if (
-            row["status"] == "absent"
-            and self.rows.get(key, row)["status"] in ("absent", "completed")
-            and key in self.rows
-        ):
+        last = self.rows.get((row["subject"], row["performance"]), {"status": ""})
+        if row["status"] == "absent" and last["status"] in ("absent", "completed"):
             return
         values = {**row, "timestamp": utc_now(), "error": " ".join(row["error"].split())[:500]}
         with lock_file(self.path) as file:
             columns, _, end = self.parse(file.read())
-            line = csv_lines([*([] if columns else [COLUMNS]), [values.get(name, "") for name in columns or COLUMNS]])
+            cells = [values.get(name, "") for name in columns or COLUMNS]
+            line = csv_lines([cells] if columns else [COLUMNS, cells])
             file.truncate(file.seek(end))  # without the rest of a row that a crash has cut
             try:
                 if file.write(line) != len(line):
@@ -518,32 +465,16 @@ class Manifest:
             except OSError as error:  # nothing counts as done that may not be on the disk
                 file.truncate(end)
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
-        self.found.pop(key, None)
 
 
-def completed_row(info: dict, asked: list[str]) -> dict:
-    """Return the row of a performance, from its info.json. asked: modalities, where an older info.json doesn't say."""
-    frames, source = info["frames"], info["source"]
-    cameras = info.get("cameras", frames)
-    return {
-        "subject": info["subject"],
-        "performance": info["performance"],
-        "status": "completed",
-        "cameras_extracted": len(cameras),
-        "frames": sum(frames.values()),
-        "size_gb": f"{info.get('bytes', 0) / GB:.6f}",
-        "error": "; ".join(info.get("notes", [])),
-        "cameras": format_numbers(map(int, cameras)),
-        "cameras_available": format_numbers(info["cameras_available"]),
-        "modalities": " ".join(info.get("modalities_asked", asked)),
-        "smc_bytes": sum(file["bytes"] for file in source),
-        "smc_id": info.get("smc_id", ""),
-    }
-
-
-def is_half(row: dict) -> bool:
-    """Return whether a row is of one file of a pair."""
-    return row["status"] == "completed" and len(row["smc_id"].split()) == 1
+def completed_row(info: dict) -> dict:
+    """Return the row of a performance, from its info.json."""
+    row = {"subject": info["subject"], "performance": info["performance"], "status": "completed"}
+    row.update(cameras_extracted=len(info["cameras"]), cameras=format_numbers(info["cameras"]))
+    row.update(cameras_available=format_numbers(info["cameras_available"]), frames=sum(info["frames"].values()))
+    row.update(size_gb=f"{info['bytes'] / GB:.6f}", smc_bytes=sum(file["bytes"] for file in info["source"]))
+    row.update(modalities=" ".join(info["modalities_asked"]), smc_id=info["smc_id"], error="; ".join(info["notes"]))
+    return row
 
 
 def csv_lines(rows) -> bytes:
@@ -560,7 +491,9 @@ def parse_numbers(words: str) -> set[int]:
 # ---------------------------------------------------------------------------------------------- files and locks
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 UNFINISHED = re.compile(r"\.selected$|\.[^.]*\.partial$")  # ends the name of an SMC that rclone or we are writing
+libc = ctypes.CDLL(None, use_errno=True)
 WORK_FOLDER = re.compile(rf"\.({PLAIN_NAME.pattern})\.(partial|old)")  # beside the folder of that performance
 
 
@@ -573,99 +506,80 @@ def lock_file(path: Path, wait: bool = True) -> io.FileIO:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
-        except BlockingIOError:
-            file.close()
-            raise
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE):
+            if error.errno in NO_LOCKS:
                 if not file.read(1):
                     path.unlink()
                 advice = "use a local disk, NFS with its lock service, or Lustre mounted with -o flock"
                 raise ConfigError(f"{path.parent}: {error.strerror}: a disk without file locks; {advice}") from None
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
         file.close()  # while we waited, the holder removed or replaced the file: this is the lock of nothing
 
 
-class SubjectLocks:
-    """Which subjects this process works on: two locked files each, one beside the manifest and one in temp_dir, because
-    processes can share either."""
-
-    def __init__(self, config: Config, manifest: Manifest):
-        self.config, self.manifest = config, manifest
-        self.held: dict[str, contextlib.ExitStack] = {}
-
-    def take(self, subject: str) -> bool:
-        """Return whether the subject is ours now, without what a run that ended early has left of it."""
-        beside = self.manifest.path.with_name(f".{self.manifest.path.name}.{subject}.lock")
-        with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as locks:
-            for path in (beside, self.config.temp_dir / f".{subject}.lock"):
-                locks.enter_context(lock_file(path, wait=False))
-                locks.callback(path.unlink, missing_ok=True)
-            clean_up(self.config, self.manifest, subject)
-            locks.callback(clean_up, self.config, self.manifest, subject)
-            self.held[subject] = locks.pop_all()
-        return subject in self.held
-
-    def release(self, subject: str):
-        """Delete a subject's unfinished files and let go of it."""
-        self.held.pop(subject).close()
+def lock_subject(manifest: Manifest, subject: str) -> contextlib.ExitStack | None:
+    """Return the lock of a subject, or None where another process has it. What is unfinished of the subject is deleted
+    now, and when the lock is closed. It locks a file beside the manifest and one in temp_dir: processes share either."""
+    beside = manifest.path.with_name(f".{manifest.path.name}.{subject}.lock")
+    with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as lock:
+        for path in (beside, manifest.config.temp_dir / f".{subject}.lock"):
+            lock.enter_context(lock_file(path, wait=False))
+            lock.callback(path.unlink, missing_ok=True)
+        clean_up(manifest, subject)
+        lock.callback(clean_up, manifest, subject)
+        return lock.pop_all()
+    return None
 
 
-def clean_up(config: Config, manifest: Manifest, subject: str):
+def clean_up(manifest: Manifest, subject: str):
     """Delete a subject's unfinished files; keep complete SMC files that are still to be extracted."""
     manifest.refresh()
-    output = config.output_dir / subject
+    config, output = manifest.config, manifest.config.output_dir / subject
     for path in [] if output.is_symlink() else list_paths(output, ".*"):  # nothing is deleted through a link
         name = WORK_FOLDER.fullmatch(path.name)
         if name and name[2] == "partial":
             remove(path)
-        elif name and os.path.lexists(output / name[1]):
-            discard_replaced(path, output / name[1])
         elif name:
-            os.rename(path, output / name[1])  # killed between two renames: see put_in_place
+            finish_replacing(output / name[1])
     for folder in [config.temp_dir / name for name in config.remote_folders(subject)]:
         if folder.is_symlink():  # not followed: rclone will make a folder
             remove(folder)
         for path in list_paths(folder, "*.smc*"):
             name = SMC_NAME.fullmatch(UNFINISHED.sub("", path.name))
             whole = path.is_file() and not path.is_symlink() and not UNFINISHED.search(path.name)
-            asked = name and (config.performances is None or name["performance"] in config.performances)
-            if name and not (whole and asked and not manifest.is_done(subject, name["performance"])):
+            if name and not (whole and not manifest.is_done(subject, name["performance"])):
                 remove(path)
-        for emptied in (folder, folder.parent):
-            if emptied != config.temp_dir:
-                with contextlib.suppress(OSError):  # it is not empty
-                    emptied.rmdir()
-
-
-libc = ctypes.CDLL(None, use_errno=True)
+        for emptied in (folder, folder.parent):  # temp_dir is not empty: our lock is in it
+            with contextlib.suppress(OSError):
+                emptied.rmdir()
 
 
 def sync_disk(folder: Path):
     """Bring everything written to the disk of a folder onto it, with one call for any number of files and names."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if not hasattr(libc, "syncfs"):  # on macOS
-            os.sync()
-        elif libc.syncfs(descriptor) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
-    finally:
-        os.close(descriptor)
+    failed = libc.syncfs(descriptor) if hasattr(libc, "syncfs") else os.sync()  # macOS has no syncfs
+    os.close(descriptor)
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
 
 
 def put_in_place(finished: Path, folder: Path):
-    """Rename a finished folder to its name. One that is there already waits as `.old` meanwhile; see `clean_up`."""
-    old = folder.with_name(f".{folder.name}.old")
+    """Rename a finished folder to its name. One that is there already waits as `.old` meanwhile."""
+    finish_replacing(folder)
     if os.path.lexists(folder):
-        remove(old)
-        os.rename(folder, old)
+        os.rename(folder, folder.with_name(f".{folder.name}.old"))
     os.rename(finished, folder)
     sync_disk(folder.parent)
-    discard_replaced(old, folder)
+    finish_replacing(folder)
 
 
-def discard_replaced(old: Path, folder: Path):
-    """Delete a folder that another one has replaced, but move what only the old one has: people put files there."""
-    for path in list_paths(old, "*") if old.is_dir() and not old.is_symlink() else []:
+def finish_replacing(folder: Path):
+    """Delete the `.old` that a folder has replaced, but move what only the old one has: people put files there. Where a
+    kill came before the new folder had its name, the old one gets it back."""
+    old = folder.with_name(f".{folder.name}.old")
+    if os.path.lexists(old) and not os.path.lexists(folder):
+        os.rename(old, folder)
+    for path in old.iterdir() if old.is_dir() and not old.is_symlink() else []:
         if not os.path.lexists(folder / path.name):
             os.rename(path, folder / path.name)
     remove(old)
@@ -673,12 +587,10 @@ def discard_replaced(old: Path, folder: Path):
 
 def remove(path: Path):
     """Remove a file, a folder or a link (not what it points to), if it is there."""
-
-    def name_whole_path(function: Callable, place: str, failure: tuple):
-        raise OSError(failure[1].errno, failure[1].strerror, place)
-
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, onerror=name_whole_path)
+        for each in path.iterdir():
+            remove(each)
+        path.rmdir()
     else:
         path.unlink(missing_ok=True)
 
@@ -688,9 +600,9 @@ def list_paths(folder: Path, wildcard: str) -> list[Path]:
     return [Path(path) for path in glob.glob(f"{glob.escape(str(folder))}/{wildcard}")]
 
 
-def nearest_folder(path: Path) -> Path:
-    """Return the folder itself, or the nearest one above it that is there."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+def nearest_path(path: Path) -> Path:
+    """Return the path itself, or the nearest one above it that is there."""
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def keep_free(folder: Path, config: Config):
@@ -703,12 +615,10 @@ def describe_os_error(error: OSError) -> str:
     """Return what is wrong with the machine, where, and what to do about it."""
     advice = "Mend that"
     if error.errno in DISK_FULL:
-        folder = nearest_folder(Path(error.filename or ".").absolute())
+        folder = nearest_path(Path(error.filename or ".").absolute())
         disk = os.statvfs(folder)
-        left = f"{format_size(disk.f_bavail * disk.f_frsize)} free"
-        if disk.f_files and not disk.f_favail:
-            left = f"{left}, but no inodes, which limit the number of files"
-        advice = f"{folder} has {left}. Move finished subjects away"
+        inodes = ", but no inodes, which limit the number of files" if disk.f_files and not disk.f_favail else ""
+        advice = f"{folder} has {format_size(disk.f_bavail * disk.f_frsize)} free{inodes}. Move finished subjects away"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         advice = "Make it writable for this user"
     place = f"{error.filename}: " if error.filename else ""
@@ -1860,7 +1770,7 @@ def check_setup(config: Config, remote: Remote, listing: Listing):
         raise ConfigError(f"{place} has none of the asked-for subjects. It has {has}: {cure}")
     known = {*KNOWN_PERFORMANCES, *itertools.chain(*listing.subjects.values())}
     for name in config.performances or ():
-        if name not in known and not is_known_performance(name):
+        if name not in known and not name.startswith("h1_"):
             asked = f"extraction.performances, --performance: no subject has {name!r}, and nor has the data set"
             raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
 
@@ -1961,7 +1871,7 @@ def find_doubts(plan: Plan) -> list[str]:
 
 def measure_free(folder: Path) -> int:
     """Return the bytes that are free on the disk of a folder, which may have to be made yet."""
-    return shutil.disk_usage(nearest_folder(folder)).free
+    return shutil.disk_usage(nearest_path(folder)).free
 
 
 class Console(logging.Handler):
@@ -2126,14 +2036,15 @@ class Summary:
             log.info("%s", line)
 
 
-def take_subjects(plan: Plan, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
+def take_subjects(plan: Plan, manifest: Manifest, remote: Remote, locks: dict) -> Iterator[str]:
     """Yield each subject once it is ours. Those that another process holds come last: when it has let go of them, there
     is nothing left to do, or else it died."""
     passed: list[str] = []
     for subject in itertools.chain(plan.subjects, passed):
-        while not (ours := locks.take(subject)) and subject in passed and not remote.stopped:
+        while not (lock := lock_subject(manifest, subject)) and subject in passed and not remote.stopped:
             time.sleep(0.5)
-        if ours:
+        if lock:
+            locks[subject] = lock
             yield subject
         elif subject not in passed:
             log.info("%s: another process is working on it", subject)
@@ -2147,7 +2058,7 @@ def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job] = ()) -
     if total > config.max_temp_size_gb * GB:
         return f"{config.temp_dir} would hold {format_size(total)}, more than storage.max_temp_size_gb"
     needs = {config.temp_dir: coming, config.output_dir: total}
-    if nearest_folder(config.temp_dir).stat().st_dev == nearest_folder(config.output_dir).stat().st_dev:
+    if nearest_path(config.temp_dir).stat().st_dev == nearest_path(config.output_dir).stat().st_dev:
         needs = {config.output_dir: coming + total}
     for folder, need in needs.items():
         if need and measure_free(folder) - need < config.min_free_gb * GB:
@@ -2230,19 +2141,19 @@ def update_file(file: RemoteFile, size: int, md5: str | None) -> RemoteFile:
     return file._replace(bytes=size, md5=md5, id=md5) if file.md5 and md5 else file._replace(bytes=size)
 
 
-def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: SubjectLocks, in_temp: set) -> Iterator:
+def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: dict, in_temp: set) -> Iterator:
     """Yield (subject, {job: its download}, whether these are its last), for as many jobs of a subject at once as there
     is room for. Raise StopEarly where going on makes no sense.
 
     in_temp: the jobs that were yielded and are not extracted yet; who takes them removes them."""
-    for subject in take_subjects(plan, remote, locks):
-        for row in [row for key, row in manifest.found.items() if key[0] == subject]:
+    for subject in take_subjects(plan, manifest, remote, locks):
+        for row in [row for key, row in manifest.rows.items() if key[0] == subject and "adopted" in row]:
             log.info("%s %s: taken over from its folder", subject, row["performance"])
             manifest.append(row)
         jobs = plan_subject(manifest, plan.listing, subject)
         jobs = [job for job in jobs if job.state not in ("done", "failed")]
         if not jobs:
-            locks.release(subject)
+            locks.pop(subject).close()
             remote.progress.finish_subject(subject)
         while jobs:
             downloads = download(remote, wait_for_room(plan.config, remote, jobs, in_temp))
@@ -2275,7 +2186,7 @@ def extract_job(job: Job, download: Download) -> tuple[dict, dict | None]:
     except (SMCError, RemoteError) as failure:
         error = failure
     if error is None:
-        row = completed_row(info, job.modalities)
+        row = completed_row(info)
     else:
         remove(job.partial)
         row = {"status": getattr(error, "status", "failed"), "error": str(error)}
@@ -2308,7 +2219,7 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     log_file = open_log(config)
     manifest.upgrade()
-    summary, locks, in_temp = Summary(plan, announce(plan)), SubjectLocks(config, manifest), set()
+    summary, locks, in_temp = Summary(plan, announce(plan)), {}, set()
     try:
         # Whatever ends this block, rclone ends first: nobody writes into what is cleaned up then.
         with remote.progress.run(plan), ThreadPoolExecutor(1) as thread, contextlib.closing(remote):
@@ -2322,12 +2233,12 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
                     in_temp.discard(job)
                     summary.include(job, download, row, info)
                 if last:
-                    locks.release(subject)
+                    locks.pop(subject).close()
                     remote.progress.finish_subject(subject)
     finally:
-        for subject in list(locks.held):
+        for subject in list(locks):
             with contextlib.suppress(OSError):  # what ends the run is said already
-                locks.release(subject)
+                locks.pop(subject).close()
         summary.write(manifest)
         log.info("The log is %s", log_file)
     return 1 if summary.failures else 0
