@@ -410,11 +410,6 @@ class Manifest:
         enough = wanted <= parse_numbers(row["cameras"]) or not PER_CAMERA & modalities
         return enough and modalities <= set(row["modalities"].split())
 
-    def has_work(self, subject: str) -> bool:
-        """Return whether a subject has to be looked for on the remote. Of a pair, a file may have come that was absent."""
-        asked = self.config.performances
-        return asked is None or self.config.layout == "pair" or not all(self.is_done(subject, name) for name in asked)
-
     def asked_performances(self, subject: str) -> list[str]:
         """Return the performances that the config asks for; if it asks for all, those of the subject in the rows."""
         return self.config.performances or sorted(name for known, name in self.rows if known == subject)
@@ -683,13 +678,6 @@ MESSAGES = {
     "network": "connection refused|no such host|network is unreachable|no route to host|i/o timeout|connection reset|"
     "TLS handshake timeout|name resolution|server misbehaving|deadline exceeded|connection timed out|unexpected EOF",
     "file": "failed to open source object|source file|corrupted on transfer",
-    errno.ENOSPC: "no space left on device|file too big for remaining disk space",
-    errno.EDQUOT: "disk quota exceeded",
-    errno.EROFS: "read-only file system",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "operation not permitted",
-    errno.EFBIG: "file too large",
-    errno.EIO: "input/output error",
 }
 ADVICE = {
     "remote_name": "rclone has no remote {0}. Make one with `rclone config`, or correct the name; `rclone listremotes` "
@@ -701,14 +689,17 @@ ADVICE = {
     "account": "Google refuses the account or the client_id of {0}. Look at both, then run the same command again",
     "network": "the remote {0} does not answer. Nothing is lost; run the same command again when it does",
 }
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+DISK_FAULTS = {os.strerror(number).lower(): number for number in DISK_FAULTS}  # as rclone says them too
+DISK_FAULTS["file too big for remaining disk space"] = errno.ENOSPC
 ERROR_LEVELS = ("error", "critical", "fatal")  # of rclone's messages
 
 
 class Remote:
     """The release on an rclone remote. The one place that runs rclone; closing it ends every rclone."""
 
-    def __init__(self, config: Config, progress: Progress):
-        self.config, self.progress, self.stopped = config, progress, False
+    def __init__(self, config: Config, report: Report):
+        self.config, self.report, self.stopped = config, report, False
         self.processes: list[subprocess.Popen] = []
         self.refusals: list[tuple[datetime, RemoteError]] = []  # since the last file that came
         self.root = f"{config.remote_name}:"
@@ -760,7 +751,7 @@ class Remote:
                     pipe.write(stdin.encode())
                 for message in map(parse_message, process.stderr):
                     if "low level retry" in message["msg"]:
-                        self.progress.trouble = clean_rclone_message(message["msg"])
+                        self.report.trouble = clean_rclone_message(message["msg"])
                     elif message["level"] != "debug" and "stats" not in message:
                         log.debug("rclone: %s %s", message["object"], message["msg"].strip())
                     error = message["msg"] if message["level"] in ERROR_LEVELS else error
@@ -775,11 +766,12 @@ class Remote:
     def interpret(self, message: str) -> Exception:
         """Return the exception that a message of rclone stands for: a RemoteError is the answer for a file, the others
         are no file's fault."""
-        reason = clean_rclone_message(message)
-        kind = next((kind for kind, pattern in MESSAGES.items() if re.search(pattern, message)), "file")
-        if isinstance(kind, int):
-            return OSError(kind, reason, str(self.config.temp_dir))
-        if kind == "file":
+        reason, lower = clean_rclone_message(message), message.lower()
+        kind = next((kind for kind, pattern in MESSAGES.items() if re.search(pattern, message)), None)
+        fault = next((number for text, number in DISK_FAULTS.items() if text in lower), None)
+        if kind is None and fault:
+            return OSError(fault, reason, str(self.config.temp_dir))
+        if kind in (None, "file"):
             return RemoteError(reason)
         if kind == "quota":
             return RemoteError(ADVICE[kind], "quota_exceeded")
@@ -1132,20 +1124,20 @@ def find_range(reader: SMCReader, modality: str, camera: int | None) -> list[tup
     return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
 
 
-def fetch_selection(job: Job, address: tuple[int, str], progress: Callable) -> tuple[bytes, ...]:
-    """Bring what is selected of a job's files. Return which blocks of each are there. Raise SMCError, FetchError or
-    OSError."""
-    return tuple(bytes(file.fetched_blocks) for file in Selection(job, address, progress).files)
+def fetch_selection(job: Job, address: tuple[int, str], progress: Callable) -> tuple[tuple[bytes, ...], int]:
+    """Bring what is selected of a job's files. Return which blocks of each are there, and the bytes that came. Raise
+    SMCError, FetchError or OSError."""
+    selection = Selection(job, address, progress)
+    return tuple(bytes(file.fetched_blocks) for file in selection.files), selection.fetched
 
 
 def fetch_selected(remote: Remote, job: Job) -> Download:
     """Call fetch_selection in a child, and find out what is behind a failure."""
     begin, fetched, blocks, error = time.monotonic(), 0, None, None
     try:
-        with remote.progress.download([job]) as progress:
+        with remote.report.download([job]) as progress:
             options = {"name": job.files[0].name, "size": job.bytes, "progress": progress}
-            blocks = run_in_child(fetch_selection, job, remote.serve_ranges(), **options)
-        fetched = min(job.bytes, BLOCK * sum(map(sum, blocks)))
+            blocks, fetched = run_in_child(fetch_selection, job, remote.serve_ranges(), **options)
         log.info("%s: fetched %s of %s", job, format_size(fetched), format_size(job.bytes))
     except FetchError as failure:  # rclone answers with a mere 404, but says why when it is asked for a byte
         file = next(file for file in job.files if str(failure).startswith(file.path))
@@ -1386,22 +1378,21 @@ def write_transforms(extraction: Extraction, modality: str):
     cameras = [camera for camera in images if images[camera] and camera in calibration]
     moments = {frame: index for index, frame in enumerate(sorted({f for camera in cameras for f in images[camera]}))}
     all_masked = all(images[camera].keys() <= masks.get(camera, {}).keys() for camera in cameras)
-    entries = []
+    entries = []  # as text, which takes a fifth of the memory
     for index, camera in enumerate(cameras):
-        for frame, (name, height, width) in images[camera].items():
-            entry = {"file_path": name}
+        _, height, width = next(iter(images[camera].values()))  # as all pictures of the camera that are not damaged
+        view = {"camera_index": index, "camera_id": camera, **nerf_camera(calibration[camera], height, width)}
+        for frame, (name, *_) in images[camera].items():
+            entry = {"file_path": name, "timestep_index": moments[frame], "timestep_id": f"{frame:06d}", **view}
             if mask := masks.get(camera, {}).get(frame):
                 entry.update({"mask_path": mask[0]} if all_masked else {}, fg_mask_path=mask[0])
-            entry.update(timestep_index=moments[frame], timestep_id=f"{frame:06d}", camera_index=index)
-            entry.update(camera_id=camera, **nerf_camera(calibration[camera], height, width))
             entries.append(json.dumps(entry, allow_nan=False))
     top = {"camera_model": "OPENCV", "fps": extraction.reader.fps()}
     if (extraction.folder / "audio/audio.wav").is_file():
         top["audio_path"] = "audio/audio.wav"
-    top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(moments.values()))
-    lines = [f'"{name}": {json.dumps(value)}' for name, value in top.items()]
-    text = "{\n" + ",\n".join(lines) + ',\n"frames": [\n' + ",\n".join(entries) + "\n]\n}\n"
+    top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(moments.values()), frames=[])
     if entries:
+        text = json.dumps(top).replace('"frames": []', '"frames": [\n' + ",\n".join(entries) + "\n]")
         extraction.save("transforms.json", text.encode())
 
 
@@ -1736,23 +1727,18 @@ class Plan(NamedTuple):
 
 def make_plan(config: Config, manifest: Manifest, remote: Remote) -> Plan:
     """Return the whole plan. Raise ConfigError where the set-up is wrong, StopEarly where the remote is silent."""
-    listing, subjects = Listing({}, [], {}), config.subjects
-    manifest.adopt_folders(subjects or [])
-    work = subjects and [subject for subject in subjects if manifest.has_work(subject)]
-    if work is None or work:
-        listing = remote.list_release(work)
-        if not listing.subjects and work != subjects:  # those that are done tell whether it is the right folder
-            listing = remote.list_release(subjects)
-        check_setup(config, remote, listing)
-    if subjects is None:
-        subjects = sorted(listing.subjects)
-        manifest.adopt_folders(subjects)
-    return Plan(config, listing, {subject: plan_subject(manifest, listing, subject) for subject in subjects})
+    listing = remote.list_release(config.subjects)
+    subjects = config.subjects or sorted(listing.subjects)
+    manifest.adopt_folders(subjects)
+    plan = Plan(config, listing, {subject: plan_subject(manifest, listing, subject) for subject in subjects})
+    check_setup(plan, remote)
+    return plan
 
 
-def check_setup(config: Config, remote: Remote, listing: Listing):
+def check_setup(plan: Plan, remote: Remote):
     """Raise ConfigError where nothing that is asked for can be there, with what is there instead."""
-    if not listing.subjects:
+    config, listing = plan.config, plan.listing
+    if not listing.subjects and not plan.jobs("done"):
         names = sorted(entry["Name"] + "/" * entry["IsDir"] for entry in remote.ask_json("lsjson"))
         subjects = [name[:-1] for name in names if SUBJECT.fullmatch(name[:-1])]
         cure = "take the id of the folder that holds 0018, 0019, …"
@@ -1895,14 +1881,17 @@ def silence(stream):
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class Progress:
-    """How far a run is: on a terminal a bar for a download and one for the whole run, elsewhere a line per subject; and
-    a line a minute while nothing else is said."""
+class Report:
+    """How a run goes: on a terminal a bar for a download above one for the whole run, elsewhere a line per subject, and
+    a line a minute while nothing else is said; at the end the summary.
+
+    totals: performances of each status, and what they took. over: bytes of each subject that have come, or will not
+    come any more."""
 
     def __init__(self, console: Console):
         self.console, self.state, self.trouble = console, "listing the remote", ""
-        self.fetched = self.finished = 0  # bytes that came, subjects
-        self.over: dict[str, int] = {}  # bytes of each subject that have come, or will not come any more
+        self.totals: collections.Counter[str] = collections.Counter()
+        self.over: dict[str, int] = {}
         threading.Thread(target=self.say_each_minute, daemon=True).start()
 
     def say_each_minute(self):
@@ -1913,9 +1902,12 @@ class Progress:
                 self.trouble = ""
 
     @contextlib.contextmanager
-    def run(self, plan: Plan) -> Iterator[None]:
-        """Show a run."""
+    def show(self, plan: Plan) -> Iterator[None]:
+        """Announce a run, and show it."""
         self.begin, self.plan, (columns, lines) = time.monotonic(), plan, narrow_shape()
+        again = "failed before, and the file is the same (--redo tries it again): "
+        self.failures = [f"{job}: {again}{job.reason}" for job in plan.jobs("failed")]
+        self.warnings = dict.fromkeys(announce(plan))
         total = sum(job.temp_bytes for job in plan.jobs())
         bar = partial(tqdm, leave=False, disable=None, unit="B", unit_scale=True, ncols=columns, nrows=lines)
         self.batch = bar(desc="download", bar_format="{desc}", position=0)
@@ -1940,16 +1932,17 @@ class Progress:
     def download(self, jobs: list[Job]) -> Iterator[Callable]:
         """Show a download. Give what to call with the bytes that have come of it."""
         subject, total, begin = jobs[0].subject, sum(job.temp_bytes for job in jobs), time.monotonic()
-        fetched, over = self.fetched, self.over.get(subject, 0)
+        before, over = self.totals.copy(), self.over.get(subject, 0)
         log.info("%s: downloading %s, %s", subject, " ".join(job.performance for job in jobs), format_size(total))
         self.batch.bar_format = None
         self.batch.set_description(f"{subject} download", refresh=False)
         self.batch.reset(total)
 
         def update(done: int):
-            self.fetched, self.over[subject] = fetched + done, over + done
+            seconds, self.over[subject] = max(time.monotonic() - begin, 0.001), over + done
+            for name, number in (("fetched", done), ("download_s", seconds)):
+                self.totals[name] = before[name] + number
             self.batch.update(min(done, total) - self.batch.n)
-            seconds = max(time.monotonic() - begin, 0.001)
             speed = f"in {format_duration(seconds)} ({format_size(done / seconds)}/s)"
             self.state = f"{subject}: downloaded {format_size(done)} of {format_size(total)} {speed}"
             self.show_whole()
@@ -1960,8 +1953,9 @@ class Progress:
 
     def show_whole(self) -> str:
         """Show the whole run. Return how far it is, in words."""
-        over, rate, total = sum(self.over.values()), self.fetched / (time.monotonic() - self.begin), self.whole.total
-        text = f"subject {min(self.finished + 1, len(self.plan.subjects))} of {len(self.plan.subjects)}"
+        over, total, subjects = sum(self.over.values()), self.whole.total, len(self.plan.subjects)
+        rate = self.totals["fetched"] / (time.monotonic() - self.begin)
+        text = f"subject {min(self.totals['finished'] + 1, subjects)} of {subjects}"
         if rate:
             end = datetime.now() + timedelta(seconds=max(0, total - over) / rate)
             text += f", {format_size(rate)}/s, ends {end:%a %d %b %H:%M}"
@@ -1973,30 +1967,13 @@ class Progress:
         """Count a subject as over, whatever became of it, and say so where there are no bars."""
         self.over[subject] = sum(job.temp_bytes for job in self.plan.subjects[subject])
         text = self.show_whole()
-        self.finished += 1
+        self.totals["finished"] += 1
         if self.over[subject] and not self.console.bars:
             log.info("%s: finished; %s", subject, text)
 
-
-def narrow_shape(stream=None) -> tuple[int, int]:
-    """Return the columns and lines for bars on a terminal: so many that a ^C beside them wraps no line."""
-    columns, lines = shutil.get_terminal_size()
-    return columns - 4, lines
-
-
-class Summary:
-    """What a run did, for its end. `totals` counts the performances of each status, and adds up what they took."""
-
-    def __init__(self, plan: Plan, doubts: list[str]):
-        self.plan, self.begin = plan, time.monotonic()
-        self.totals: collections.Counter[str] = collections.Counter()
-        again = "failed before, and the file is the same (--redo tries it again): "
-        self.failures = [f"{job}: {again}{job.reason}" for job in plan.jobs("failed")]
-        self.warnings = dict.fromkeys(doubts)
-
-    def include(self, job: Job, download: Download, row: dict, info: dict | None):
+    def include(self, job: Job, row: dict, info: dict | None):
         """Count a performance and say how it went."""
-        self.totals.update({row["status"]: 1, "fetched": download.bytes, "download_s": download.seconds})
+        self.totals[row["status"]] += 1
         if info:
             self.totals.update(frames=row["frames"], bytes=info["bytes"], extract_s=row["extract_s"])
             frames = f"{row['frames']} frames of {count_of(len(info['cameras']), 'camera')}"
@@ -2014,7 +1991,7 @@ class Summary:
             self.failures.append(f"{job}: {row['status'].replace('_', ' ')}: {row['error']}")
             log.error("%s", self.failures[-1])
 
-    def write(self, manifest: Manifest):
+    def sum_up(self, manifest: Manifest):
         """Say at the end of a run: counts, sizes, times, and each warning once."""
         manifest.refresh()
         totals, size = self.totals, format_size(self.totals["bytes"])
@@ -2034,6 +2011,12 @@ class Summary:
             lines += [f"  and {len(messages) - 10} more, in the log"] if len(messages) > 10 else []
         for line in lines:
             log.info("%s", line)
+
+
+def narrow_shape(stream=None) -> tuple[int, int]:
+    """Return the columns and lines for bars on a terminal: so many that a ^C beside them wraps no line."""
+    columns, lines = shutil.get_terminal_size()
+    return columns - 4, lines
 
 
 def take_subjects(plan: Plan, manifest: Manifest, remote: Remote, locks: dict) -> Iterator[str]:
@@ -2107,7 +2090,7 @@ def copy_whole(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
     if missing:
         for file in missing:
             remove(paths[file])
-        with remote.progress.download([job for job in jobs if not job.is_downloaded()]) as progress:
+        with remote.report.download([job for job in jobs if not job.is_downloaded()]) as progress:
             md5s, errors = remote.copy(missing, progress)
     quota = {path for path, error in errors.items() if re.search(MESSAGES["quota"], error)}
     for job in jobs:
@@ -2154,7 +2137,7 @@ def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: dic
         jobs = [job for job in jobs if job.state not in ("done", "failed")]
         if not jobs:
             locks.pop(subject).close()
-            remote.progress.finish_subject(subject)
+            remote.report.finish_subject(subject)
         while jobs:
             downloads = download(remote, wait_for_room(plan.config, remote, jobs, in_temp))
             in_temp.update(downloads)
@@ -2219,10 +2202,10 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     log_file = open_log(config)
     manifest.upgrade()
-    summary, locks, in_temp = Summary(plan, announce(plan)), {}, set()
+    report, locks, in_temp = remote.report, {}, set()
     try:
         # Whatever ends this block, rclone ends first: nobody writes into what is cleaned up then.
-        with remote.progress.run(plan), ThreadPoolExecutor(1) as thread, contextlib.closing(remote):
+        with report.show(plan), ThreadPoolExecutor(1) as thread, contextlib.closing(remote):
             turns = download_in_turns(plan, manifest, remote, locks, in_temp)
             for subject, downloads, last in one_ahead(turns, thread):
                 for job, download in downloads.items():
@@ -2231,17 +2214,17 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
                     if not isinstance(download.error, RemoteError):  # else one file of a pair may have come
                         delete_smc(job)
                     in_temp.discard(job)
-                    summary.include(job, download, row, info)
+                    report.include(job, row, info)
                 if last:
                     locks.pop(subject).close()
-                    remote.progress.finish_subject(subject)
+                    report.finish_subject(subject)
     finally:
         for subject in list(locks):
             with contextlib.suppress(OSError):  # what ends the run is said already
                 locks.pop(subject).close()
-        summary.write(manifest)
+        report.sum_up(manifest)
         log.info("The log is %s", log_file)
-    return 1 if summary.failures else 0
+    return 1 if report.failures else 0
 
 
 # ---------------------------------------------------------------------------------------------- looking without doing
@@ -2923,7 +2906,7 @@ def main(argv: list[str] | None = None) -> int:
         return show_status(config, manifest)
     if look or arguments.suggest_cameras is not None:
         return show_cameras(config, manifest, arguments)
-    with contextlib.closing(Remote(config, Progress(console))) as remote:
+    with contextlib.closing(Remote(config, Report(console))) as remote:
         return show_plan(config, manifest, remote) if arguments.dry_run else run(config, manifest, remote)
 
 
