@@ -3,7 +3,7 @@
 
     python extract_streaming_gdrive.py --config config.yaml        run, or go on
     python extract_streaming_gdrive.py --dry-run                   show the plan
-    python extract_streaming_gdrive.py --status                    show how far
+    python extract_streaming_gdrive.py --status                    show progress
     python extract_streaming_gdrive.py --inspect FILE.smc          show a file
     python extract_streaming_gdrive.py --camera-grid 0018/s3_all   choose views
     python extract_streaming_gdrive.py --suggest-cameras 12        the best 12
