@@ -1,27 +1,22 @@
 #!/usr/bin/env python3
 """Fetch RenderMe-360 performances from Google Drive and unpack them into files.
 
-    python extract_streaming_gdrive.py --config config.yaml    run, or go on
-    python extract_streaming_gdrive.py --dry-run      what a run would download
-    python extract_streaming_gdrive.py --status       how far it is
-    python extract_streaming_gdrive.py --inspect 0018_s1_all_raw.smc
-                                                      what an SMC file has
-    python extract_streaming_gdrive.py --camera-grid 0018/s3_all
-                                                      all views, to choose from
-    python extract_streaming_gdrive.py --suggest-cameras 12
-                                                      the 12 that cover best
-    python extract_streaming_gdrive.py --scene 0018/s3_all
-                                                      one moment for splatting
+    python extract_streaming_gdrive.py --config config.yaml        run, or go on
+    python extract_streaming_gdrive.py --dry-run                   show the plan
+    python extract_streaming_gdrive.py --status                    show progress
+    python extract_streaming_gdrive.py --inspect FILE.smc          show a file
+    python extract_streaming_gdrive.py --camera-grid 0018/s3_all   choose views
+    python extract_streaming_gdrive.py --suggest-cameras 12        the best 12
+    python extract_streaming_gdrive.py --scene 0018/s3_all         for splatting
 
 A run lists the remote once. Then, subject by subject, it downloads the SMC
 files with rclone, extracts each into <output_dir>/<subject>/<performance>/,
 writes a row to MANIFEST.csv and deletes the SMC. While one subject is
 extracted, the next one downloads. The stored pictures are copied as they are.
 
-Exit codes: 0 all is extracted, or absent from the remote · 1 something failed,
-see the summary · 2 the config, the command line or the set-up is wrong ·
-3 stopped for a cause that passes (quota, login, network, disk): run it again
-later · 129, 130, 143 interrupted.
+Exit codes: 0 all is extracted or absent · 1 something failed, see the summary ·
+2 the config, the command line or the set-up is wrong · 3 stopped by the quota,
+login, network or disk: run it again later · 129, 130, 143 interrupted.
 
 Why a kill at any moment loses nothing. The next run finds one of these:
 
@@ -90,15 +85,7 @@ try:
     import yaml
     from tqdm import tqdm
 
-    from renderme_360_reader_new import (
-        MODALITIES,
-        NUM_CAMERAS,
-        SMC_NAME,
-        SMCError,
-        SMCReader,
-        printable,
-        probe_picture,
-    )
+    from renderme_360_reader_new import MODALITIES, NUM_CAMERAS, SMC_NAME, SMCError, SMCReader, printable, probe_picture
 except ImportError as missing:
     print(f"{missing}: install what is missing with `pip install -r requirements.txt`", file=sys.stderr)
     sys.exit(2)
@@ -113,6 +100,7 @@ DEFAULT_MODALITIES = [name for name, modality in MODALITIES.items() if modality.
 BY_CAMERA = {name for name, modality in MODALITIES.items() if "{}" in modality.path}  # have frames for each camera
 PER_CAMERA = {name for name, modality in MODALITIES.items() if modality.by_camera}  # depend on the cameras asked for
 GB = 1e9
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 RCLONE_VERSION = (1, 65)  # the oldest that downloads to a name of its own and renames the whole file
 RCLONE_FLAGS = ["--drive-acknowledge-abuse", "--drive-stop-on-download-limit", "--transfers", "4", "--checkers", "8"]
@@ -150,10 +138,6 @@ class RemoteError(Exception):
     def __init__(self, message: str, status: str = "download_failed"):
         super().__init__(message)
         self.status = status
-
-
-class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP, whose number it holds."""
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -2231,24 +2215,20 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
 
 
 def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
-    """--dry-run: show a line for each subject, or each performance where they differ, and the totals. Return the exit
-    code; raise what a run would raise at its start."""
+    """--dry-run: show what a run would do, and the totals. Return its exit code, or raise what stops it at its start."""
     config.check_folders()
     plan = make_plan(config, manifest, remote)
     for subject, jobs in plan.subjects.items():
-        alike = len({describe_state(job) for job in jobs}) == 1
-        for group in [jobs] if alike else [[job] for job in jobs]:
-            names, size = " ".join(job.performance for job in group), sum(job.bytes for job in group)
-            shown = format_size(size) if size else "-"
-            log.info("%s  %-10s %10s   %s", subject, names, shown, describe_state(group[0]))
+        for state, alike in itertools.groupby(jobs, describe_state):
+            names, sizes = zip(*((job.performance, job.bytes) for job in alike))
+            log.info("%s  %-10s %10s   %s", subject, " ".join(names), format_size(sum(sizes)), state)
     announce(plan)
-    waiting, done = plan.jobs("to do"), len(plan.jobs("done"))
-    size = sum(job.temp_bytes for job in waiting if not job.is_downloaded())
+    size = sum(job.temp_bytes for job in plan.jobs("to do") if not job.is_downloaded())
     total = f"{format_size(size)} to be downloaded ({size / 20e6 / 3600:.1f} hours at 20 MB/s)"
-    log.info("%s; about %s of output; %d performances are done", total, format_size(plan.output_bytes()), done)
-    if waiting and (lack := lack_of_room(config, waiting[:1])):
+    log.info("%s; about %s of output", total, format_size(plan.output_bytes()))
+    if lack := lack_of_room(config, plan.jobs("to do")[:1]):
         raise StopEarly(lack)
-    return int(bool(plan.jobs("failed", "refused")))
+    return 1 if plan.jobs("failed", "refused") else 0
 
 
 def describe_state(job: Job) -> str:
@@ -2264,151 +2244,112 @@ def show_status(config: Config, manifest: Manifest) -> int:
     """--status: show how far it is, from the manifest alone. Return the exit code."""
     subjects = config.subjects or sorted({subject for subject, _ in manifest.rows})
     asked = [(subject, name) for subject in subjects for name in manifest.asked_performances(subject)]
-    rows = {key: manifest.rows[key] for key in asked if key in manifest.rows}
-    absent = {key for key, row in rows.items() if row["status"] == "absent"}
+    rows = [manifest.rows[key] for key in asked if key in manifest.rows]
+    absent = {(row["subject"], row["performance"]) for row in rows if row["status"] == "absent"}
     left = [key for key in asked if key not in absent and not manifest.is_done(*key)]
-    bad = [(key, row) for key, row in rows.items() if row["status"] not in ("completed", "absent")]
+    bad = [row for row in rows if row["status"] not in ("completed", "absent")]
     of = f"{count_of(len(asked), 'performance')} of {count_of(len(subjects), 'subject')}"
     of += " that the manifest names" if None in (config.subjects, config.performances) else ""
-    done = len(asked) - len(absent) - len(left)
-    log.info(f"{done} of {of} are done, {len(bad)} failed, {len(absent)} absent from the remote")
-    sizes, missing = completed_numbers(rows, "smc_bytes"), 0
-    for performance, number in collections.Counter(name for _, name in left).items():
-        alike = completed_numbers({key: row for key, row in rows.items() if key[1] == performance}, "smc_bytes")
-        missing += number * np.mean(alike or sizes or 0)
-    size, finished = sum(sizes), len(subjects) - len({subject for subject, _ in left})
-    share = f", {100 * size / (size + missing):.0f} % of about {format_size(size + missing)}" if size else ""
-    log.info(f"{finished} of {count_of(len(subjects), 'subject')} finished{share}")
-    seconds = max(sum(completed_numbers(rows, column)) for column in ("download_s", "extract_s"))
-    if size and seconds:
-        output, rest = sum(completed_numbers(rows, "size_gb")) * GB, missing * seconds / size
-        end = datetime.now() + timedelta(seconds=rest)
-        ends = f"; about {format_duration(rest)} left for one process, until {end:%a %d %b %H:%M}" if left else ""
-        log.info(f"{format_size(output)} extracted, {format_size(size / seconds)}/s{ends}")
-    for key, row in bad[:10]:
-        log.info("  %s %s: %s: %s", *key, row["status"].replace("_", " "), row["error"])
-    if len(bad) > 10:
-        log.info("  and %d more in %s", len(bad) - 10, manifest.path)
+    done, finished = len(asked) - len(absent) - len(left), len(subjects) - len({subject for subject, _ in left})
+    log.info("%d of %s are done, %d failed, %d absent from the remote", done, of, len(bad), len(absent))
+    size, missing = (GB * number for number in estimate(rows, left, "size_gb"))
+    share, sizes = 100 * size / max(1, size + missing), (format_size(size), format_size(size + missing))
+    log.info("%s finished; %.0f %% is extracted, %s of about %s", count_of(finished, "subject"), share, *sizes)
+    if seconds := max(estimate(rows, left, column)[1] for column in ("download_s", "extract_s")):
+        rate, end = format_size(missing / seconds), datetime.now() + timedelta(seconds=seconds)
+        log.info(f"about {format_duration(seconds)} left for one process at {rate}/s, until {end:%a %d %b %H:%M}")
+    for row in bad[:10]:
+        log.info("  %(subject)s %(performance)s: %(status)s: %(error)s", row)
     return 0
 
 
-def completed_numbers(rows: dict[tuple[str, str], dict], column: str) -> list[float]:
-    """Return the numbers in a column of completed performances, without what other tools have left there instead."""
-    values = [row[column] for row in rows.values() if row["status"] == "completed"]
-    return [float(value) for value in values if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", value)]
+def estimate(rows: list[dict], left: list[tuple[str, str]], column: str) -> tuple[float, float]:
+    """Return the sum of a column over the completed performances, and what those that are left will add: for each the
+    mean of its name, or else of all. Other tools leave things in a manifest that are no numbers; they don't count."""
+    numbers = collections.defaultdict(list)
+    for row in rows:
+        if row["status"] == "completed" and re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", row[column]):
+            for name in (row["performance"], "all"):
+                numbers[name].append(float(row[column]))
+    means = {name: np.mean(found) for name, found in numbers.items()}
+    return sum(numbers["all"]), sum(means.get(name, means.get("all", 0)) for _, name in left)
 
 
 def inspect_files(paths: list[str]) -> int:
     """--inspect: show what each performance has, in its SMC file or in its two. Return the exit code."""
-    performances, whole = [], True
+    performances, latest, whole = [], {}, True
     for path in dict.fromkeys(map(Path, paths)):
         name = SMC_NAME.fullmatch(path.name)
         key, half = (name.group("subject", "performance"), name["half"]) if name else (path, "raw")
-        # Beside the other half of its performance, if that is given alone so far.
-        halves = next((halves for of, halves in reversed(performances) if of == key and half not in halves), {})
-        if not halves:
-            performances.append((key, halves))
-        halves[half] = path
-    for _, halves in performances:
-        files = [halves[half] for half in sorted(halves, reverse=True)]
+        if key not in latest or half in latest[key]:  # else it goes with the other half of its performance
+            latest[key] = {}
+            performances.append(latest[key])
+        latest[key][half] = path
+    for halves in performances:
+        files = [halves[half] for half in ("raw", "anno") if half in halves]
         try:
-            size = sum(file.stat().st_size for file in files)
+            size = sum(file.stat().st_size for file in files if file.is_file())
             whole &= run_in_child(show_content, files, name=files[0].name, size=size, progress=log.info)
-        except (SMCError, OSError) as error:
-            log.error("%s", f"{files[0]}: {error.strerror}" if isinstance(error, OSError) else error)
+        except SMCError as error:
+            log.error("%s", error)
             whole = False
-    return int(not whole)
+    return 0 if whole else 1
 
 
 def show_content(files: list[Path], progress: Callable) -> bool:
-    """Report, line by line in 100 columns, what a performance has. Return whether all of it can be read."""
-    damage: dict[tuple, str] = {}
-    with SMCReader(*map(str, files)) as reader:
-        name, stated = SMC_NAME.fullmatch(files[0].name), (reader.actor_id, reader.performance_part)
-        subject, performance = name.group("subject", "performance") if name else stated
-        progress(f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance')}")
-        for title, line in content_lines(reader, files, damage):
+    """Report, in lines of 100 columns, what a performance has. Return whether all of it can be read."""
+    damage, sizes = {}, []
+    with SMCReader(*files) as reader:
+        lines = [("file", f"{printable(file.name)}, {format_size(file.stat().st_size)}") for file in files]
+        actor = [f"{name} {value}" for name, value in reader.actor_info.items() if value]
+        lines.append(("recorded", ", ".join(map(printable, [reader.capture_date or "unknown", *actor]))))
+        fps, resolution = reader.fps(), reader.Camera_info["resolution"]
+        pixels = "" if resolution is None else f", {resolution[1]} x {resolution[0]} pixels"
+        lines.append(("frames", f"{reader.num_frame}, fps {round(fps, 2) if fps else 'unknown (no audio)'}{pixels}"))
+        with collecting_damage(damage, "audio"):
+            if audio := reader.audio_info():
+                channels = count_of(audio["channels"], "channel")
+                lines.append(("audio", f"{audio['duration_s']:.2f} s, {channels}, {audio['sample_rate']} Hz"))
+        lines.append(("modality", "cameras  entries        size  encoding (of each camera's first picture)"))
+        for modality in [name for name, row in MODALITIES.items() if not row.derived]:
+            with collecting_damage(damage, modality):
+                if reader.has(modality):
+                    lines += [(modality, line) for line in modality_lines(reader, modality, damage, sizes)]
+        note_sizes(reader, sizes)
+        lines += [("unknown", printable(name)) for name in reader.unknown_groups()]
+        lines += [("warning", oddity) for oddity in reader.oddities]
+        lines += [("damaged", reason) for reason in dict.fromkeys(damage.values())]
+        progress(printable(f"{reader.actor_id or 'unknown'} {reader.performance_part or 'unknown'}"))
+        for title, line in lines:
             progress(textwrap.fill(f"  {title:<12}  {line}", 100, subsequent_indent=" " * 16))
         progress("")
     return not damage
 
 
-def content_lines(reader: SMCReader, files: list[Path], damage: dict) -> Iterator[tuple[str, str]]:
-    """Yield (title, line) of what a performance has, as far as it can be read, and add to `damage` what cannot."""
-    for file in files:
-        yield "file", f"{printable(file.name)}, {format_size(file.stat().st_size)}"
-    forms = {"age": "age {}", "gender": "{}", "color": "{}", "height": "{:g} cm", "weight": "{:g} kg"}
-    actor = [form.format(reader.actor_info[name]) for name, form in forms.items() if reader.actor_info[name]]
-    yield "recorded", ", ".join(map(printable, [reader.capture_date or "unknown", *actor]))
-    resolution, fps = reader.Camera_info["resolution"], reader.fps()
-    pixels = "" if resolution is None else f", {resolution[1]} x {resolution[0]} pixels"
-    yield "frames", f"{reader.num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}"
-    with collecting_damage(damage, "audio"):
-        if audio := reader.audio_info():
-            channels = count_of(audio["channels"], "channel")
-            yield "audio", f"{audio['duration_s']:.2f} s, {channels}, {audio['sample_rate']} Hz"
-    yield "modality", "cameras  entries        size  encoding (of each camera's first picture)"
-    sizes, views = [], []
-    for modality in [name for name, row in MODALITIES.items() if not row.derived]:
-        with collecting_damage(damage, modality):
-            if reader.has(modality):
-                cells, *lines = modality_lines(reader, modality, damage, sizes)
-                yield modality, cells
-                views += [(modality, line) for line in lines]
-    yield from views
-    for name in reader.unknown_groups():
-        yield "unknown", printable(name)
-    note_sizes(reader, sizes)
-    for oddity in reader.oddities:
-        yield "warning", oddity
-    reasons = list(dict.fromkeys(damage.values()))
-    for reason in reasons[:20] + [f"{len(reasons) - 20} more"] * (len(reasons) > 20):
-        yield "damaged", reason
-
-
 def modality_lines(reader: SMCReader, modality: str, damage: dict, sizes: list) -> Iterator[str]:
-    """Yield the cells of a modality in the table, and which of its cameras have which pictures; add to `sizes` the
-    (height, width) of each camera's first picture."""
-    row, frames, size, encodings = MODALITIES[modality], {}, 0, set()
-    for camera in reader.cameras(modality) if modality in BY_CAMERA else [None]:
-        frames[camera], read = [], True
+    """Yield the cells of a modality in the table, then which cameras have which pictures; add to `damage` and `sizes`."""
+    row, size, encodings, alike = MODALITIES[modality], 0, set(), collections.defaultdict(list)
+    cameras, by_camera = reader.cameras(modality), modality in BY_CAMERA
+    for camera in cameras if by_camera else [None]:
         with collecting_damage(damage, modality, camera):
-            frames[camera] = reader.frame_numbers(modality, camera)
+            alike[tuple(reader.frame_numbers(modality, camera))].append(camera)
             size += sum(end - start for _, start, end in reader.places(modality, camera))
+            probed = False
             for entry in reader.entries(modality, camera):
                 with collecting_damage(damage, modality, camera, entry.number):
-                    content = entry.read() if read or entry.fault else b""
-                    if row.pictures and read:
-                        read = row.numbered == "cameras"  # of a camera's many pictures only the first is read
+                    content = b"" if probed and not entry.fault else entry.read()
+                    if row.pictures and not probed:
+                        probed = row.numbered == "frames"  # of a camera's many pictures only the first is read
                         kind, height, width, whole = probe_picture(content)
                         after = "" if content.endswith((b"\xff\xd9", b"\xaeB`\x82")) else " with bytes after its end"
                         encodings.add(f"{kind} {width}x{height}{after}" if whole else "damaged or unknown")
-                        sizes += [(height, width)] if whole and modality in BY_CAMERA else []
-    cameras = len(reader.cameras(modality)) or ""
-    entries = sum(map(len, frames.values())) or ""
-    yield f"{cameras:>7}  {entries:>7}  {format_size(size):>10}  {', '.join(sorted(encodings))}"
-    if row.pictures and modality in BY_CAMERA:
-        yield from camera_lines(reader, frames)
-
-
-def camera_lines(reader: SMCReader, frames: dict[int, list[int]]) -> Iterator[str]:
-    """Yield which cameras have how many frames, and which frames they lack; those that are alike in one line."""
-    expected, alike = reader.expected_frames(frames.values()), {}
-    for camera, numbers in frames.items():
-        alike.setdefault(tuple(numbers), []).append(camera)
-    for numbers, cameras in alike.items():
-        gaps = format_ranges(expected - set(numbers))
-        who = f"camera {cameras[0]}" if len(cameras) == 1 else f"{len(cameras)} cameras"
-        names = f": {format_numbers(cameras)}" if 1 < len(cameras) < NUM_CAMERAS else ""
-        yield f"{who} with {len(numbers)} frames{f', without {gaps}' if gaps else ''}{names}"
-
-
-def format_ranges(numbers: Iterable[int]) -> str:
-    """Return numbers as "3 7-11 13", cut where that is long."""
-    by_run = itertools.groupby(enumerate(sorted(numbers)), lambda item: item[1] - item[0])
-    runs = [[number for _, number in streak] for _, streak in by_run]
-    shown = " ".join(f"{streak[0]}-{streak[-1]}" if len(streak) > 1 else f"{streak[0]}" for streak in runs)
-    return textwrap.shorten(shown, 60, placeholder=" …")
+                        sizes += [(height, width)] if whole and by_camera else []
+    entries = sum(len(numbers) * len(found) for numbers, found in alike.items())
+    yield f"{len(cameras) or '':>7}  {entries or '':>7}  {format_size(size):>10}  {', '.join(sorted(encodings))}"
+    for numbers, found in alike.items() if row.pictures and by_camera else ():
+        gaps = format_numbers(reader.expected_frames(alike) - set(numbers))
+        without = f", without {textwrap.shorten(gaps, 60, placeholder=' …')}" if gaps else ""
+        yield f"{count_of(len(found), 'camera')} with {len(numbers)} frames{without}: {format_numbers(found)}"
 
 
 # ---------------------------------------------------------------------------------------------- cameras
@@ -2829,36 +2770,21 @@ def colmap_pose(camera_to_world: np.ndarray) -> str:
 # ---------------------------------------------------------------------------------------------- main
 
 
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 def interrupt(number: int, frame):
-    """Raise Interrupted, once: how a signal ends a run."""
+    """Raise KeyboardInterrupt with the signal's number, once: how SIGINT, SIGTERM and SIGHUP end a run."""
     for each in ENDING_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
-    raise Interrupted(number)
+    raise KeyboardInterrupt(number)
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """One whose errors are one line."""
-
-    def error(self, message: str):
-        if unknown := re.search("unrecognized arguments: (--?[^ =]+)", message):
-            known = [option for action in self._actions for option in action.option_strings]
-            message = f"there is no option {unknown[1]}; {suggest(unknown[1], known)}"
-        raise ConfigError(f"{message} (--help shows all options)")
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    manual = __doc__.partition("Why a kill")[0]
-    usage = "%(prog)s [--config FILE] [options]"
-    parser = ArgumentParser(usage=usage, description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line. End the program with exit code 2 where they are wrong."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = __doc__.partition("Why a kill")[0]
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="the settings (default: config.yaml)")
     parser.add_argument("--subject", nargs="+", metavar="ID", help="these subjects instead of the config's")
     parser.add_argument("--performance", nargs="+", metavar="NAME", help="these performances instead of the config's")
-    parser.add_argument(
-        "--redo", action="store_true", help="do them again whatever the manifest says (needs --subject)"
-    )
+    parser.add_argument("--redo", action="store_true", help="extract them again, done or not (needs --subject)")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--dry-run", action="store_true", help="list what would be downloaded, with sizes and states")
     only.add_argument("--status", action="store_true", help="progress from the manifest")
@@ -2869,70 +2795,67 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--suggest-cameras", type=int, metavar="N", help="the N views that cover 360 degrees best")
     parser.add_argument("--verbose", action="store_true", help="debug messages on the console as well as in the log")
     parser.add_argument("--version", action="version", version=VERSION)
-    return parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        known = [f"--{name.replace('_', '-')}" for name in vars(arguments)]
+        parser.error(f"there is no option {unknown[0]}; {suggest(unknown[0].partition('=')[0], known)}")
+    if arguments.redo and not arguments.subject:
+        parser.error("--redo needs --subject: name the subjects that are to be done again")
+    if arguments.frame is not None and not (arguments.camera_grid or arguments.scene):
+        parser.error("--frame goes with --camera-grid or --scene")
+    if arguments.suggest_cameras is not None and (arguments.dry_run or arguments.status or arguments.inspect):
+        parser.error("--suggest-cameras goes with --camera-grid or alone")
+    return arguments
 
 
 def configure(arguments: argparse.Namespace) -> Config:
     """Return the config, with what the command line has to say instead."""
-    config = load_config(arguments.config)
-    if arguments.redo and not arguments.subject:
-        raise ConfigError("--redo needs --subject: name the subjects that are to be done again")
+    changes = {"redo": arguments.redo}
     for option, parse in (("subject", parse_subjects), ("performance", parse_performances)):
-        if value := getattr(arguments, option):
+        if words := getattr(arguments, option):
             try:
-                config = replace(config, **{f"{option}s": parse("all" if value == ["all"] else value)})
+                changes[f"{option}s"] = parse("all" if words == ["all"] else words)
             except ValueError as error:
                 raise ConfigError(f"--{option}: {error}") from None
-    return replace(config, redo=arguments.redo)
+    return replace(load_config(arguments.config), **changes)
 
 
-def main(argv: list[str] | None = None) -> int:
-    log.setLevel(logging.DEBUG)
-    arguments = parse_arguments(argv)
-    look = arguments.camera_grid or arguments.scene
-    if arguments.frame is not None and not look:
-        raise ConfigError("--frame goes with --camera-grid or --scene")
-    if arguments.suggest_cameras is not None and (
-        arguments.status or arguments.dry_run or arguments.inspect or arguments.scene
-    ):
-        raise ConfigError("--suggest-cameras goes with --camera-grid or alone")
-    console = log.handlers[0]
-    console.setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+def main() -> int:
+    """Do what the command line asks for. Return the exit code."""
+    arguments = parse_arguments()
+    console = Console(logging.DEBUG if arguments.verbose else logging.INFO)
+    log.addHandler(console)
     if arguments.inspect:
         return inspect_files(arguments.inspect)
     config = configure(arguments)
     manifest = Manifest(config)
     if arguments.status:
         return show_status(config, manifest)
-    if look or arguments.suggest_cameras is not None:
+    if arguments.camera_grid or arguments.scene or arguments.suggest_cameras is not None:
         return show_cameras(config, manifest, arguments)
     with contextlib.closing(Remote(config, Report(console))) as remote:
         return show_plan(config, manifest, remote) if arguments.dry_run else run(config, manifest, remote)
 
 
-def run_cli(argv: list[str] | None = None) -> int:
+def run_cli() -> int:
     """main(), with each kind of error as a message and an exit code."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-        getattr(sys, name).reconfigure(errors="replace")  # its encoding may be another one than UTF-8
-    log.addHandler(Console(logging.INFO))
+    log.setLevel(logging.DEBUG)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # its encoding may be another one than UTF-8
     try:
         for number in ENDING_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 signal.signal(number, interrupt)
-        return main(argv)
+        return main()
     except ConfigError as error:
         log.error("%s", error)
         return 2
-    except StopEarly as error:
-        log.error("Stopped: %s", error)
+    except (StopEarly, MemoryError) as error:
+        log.error("Stopped: %s", str(error) or "there is too little memory. Free some, then run the same command again")
     except OSError as error:
         log.error("Stopped: %s", describe_os_error(error))
         log.debug("", exc_info=True)
-    except MemoryError:
-        log.error("Stopped: there is too little memory. Free some, then run the same command again")
-    except Interrupted as error:
+    except KeyboardInterrupt as error:
         log.error("Interrupted: run the same command again to go on; a file that had come in part is downloaded again")
         return 128 + error.args[0]
     return 3
