@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import platform
 import shutil
 import signal
@@ -62,7 +63,7 @@ def immutable(path):
 
 
 def processes_below(pid):
-    """{process id: how deep below} of what a process has started and what those have, but for rclone, by age."""
+    """The numbers of what a process has started and what those have, but for rclone, by age."""
     processes = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -71,18 +72,20 @@ def processes_below(pid):
             state, parent, *others = rest.split()
             if name != "rclone" and state != "Z":
                 processes.append((int(others[17]), int(number), int(parent)))  # the time at which it was started
-    found = {pid: 0}
+    found = [pid]
     for _, number, parent in sorted(processes):
         if parent in found:
-            found[number] = found[parent] + 1
-    del found[pid]
-    return found
+            found.append(number)
+    return found[1:]
 
 
 def extracting(run):
-    """The process that extracts just now: the youngest of those that a child of the run has started. None if none."""
-    found = [number for number, depth in processes_below(run.pid).items() if depth > 1]
-    return found[-1] if found else None
+    """The process that extracts just now: the youngest of the run's whose CPU time is limited. None if none."""
+    for number in reversed(processes_below(run.pid)):
+        with contextlib.suppress(OSError):
+            if not re.search(r"Max cpu time +unlimited", Path(f"/proc/{number}/limits").read_text()):
+                return number
+    return None
 
 
 def kill_extraction(run, number=signal.SIGKILL):
