@@ -3,8 +3,8 @@
 import contextlib
 import ctypes
 import os
-import re
 import platform
+import re
 import shutil
 import signal
 import struct
