@@ -146,6 +146,7 @@ class RemoteError(Exception):
 OTHER_KEYS = {
     "verify_extraction": "write verify: fast or verify: full",
     "force_reextract": "delete it, and run with --redo --subject ID",
+    "max_retries": "delete it: rclone retries by itself",
     "limits": "write max_temp_size_gb and min_free_gb into the section storage",
     "logging": "delete it: each run has a log in storage.log_dir, and --verbose shows it on the console",
 }
@@ -2264,31 +2265,23 @@ def estimate(rows: list[dict], left: list[tuple[str, str]], column: str) -> tupl
 
 
 def inspect_files(paths: list[str]) -> int:
-    """--inspect: show what each performance has, in its SMC file or in its two. Return the exit code."""
-    performances, latest, whole = [], {}, True
-    for path in dict.fromkeys(map(Path, paths)):
-        name = SMC_NAME.fullmatch(path.name)
-        key, half = (name.group("subject", "performance"), name["half"]) if name else (path, "raw")
-        if key not in latest or half in latest[key]:  # else it goes with the other half of its performance
-            latest[key] = {}
-            performances.append(latest[key])
-        latest[key][half] = path
-    for halves in performances:
-        files = [halves[half] for half in ("raw", "anno") if half in halves]
+    """--inspect: show what SMC files have. Return the exit code."""
+    whole = True
+    for path in map(Path, dict.fromkeys(paths)):
         try:
-            size = sum(file.stat().st_size for file in files if file.is_file())
-            whole &= run_in_child(show_content, files, name=files[0].name, size=size, progress=log.info)
+            size = path.stat().st_size if path.is_file() else 0
+            whole &= run_in_child(show_content, path, name=path.name, size=size, progress=log.info)
         except SMCError as error:
             log.error("%s", error)
             whole = False
     return 0 if whole else 1
 
 
-def show_content(files: list[Path], progress: Callable) -> bool:
-    """Report, in lines of 100 columns, what a performance has. Return whether all of it can be read."""
+def show_content(file: Path, progress: Callable) -> bool:
+    """Report, in lines of 100 columns, what an SMC file has. Return whether all of it can be read."""
     damage, sizes = {}, []
-    with SMCReader(*files) as reader:
-        lines = [("file", f"{printable(file.name)}, {format_size(file.stat().st_size)}") for file in files]
+    with SMCReader(file) as reader:
+        lines = [("file", f"{printable(file.name)}, {format_size(file.stat().st_size)}")]
         actor = [f"{name} {value}" for name, value in reader.actor_info.items() if value]
         lines.append(("recorded", ", ".join(map(printable, [reader.capture_date or "unknown", *actor]))))
         fps, resolution = reader.fps(), reader.Camera_info["resolution"]
@@ -2643,7 +2636,7 @@ def extracted_views(config: Config, name: str, frame: int | None) -> tuple[Path,
     pictures: dict[int, dict[int, Path]] = collections.defaultdict(dict)
     for path in sorted(folder.glob("images/cam_[0-9][0-9]/frame_*.*")):
         pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
-    if not pictures:
+    if not pictures or not re.fullmatch(f"{SUBJECT.pattern}/{PLAIN_NAME.pattern}", name):
         raise ConfigError(f"{folder} has no pictures: extract {name} first (the name is one such as 0018/s3_all)")
     if frame is None:
         frame = min(pictures, key=lambda number: (-len(pictures[number]), number))
