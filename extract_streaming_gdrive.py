@@ -1728,8 +1728,6 @@ def check_setup(plan: Plan, remote: Remote):
             cure = "google_drive.layout: pair?"
         elif config.layout == "pair" and subjects:
             cure = "google_drive.layout: single?"
-        elif any(map(SMC_NAME.fullmatch, names)):
-            cure = "this is the folder of one subject; take the id of the folder above"
         elif subjects:
             near = difflib.get_close_matches(config.subjects[0], subjects, 1, 0.5) or subjects[:1]
             cure = f"no subject {' '.join(config.subjects[:5])}; did you mean {near[0]}?"
