@@ -801,13 +801,15 @@ class Remote:
         """Bring files to temp_dir with one call of rclone, which retries and checks the md5; call `progress` with the
         bytes that have come so far. Return {path: last error, "": last error without a path}. Raise StopEarly or
         OSError for what is no file's fault: at once where to try again would only cost time or downloads."""
-        errors = {}
+        errors, md5s = {}, {file.path: file.md5 for file in files}
 
         def note(message: dict):
             text, path = message["msg"], UNFINISHED.sub("", message["object"])
             if "stats" in message:
                 progress(int(message["stats"].get("bytes", 0)))
                 keep_free(self.config.temp_dir, self.config)
+            elif (came := re.fullmatch("md5 = ([0-9a-f]{32}) OK", text)) and md5s.get(path) not in (None, came[1]):
+                errors[path] = CHANGED
             elif message["level"] in ERROR_LEVELS:
                 error, errors[path] = self.interpret(text), text
                 if not isinstance(error, RemoteError) and not re.search(MESSAGES["network"], text):
@@ -1625,12 +1627,56 @@ class Download(NamedTuple):
     blocks: tuple[bytes, ...] | None = None
 
 
-class Plan(NamedTuple):
-    """What is asked for, from one look at the remote: {subject: its jobs in the order of the config}."""
+class Plan:
+    """What is asked for, from one look at the remote: `subjects` {subject: its jobs in the order of the config}."""
 
-    config: Config
-    listing: Listing
-    subjects: dict[str, list[Job]]
+    def __init__(self, manifest: Manifest, remote: Remote):
+        self.manifest, self.listing = manifest, remote.list_release(manifest.config.subjects)
+        subjects = manifest.config.subjects or sorted(self.listing.subjects)
+        manifest.adopt_folders(subjects)
+        self.subjects = {subject: self.plan_subject(subject) for subject in subjects}
+        self.check_setup(remote)
+
+    def plan_subject(self, subject: str) -> list[Job]:
+        """Return the jobs of a subject in the order of the config."""
+        found = self.listing.subjects.get(subject, {})
+        names = self.manifest.config.performances or sorted({*found, *self.manifest.asked_performances(subject)})
+        return [self.plan_job(subject, name) for name in names]
+
+    def plan_job(self, subject: str, performance: str) -> Job:
+        """Return what is to be done of a performance, and why."""
+        manifest, config, listing = self.manifest, self.manifest.config, self.listing
+        key, nothing = (subject, performance), dict.fromkeys(COLUMNS, "")
+        files = listing.subjects.get(subject, {}).get(performance, ())
+        row, done = manifest.rows.get(key, nothing), manifest.completed.get(key, nothing)
+        # No rerun takes away what was extracted before.
+        cameras, folder, extracted = config.asked_cameras(performance), config.folder_of(*key), done["smc_id"].split()
+        if cameras is not None:
+            paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in PER_CAMERA))
+            cameras |= parse_numbers(done["cameras"]) | {int(path.name[4:6]) for path in paths}
+        modalities = {*config.modalities, *done["modalities"].split(), *modalities_in(folder)}
+        job = Job(config, subject, performance, files, cameras, tuple(name for name in WRITERS if name in modalities))
+        half = len(extracted) == 1 and len(files) == 2  # the other file of a pair has come
+        if manifest.is_done(*key) and not half:
+            return replace(job, state="done")
+        if refusal := listing.refused.get(key) or listing.refused.get((subject, "")):
+            return replace(job, state="refused", reason=refusal)
+        if not files:
+            return replace(job, state="absent", reason="absent from the remote")
+        if len(files) < len(extracted):
+            return replace(job, state="absent", reason="one of its two files is absent now; what was extracted is kept")
+        same = row["smc_id"] == job.smc_id and parse_numbers(row["smc_bytes"]) == {job.bytes}
+        if row["status"] == "failed" and same and not config.redo:
+            return replace(job, state="failed", reason=row["error"])
+        if config.download == "selective" and expected_bytes(job) < job.bytes and not job.is_downloaded():
+            job = replace(job, selection=expected_bytes(job))
+        if job.temp_bytes > config.max_temp_size_gb * GB:
+            least = f"set storage.max_temp_size_gb to at least {math.ceil(job.temp_bytes / 1e6) / 1000:g}"
+            reason = f"{format_size(job.temp_bytes)} do not fit into temp_dir: {least}"
+            return replace(job, state="refused", reason=reason)
+        last = "" if row["status"] in ("", "completed") else f"last time: {row['status'].replace('_', ' ')}"
+        more = "more cameras or modalities are asked for" if row["status"] == "completed" else last
+        return replace(job, reason="--redo" if config.redo else "the other file of the pair has come" if half else more)
 
     def jobs(self, *states: str) -> list[Job]:
         """Return the jobs of all subjects that are in one of the states; without any, all of them."""
@@ -1640,128 +1686,73 @@ class Plan(NamedTuple):
         """Return about how many bytes the run will write to output_dir."""
         return sum(expected_bytes(job) for job in self.jobs("to do"))
 
+    def check_setup(self, remote: Remote):
+        """Raise ConfigError where nothing that is asked for can be there, with what is there instead."""
+        config, listing = self.manifest.config, self.listing
+        if not listing.subjects and not self.jobs("done"):
+            names = sorted(entry["Name"] + "/" * entry["IsDir"] for entry in remote.ask_json("lsjson"))
+            subjects = [name[:-1] for name in names if SUBJECT.fullmatch(name[:-1])]
+            cure = "take the id of the folder that holds 0018, 0019, …"
+            if config.layout == "single" and {"raw/", "anno/"} & set(names):
+                cure = "google_drive.layout: pair?"
+            elif config.layout == "pair" and subjects:
+                cure = "google_drive.layout: single?"
+            elif subjects:
+                near = difflib.get_close_matches(config.subjects[0], subjects, 1, 0.5) or subjects[:1]
+                cure = f"no subject {' '.join(config.subjects[:5])}; did you mean {near[0]}?"
+            has = textwrap.shorten(printable(", ".join(names), 1000), 90, placeholder=" …") or "nothing"
+            place = f"{config.path}: google_drive.root_folder_id: the folder"
+            raise ConfigError(f"{place} has none of the asked-for subjects. It has {has}: {cure}")
+        known = {*KNOWN_PERFORMANCES, *itertools.chain(*listing.subjects.values())}
+        for name in config.performances or ():
+            if name not in known and not name.startswith("h1_"):
+                asked = f"extraction.performances, --performance: no subject has {name!r}, and nor has the data set"
+                raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
 
-def make_plan(config: Config, manifest: Manifest, remote: Remote) -> Plan:
-    """Return the whole plan. Raise ConfigError where the set-up is wrong, StopEarly where the remote is silent."""
-    listing = remote.list_release(config.subjects)
-    subjects = config.subjects or sorted(listing.subjects)
-    manifest.adopt_folders(subjects)
-    plan = Plan(config, listing, {subject: plan_subject(manifest, listing, subject) for subject in subjects})
-    check_setup(plan, remote)
-    return plan
+    def announce(self) -> list[str]:
+        """Say what a run has before it, and return the warnings."""
+        config, waiting = self.manifest.config, self.jobs("to do")
+        order = ["done", "to do", "absent", "failed", "refused"]
+        counts = [f"{len(self.jobs(state))} {state}" for state in order if self.jobs(state)]
+        whole = f"{count_of(len(self.subjects), 'subject')}, {count_of(len(self.jobs()), 'performance')}"
+        size = sum(job.temp_bytes for job in waiting if not job.is_downloaded())
+        log.info("%s: %s; %s to download", whole, ", ".join(counts), format_size(size))
+        if waiting:
+            subjects = len({job.subject for job in waiting})
+            room = max(0, measure_free(config.output_dir) - config.min_free_gb * GB)
+            fits = int(room * subjects / max(1, self.output_bytes()))
+            fits = f"about {count_of(fits, 'subject')}" if fits < subjects else "all of it"
+            free = [format_size(measure_free(folder)) for folder in (config.output_dir, config.temp_dir)]
+            log.info("output_dir has %s free, room for %s; temp_dir has %s free", free[0], fits, free[1])
+        doubts = self.find_doubts()
+        for number, doubt in enumerate(doubts):
+            log.log(logging.WARNING if number < 10 else logging.DEBUG, "warning: %s", doubt)
+        return doubts
 
-
-def check_setup(plan: Plan, remote: Remote):
-    """Raise ConfigError where nothing that is asked for can be there, with what is there instead."""
-    config, listing = plan.config, plan.listing
-    if not listing.subjects and not plan.jobs("done"):
-        names = sorted(entry["Name"] + "/" * entry["IsDir"] for entry in remote.ask_json("lsjson"))
-        subjects = [name[:-1] for name in names if SUBJECT.fullmatch(name[:-1])]
-        cure = "take the id of the folder that holds 0018, 0019, …"
-        if config.layout == "single" and {"raw/", "anno/"} & set(names):
-            cure = "google_drive.layout: pair?"
-        elif config.layout == "pair" and subjects:
-            cure = "google_drive.layout: single?"
-        elif subjects:
-            near = difflib.get_close_matches(config.subjects[0], subjects, 1, 0.5) or subjects[:1]
-            cure = f"no subject {' '.join(config.subjects[:5])}; did you mean {near[0]}?"
-        has = textwrap.shorten(printable(", ".join(names), 1000), 90, placeholder=" …") or "nothing"
-        place = f"{config.path}: google_drive.root_folder_id: the folder"
-        raise ConfigError(f"{place} has none of the asked-for subjects. It has {has}: {cure}")
-    known = {*KNOWN_PERFORMANCES, *itertools.chain(*listing.subjects.values())}
-    for name in config.performances or ():
-        if name not in known and not name.startswith("h1_"):
-            asked = f"extraction.performances, --performance: no subject has {name!r}, and nor has the data set"
-            raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
-
-
-def plan_subject(manifest: Manifest, listing: Listing, subject: str) -> list[Job]:
-    """Return the jobs of a subject in the order of the config."""
-    found = listing.subjects.get(subject, {})
-    names = manifest.config.performances or sorted({*found, *manifest.asked_performances(subject)})
-    return [plan_job(manifest, listing, subject, name) for name in names]
-
-
-def plan_job(manifest: Manifest, listing: Listing, subject: str, performance: str) -> Job:
-    """Return what is to be done of a performance, and why."""
-    config, key, nothing = manifest.config, (subject, performance), dict.fromkeys(COLUMNS, "")
-    files = listing.subjects.get(subject, {}).get(performance, ())
-    row, done = manifest.rows.get(key, nothing), manifest.completed.get(key, nothing)
-    # No rerun takes away what was extracted before.
-    cameras, folder, extracted = config.asked_cameras(performance), config.folder_of(*key), done["smc_id"].split()
-    if cameras is not None:
-        paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in PER_CAMERA))
-        cameras |= parse_numbers(done["cameras"]) | {int(path.name[4:6]) for path in paths}
-    modalities = {*config.modalities, *done["modalities"].split(), *modalities_in(folder)}
-    job = Job(config, subject, performance, files, cameras, tuple(name for name in WRITERS if name in modalities))
-    half = len(extracted) == 1 and len(files) == 2  # the other file of a pair has come
-    if manifest.is_done(*key) and not half:
-        return replace(job, state="done")
-    if refusal := listing.refused.get(key) or listing.refused.get((subject, "")):
-        return replace(job, state="refused", reason=refusal)
-    if not files:
-        return replace(job, state="absent", reason="absent from the remote")
-    if len(files) < len(extracted):
-        return replace(job, state="absent", reason="one of its two files is absent now; what was extracted is kept")
-    same = row["smc_id"] == job.smc_id and parse_numbers(row["smc_bytes"]) == {job.bytes}
-    if row["status"] == "failed" and same and not config.redo:
-        return replace(job, state="failed", reason=row["error"])
-    if config.download == "selective" and expected_bytes(job) < job.bytes and not job.is_downloaded():
-        job = replace(job, selection=expected_bytes(job))
-    if job.temp_bytes > config.max_temp_size_gb * GB:
-        least = f"set storage.max_temp_size_gb to at least {math.ceil(job.temp_bytes / 1e6) / 1000:g}"
-        return replace(job, state="refused", reason=f"{format_size(job.temp_bytes)} do not fit into temp_dir: {least}")
-    last = "" if row["status"] in ("", "completed") else f"last time: {row['status'].replace('_', ' ')}"
-    more = "more cameras or modalities are asked for" if row["status"] == "completed" else last
-    return replace(job, reason="--redo" if config.redo else "the other file of the pair has come" if half else more)
+    def find_doubts(self) -> list[str]:
+        """Return what may not be meant in a set-up that can be carried out."""
+        config, waiting, doubts = self.manifest.config, self.jobs("to do"), list(self.listing.oddities)
+        for subject, jobs in self.subjects.items():
+            if subject not in self.listing.subjects and {job.state for job in jobs} == {"absent"}:
+                doubts.append(f"subject {subject} has no folder on the remote")
+        doubts += [f"{job}: {job.reason}" for job in self.jobs("refused") if job.reason not in doubts]
+        for name in dict.fromkeys(job.performance for job in waiting):
+            asked, views = config.asked_cameras(name), expected_views(config, name)
+            blind = set() if asked is None or "images" not in config.modalities else asked - views
+            if blind and (blind == asked or name == "s3_all"):
+                cameras = f"cameras {format_numbers(blind)} are asked for, but have no pictures"
+                doubts.append(f"{name}: the {cameras}; only {format_numbers(views)} do")
+        total, selected = sum(job.bytes for job in waiting), self.output_bytes()
+        if config.download == "full" and selected < 0.8 * total:
+            sizes = f"{format_size(selected)} instead of {format_size(total)}"
+            doubts.append(f"google_drive.download: selective would download about {sizes} for these choices")
+        return doubts
 
 
 def has_size(path: Path, size: int) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return path.lstat().st_size == size
     return False
-
-
-def announce(plan: Plan) -> list[str]:
-    """Say what a run has before it, and return the warnings."""
-    config, waiting = plan.config, plan.jobs("to do")
-    states = collections.Counter(job.state for job in plan.jobs())
-    counts = [f"{states[state]} {state}" for state in ("done", "to do", "absent", "failed", "refused") if states[state]]
-    whole = f"{count_of(len(plan.subjects), 'subject')}, {count_of(len(plan.jobs()), 'performance')}"
-    size = sum(job.temp_bytes for job in waiting if not job.is_downloaded())
-    log.info("%s: %s; %s to download", whole, ", ".join(counts), format_size(size))
-    if waiting:
-        subjects = len({job.subject for job in waiting})
-        room = max(0, measure_free(config.output_dir) - config.min_free_gb * GB)
-        fits = int(room * subjects / max(1, plan.output_bytes()))
-        fits = f"about {count_of(fits, 'subject')}" if fits < subjects else "all of it"
-        free = [format_size(measure_free(folder)) for folder in (config.output_dir, config.temp_dir)]
-        log.info("output_dir has %s free, room for %s; temp_dir has %s free", free[0], fits, free[1])
-    doubts = find_doubts(plan)
-    for number, doubt in enumerate(doubts):
-        log.log(logging.WARNING if number < 10 else logging.DEBUG, "warning: %s", doubt)
-    return doubts
-
-
-def find_doubts(plan: Plan) -> list[str]:
-    """Return what may not be meant in a set-up that can be carried out."""
-    config, waiting, doubts = plan.config, plan.jobs("to do"), list(plan.listing.oddities)
-    for subject, jobs in plan.subjects.items():
-        if subject not in plan.listing.subjects and {job.state for job in jobs} == {"absent"}:
-            doubts.append(f"subject {subject} has no folder on the remote")
-    twins = plan.listing.refused.values()  # said already
-    doubts += [f"{job}: {job.reason}" for job in plan.jobs("refused") if job.reason not in twins]
-    for name in dict.fromkeys(job.performance for job in waiting):
-        asked, views = config.asked_cameras(name), expected_views(config, name)
-        blind = set() if asked is None or "images" not in config.modalities else asked - views
-        if blind and (blind == asked or name == "s3_all"):
-            cameras = f"cameras {format_numbers(blind)} are asked for, but have no pictures"
-            doubts.append(f"{name}: the {cameras}; only {format_numbers(views)} do")
-    total, selected = sum(job.bytes for job in waiting), plan.output_bytes()
-    if config.download == "full" and selected < 0.8 * total:
-        sizes = f"{format_size(selected)} instead of {format_size(total)}"
-        doubts.append(f"google_drive.download: selective would download about {sizes} for these choices")
-    return doubts
 
 
 def measure_free(folder: Path) -> int:
@@ -1815,8 +1806,8 @@ class Report:
         """Announce a run, and show it."""
         self.begin, self.plan, (columns, lines) = time.monotonic(), plan, narrow_shape()
         again = "failed before, and the file is the same (--redo tries it again): "
-        self.failures = [f"{job}: {again}{job.reason}" for job in plan.jobs("failed")]
-        self.warnings = dict.fromkeys(announce(plan))
+        self.failures, self.warnings = [f"{job}: {again}{job.reason}" for job in plan.jobs("failed")], {}
+        self.warnings.update(dict.fromkeys(plan.announce()))
         total = sum(job.temp_bytes for job in plan.jobs())
         bar = partial(tqdm, leave=False, disable=None, unit="B", unit_scale=True, ncols=columns, nrows=lines)
         self.batch = bar(desc="download", bar_format="{desc}", position=0)
@@ -2003,7 +1994,7 @@ def copy_whole(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
             errors = remote.copy(missing, progress)
     quota = {path for path, error in errors.items() if re.search(MESSAGES["quota"], error)}
     for job in jobs:
-        lacking = [file for file in job.files if not has_size(paths[file], file.bytes)]
+        lacking = [f for f in job.files if errors.get(f.path) == CHANGED or not has_size(paths[f], f.bytes)]
         lacking.sort(key=lambda file: file.path not in errors)
         if not lacking:
             came = sum(file.bytes for file in job.files if file in missing)
@@ -2038,13 +2029,13 @@ def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: dic
         for row in [row for key, row in manifest.rows.items() if key[0] == subject and "adopted" in row]:
             log.info("%s %s: taken over from its folder", subject, row["performance"])
             manifest.append(row)
-        jobs = plan_subject(manifest, plan.listing, subject)
+        jobs = plan.plan_subject(subject)
         jobs = [job for job in jobs if job.state not in ("done", "failed")]
         if not jobs:
             locks.pop(subject).close()
             remote.report.finish_subject(subject)
         while jobs:
-            downloads = download(remote, wait_for_room(plan.config, remote, jobs, in_temp))
+            downloads = download(remote, wait_for_room(manifest.config, remote, jobs, in_temp))
             in_temp.update(downloads)
             jobs = [job for job in jobs if job.performance not in {each.performance for each in downloads}]
             yield subject, downloads, not jobs
@@ -2102,7 +2093,7 @@ def open_log(config: Config) -> Path:
 def run(config: Config, manifest: Manifest, remote: Remote) -> int:
     """Download, extract, note and delete, subject by subject. Return the exit code."""
     config.check_folders()
-    plan = make_plan(config, manifest, remote)
+    plan = Plan(manifest, remote)
     for folder in (config.temp_dir, config.output_dir, config.log_dir, manifest.path.parent):
         folder.mkdir(parents=True, exist_ok=True)
     log_file = open_log(config)
@@ -2138,12 +2129,12 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
 def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
     """--dry-run: show what a run would do, and the totals. Return its exit code, or raise what stops it at its start."""
     config.check_folders()
-    plan = make_plan(config, manifest, remote)
+    plan = Plan(manifest, remote)
     for subject, jobs in plan.subjects.items():
         for state, alike in itertools.groupby(jobs, describe_state):
             names, sizes = zip(*((job.performance, job.bytes) for job in alike))
             log.info("%s  %-10s %10s   %s", subject, " ".join(names), format_size(sum(sizes)), state)
-    announce(plan)
+    plan.announce()
     size = sum(job.temp_bytes for job in plan.jobs("to do") if not job.is_downloaded())
     total = f"{format_size(size)} to be downloaded ({size / 20e6 / 3600:.1f} hours at 20 MB/s)"
     log.info("%s; about %s of output", total, format_size(plan.output_bytes()))
