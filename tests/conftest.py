@@ -27,6 +27,7 @@ SCRIPT = TESTS.parent / "extract_streaming_gdrive.py"
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import synthetic_release
+from fake_drive import FakeDrive
 
 RCLONE = shutil.which("rclone") or str(Path(sys.executable).parent / "rclone")
 
@@ -77,9 +78,24 @@ def release(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def three_subjects(tmp_path_factory):
+    """0018, 0019 and 0026 with s1_all, s2_all and s3_all, each of a few tiny pictures; not to be changed."""
+    folder = tmp_path_factory.mktemp("three")
+    performances = synthetic_release.SPEECH[:3]
+    synthetic_release.write_release(folder, ("0018", "0019", "0026"), performances=performances, **synthetic_release.TINY)
+    return folder
+
+
 @pytest.fixture
 def workspace(tmp_path, release):
     return Workspace(tmp_path / "work", release)
+
+
+@pytest.fixture
+def drive(three_subjects):
+    with FakeDrive(three_subjects) as drive:
+        yield drive
 
 
 STARTED = []  # runs that a test has not waited for
@@ -221,21 +237,13 @@ class Workspace:
 
 
 class DriveWorkspace(Workspace):
-    """A workspace whose remote is a fake Drive that serves the release."""
+    """A workspace whose remote is a fake Drive that serves the release, by default what the drive's folder has."""
 
-    def __init__(self, folder, drive, release):
-        super().__init__(folder, release)
+    def __init__(self, folder, drive, release=None):
+        super().__init__(folder, release or drive.folder)
         self.drive = drive
         remote = {"remote_name": drive.remote_name, "root_folder_id": drive.root_id, "rclone_flags": []}
         self.write_config(google_drive=remote)
-
-    def count_calls(self, *arguments):
-        """How many calls of Python functions a run takes: the same on every machine."""
-        folder = self.folder.parent / "count_calls"
-        folder.mkdir(exist_ok=True)
-        (folder / "sitecustomize.py").write_text(COUNT_CALLS)
-        self.run(*arguments, environment={"PYTHONPATH": str(folder), "CALLS": str(folder / "calls")})
-        return int((folder / "calls").read_text())
 
     def surroundings(self, environment):
         return super().surroundings({**self.drive.environment(), **(environment or {})})
@@ -273,22 +281,6 @@ def write():
 atexit.register(write)
 sys.setprofile(count)
 """
-
-
-def count_calls(function, *arguments):
-    """(how many calls of Python functions and built-in ones it takes, what it returns): the same on every machine."""
-    calls = 0
-
-    def count(frame, event, argument):
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        result = function(*arguments)
-    finally:
-        sys.setprofile(None)
-    return calls, result
 
 
 def wait_for(condition, seconds=120):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -61,27 +62,25 @@ def immutable(path):
         subprocess.run(["chattr", "-i", path], check=True)
 
 
-def processes_below(pid):
-    """{process id: how deep below} of what a process has started and what those have, but for rclone, by age."""
-    processes = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            number, _, rest = path.read_text().partition(" (")
-            name, _, rest = rest.rpartition(") ")
-            state, parent, *others = rest.split()
-            if name != "rclone" and state != "Z":
-                processes.append((int(others[17]), int(number), int(parent)))  # the time at which it was started
-    found = {pid: 0}
-    for _, number, parent in sorted(processes):
-        if parent in found:
-            found[number] = found[parent] + 1
-    del found[pid]
-    return found
+def children(pid):
+    """The process ids of what a process has started and what still runs, but for rclone."""
+    found = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += map(int, (task / "children").read_text().split())
+    return [child for child in found if program(child) not in ("", "rclone")]
+
+
+def program(pid):
+    """The name of a process's program, "" where it has ended."""
+    with contextlib.suppress(OSError):
+        return os.path.basename(Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0])
+    return ""
 
 
 def extracting(run):
-    """The process that extracts just now: the youngest of those that a child of the run has started. None if none."""
-    found = [number for number, depth in processes_below(run.pid).items() if depth > 1]
+    """The process that extracts just now: what the child of a run has started. None if there is none."""
+    found = [number for child in children(run.pid) for number in children(child)]
     return found[-1] if found else None
 
 
@@ -92,4 +91,5 @@ def kill_extraction(run, number=signal.SIGKILL):
             if child := extracting(run):
                 os.kill(child, number)
                 return child
+        time.sleep(0.001)
     return None

@@ -40,6 +40,19 @@ MODALITIES = [
     "scan",
     "scan_masks",
 ]
+TINY = {"frames": 4, "size": (64, 76), "cameras": (0, 25)}  # options of write_subject, for files of some 100 kB
+SMALL_SMC = {  # options of write_smc: a small file with everything but FLAME, which is large
+    "cameras": (3, 25),
+    "frame_ids": range(4),
+    "size": (64, 76),
+    "audio_seconds": 4 / 30,
+    "masks": (25,),
+    "keypoints2d": (25,),
+    "keypoints3d": True,
+    "uv_textures": True,
+    "scan": True,
+    "scan_masks": (3, 25),
+}
 SAMPLE_RATE = 48000
 MOUTH_STEPS = 4  # the files have the mouth in 0, 1/4 ... 1, so that few pictures need rendering
 

@@ -14,7 +14,7 @@ import pytest
 import synthetic_release
 from conftest import SCRIPT, DriveWorkspace, Workspace, wait_for
 from fake_drive import FakeDrive
-from machine import extracting, fill, immutable, kill_extraction, processes_below, refusing, without_rights
+from machine import children, extracting, fill, immutable, kill_extraction, refusing, without_rights
 
 SUBJECTS = ["0018", "0019", "0026"]
 PERFORMANCES = ["s1_all", "s3_all"]
@@ -22,28 +22,13 @@ IMPATIENT = ["--low-level-retries", "1", "--retries", "1", "--contimeout", "2s",
 
 
 @pytest.fixture(scope="module")
-def three_subjects(tmp_path_factory):
-    """A release of three subjects with two performances each; not to be changed."""
-    folder = tmp_path_factory.mktemp("three")
-    options = {"performances": PERFORMANCES, "frames": 4, "size": (64, 76), "cameras": (0, 25)}
-    synthetic_release.write_release(folder, SUBJECTS, **options)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def long_release(tmp_path_factory):
-    """Two performances whose extraction takes long enough to be disturbed."""
+    """Two performances; the extraction of the first takes long enough to be disturbed."""
     folder = tmp_path_factory.mktemp("long")
-    for performance in PERFORMANCES:
+    for performance, frames in zip(PERFORMANCES, (2000, 2)):
         path = folder / f"0018/0018_{performance}_raw.smc"
-        synthetic_release.write_smc(path, "0018", performance, frame_ids=range(3000), size=(32, 38), distinct=1)
+        synthetic_release.write_smc(path, "0018", performance, frame_ids=range(frames), size=(32, 38), distinct=1)
     return folder
-
-
-@pytest.fixture
-def drive(three_subjects):
-    with FakeDrive(three_subjects) as drive:
-        yield drive
 
 
 @pytest.fixture
@@ -52,7 +37,7 @@ def workspace(tmp_path, drive):
 
 
 def drive_workspace(folder, drive, subjects=("0018",), performances=PERFORMANCES, **storage):
-    workspace = DriveWorkspace(folder, drive, drive.folder)
+    workspace = DriveWorkspace(folder, drive)
     extraction = {"subjects": list(subjects), "performances": list(performances)}
     workspace.write_config(extraction=extraction, storage=storage)
     return workspace
@@ -243,7 +228,7 @@ def test_an_extraction_that_crashes_is_the_fault_of_the_file(long_run):
 def test_without_the_process_that_starts_the_extractions_no_file_is_blamed(long_run):
     run = long_run.start()
     wait_for(lambda: extracting(run) or run.poll() is not None)
-    helpers = [number for number, depth in processes_below(run.pid).items() if depth == 1]
+    helpers = children(run.pid)
     assert helpers
     for number in helpers:
         os.kill(number, signal.SIGKILL)
