@@ -83,7 +83,9 @@ def three_subjects(tmp_path_factory):
     """0018, 0019 and 0026 with s1_all, s2_all and s3_all, each of a few tiny pictures; not to be changed."""
     folder = tmp_path_factory.mktemp("three")
     performances = synthetic_release.SPEECH[:3]
-    synthetic_release.write_release(folder, ("0018", "0019", "0026"), performances=performances, **synthetic_release.TINY)
+    synthetic_release.write_release(
+        folder, ("0018", "0019", "0026"), performances=performances, **synthetic_release.TINY
+    )
     return folder
 
 
