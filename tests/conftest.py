@@ -1,6 +1,7 @@
 """What the tests share: a small synthetic release, and a workspace in which to run the script on it as a user does."""
 
 import contextlib
+import copy
 import csv
 import hashlib
 import json
@@ -94,6 +95,16 @@ def workspace(tmp_path, release):
     return Workspace(tmp_path / "work", release)
 
 
+@pytest.fixture(scope="session")
+def long_release(tmp_path_factory):
+    """s1_all and s3_all of 0018; the extraction of the first takes long enough to be disturbed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("long")
+    for performance, frames in (("s1_all", 2000), ("s3_all", 2)):
+        path = folder / f"0018/0018_{performance}_raw.smc"
+        synthetic_release.write_smc(path, "0018", performance, frame_ids=range(frames), size=(32, 38), distinct=1)
+    return folder
+
+
 @pytest.fixture
 def drive(three_subjects):
     with FakeDrive(three_subjects) as drive:
@@ -179,6 +190,13 @@ class Workspace:
 
     def surroundings(self, environment):
         return {"text": True, "env": {**os.environ, **(environment or {})}, "cwd": self.folder.parent}
+
+    def copy(self, folder):
+        """A copy of it and of all that it has extracted, to go on with. `folder` is one that is not there yet."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__ = {**self.__dict__, "folder": Path(folder), "settings": copy.deepcopy(self.settings)}
+        shutil.copytree(self.folder, folder)
+        return copied
 
     @property
     def manifest(self):

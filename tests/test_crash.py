@@ -187,15 +187,6 @@ def test_a_folder_that_a_killed_run_was_replacing_comes_back(small_release, tmp_
     assert workspace.tree() == before and workspace.leftovers() == [] and len(workspace.rows) == 2
 
 
-@pytest.fixture(scope="module")
-def long_release(tmp_path_factory):
-    """One performance whose extraction takes long enough to be interrupted."""
-    folder = tmp_path_factory.mktemp("long")
-    options = {"performances": ["s3_all"], "frames": 120, "size": (64, 76), "distinct": 1}
-    synthetic_release.write_subject(folder, "0018", **options)
-    return folder
-
-
 @pytest.mark.parametrize(
     "moment, number, code", [("download", signal.SIGTERM, 143), ("extraction", signal.SIGINT, 130)]
 )
@@ -203,22 +194,22 @@ def test_a_signal_ends_the_run_and_rclone_and_cleans_up(tmp_path, long_release, 
     workspace = Workspace(tmp_path / "work", long_release)
     slow = ["--bwlimit", "500k"] if moment == "download" else []
     workspace.write_config(
-        extraction={"performances": ["s3_all"]}, google_drive={"rclone_flags": ["--config", "rclone.conf", *slow]}
+        extraction={"performances": ["s1_all"]}, google_drive={"rclone_flags": ["--config", "rclone.conf", *slow]}
     )
     run = workspace.start(start_new_session=True)
     if moment == "download":
         wait_for(lambda: any((workspace.folder / "temp_smc").rglob("*.smc*")))
     else:
-        wait_for(lambda: workspace.path("0018", ".s3_all.partial", "images").exists())
+        wait_for(lambda: workspace.path("0018", ".s1_all.partial", "images").exists())
     run.send_signal(number)
     output = run.communicate(timeout=60)[0]
     assert run.returncode == code and "run the same command again" in output and "Traceback" not in output
     wait_for(lambda: subprocess.run(["pgrep", "-s", str(run.pid)], check=False, capture_output=True).returncode == 1)
     left = [path for path in workspace.leftovers() if path.is_file()]
-    assert all(path.name == "0018_s3_all_raw.smc" for path in left) and len(left) <= 1
+    assert all(path.name == "0018_s1_all_raw.smc" for path in left) and len(left) <= 1
     workspace.write_config(google_drive={"rclone_flags": ["--config", "rclone.conf"]})
     workspace.run()
-    assert workspace.states == {("0018", "s3_all"): "completed"} and workspace.leftovers() == []
+    assert workspace.states == {("0018", "s1_all"): "completed"} and workspace.leftovers() == []
 
 
 def test_ctrl_c_in_a_terminal_ends_the_run_with_130(tmp_path, release):
