@@ -80,25 +80,6 @@ def test_a_wrong_set_up_is_refused_with_the_cure(workspace, drive, name):
     assert drive.count("media") == 0
 
 
-CONFIGS = {
-    "camera key": ({"extraction": {"cameras": {"s3": [0, 25]}}}, ["cameras", "s3", "s3_all"]),
-    "transforms alone": ({"extraction": {"modalities": ["transforms"]}}, ["modalities", "transforms", "images"]),
-    "transforms without calibration": ({"extraction": {"modalities": ["images", "transforms"]}}, ["calibration"]),
-    "colon": ({"google_drive": {"remote_name": "fake:"}}, ["remote_name", "without the colon"]),
-    "GB": ({"storage": {"max_temp_size_gb": "50 GB"}}, ["max_temp_size_gb", "50", "GB"]),
-    "unset variable": ({"storage": {"temp_dir": "$NO_SUCH_VARIABLE/temp"}}, ["temp_dir", "NO_SUCH_VARIABLE"]),
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_setting_that_cannot_be_meant_is_refused_with_the_cure(workspace, drive, name):
-    changes, words = CONFIGS[name]
-    workspace.write_config(**changes)
-    message = check_refused(workspace)
-    assert all(word in message for word in words), message
-    assert drive.count() == 0
-
-
 ARGUMENTS = {
     "18": (["--subject", "18"], ["--subject", "0018"]),
     "--subjects": (["--subjects", "0018"], ["--subject"]),
@@ -286,7 +267,7 @@ REFUSED += ["--exclude-from", "--max-depth=1", "--min-size=1k", "--max-size", "-
 
 
 def test_options_of_rclone_that_change_its_output_or_choice_are_refused_by_name(workspace, drive, sample):
-    for flag in sample(REFUSED, 6):
+    for flag in sample(REFUSED, 2):
         workspace.write_config(google_drive={"rclone_flags": ["--bwlimit", "20M", flag]})
         message = check_refused(workspace)
         assert flag.partition("=")[0] in message and "rclone_flags" in message
