@@ -93,3 +93,8 @@ def kill_extraction(run, number=signal.SIGKILL):
                 return child
         time.sleep(0.001)
     return None
+
+
+def has_ended(run):
+    """Whether nothing of the session of a run, which was started as one, is left."""
+    return subprocess.run(["pgrep", "-s", str(run.pid)], check=False, capture_output=True).returncode == 1

@@ -4,13 +4,13 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 
 import pexpect
 import pytest
 import synthetic_release
 from conftest import Workspace, tree, wait_for
+from machine import has_ended
 
 PERFORMANCES = ["s1_all", "s3_all"]
 
@@ -204,7 +204,7 @@ def test_a_signal_ends_the_run_and_rclone_and_cleans_up(tmp_path, long_release, 
     run.send_signal(number)
     output = run.communicate(timeout=60)[0]
     assert run.returncode == code and "run the same command again" in output and "Traceback" not in output
-    wait_for(lambda: subprocess.run(["pgrep", "-s", str(run.pid)], check=False, capture_output=True).returncode == 1)
+    wait_for(lambda: has_ended(run))
     left = [path for path in workspace.leftovers() if path.is_file()]
     assert all(path.name == "0018_s1_all_raw.smc" for path in left) and len(left) <= 1
     workspace.write_config(google_drive={"rclone_flags": ["--config", "rclone.conf"]})
@@ -235,7 +235,7 @@ def test_a_script_killed_alone_takes_rclone_with_it_and_is_mended_by_the_next(tm
     wait_for(lambda: any((workspace.folder / "temp_smc").rglob("*.smc*")))
     os.kill(run.pid, signal.SIGKILL)
     run.communicate(timeout=60)
-    wait_for(lambda: subprocess.run(["pgrep", "-s", str(run.pid)], check=False, capture_output=True).returncode == 1)
+    wait_for(lambda: has_ended(run))
     workspace.write_config(google_drive={"rclone_flags": ["--config", "rclone.conf"]})
     workspace.run()
     assert workspace.states == {("0018", "s3_all"): "completed"} and workspace.leftovers() == []

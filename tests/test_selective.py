@@ -228,21 +228,18 @@ def test_masks_that_are_not_asked_for_are_not_fetched(tmp_path):
 
 def test_every_modality_is_the_same_as_in_a_full_download_however_it_is_stored(tmp_path):
     release, subjects = tmp_path / "release", {"0018": "contiguous", "0019": "chunked", "0020": "gzip"}
-    options = {"performances": ["e0", "s3_all"], "everything": True, "frames": 5, "size": (64, 76)}
+    options = {**synthetic_release.SMALL_SMC, "frame_ids": range(2), "flame": True}
+    options |= dict.fromkeys(("cameras", "masks", "keypoints2d", "scan_masks"), (16, 18, 25, 33))
     for subject, storage in subjects.items():
-        synthetic_release.write_subject(release, subject, cameras=(16, 18, 24, 25, 33), storage=storage, **options)
+        path = release / subject / f"{subject}_e0_raw.smc"
+        synthetic_release.write_smc(path, subject, "e0", **{**options, "storage": storage})
     with FakeDrive(release) as drive:
         workspace = SelectiveWorkspace(tmp_path / "work", drive, release)
-        workspace.write_config(
-            extraction={
-                "subjects": list(subjects),
-                "performances": ["e0", "s3_all"],
-                "cameras": [18, 25, 33],
-                "modalities": synthetic_release.MODALITIES,
-            }
-        )
+        extraction = {"subjects": list(subjects), "cameras": [18, 25, 33], "modalities": synthetic_release.MODALITIES}
+        workspace.write_config(extraction=only("e0", **extraction))
         done = workspace.run()
-        assert done.out.count("fetched") == 6 and workspace.tree() == full_tree(workspace, tmp_path)
+        assert done.out.count("fetched") == 3 and workspace.tree() == full_tree(workspace, tmp_path)
+        assert workspace.info("0018", "e0")["modalities"] == synthetic_release.MODALITIES
 
 
 def test_a_file_in_another_order_is_read_all_the_same(tmp_path):
@@ -277,7 +274,8 @@ def test_a_file_in_another_order_is_read_all_the_same(tmp_path):
         assert workspace.tree() == full_tree(workspace, tmp_path)
 
 
-def test_a_remote_that_is_no_drive(workspace):
+def test_a_remote_that_is_no_drive(tmp_path, three_subjects):
+    workspace = Workspace(tmp_path / "work", three_subjects)
     workspace.write_config(extraction={"cameras": [25], "performances": ["s1_all", "s3_all"]})
     workspace.run()
     full = workspace.tree()
