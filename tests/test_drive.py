@@ -1,6 +1,7 @@
 """The script against a Google Drive on loopback, through rclone's own drive backend: quotas, faults, wrong set-ups."""
 
 import fcntl
+import hashlib
 import re
 import shutil
 import time
@@ -99,6 +100,27 @@ def test_while_a_subject_is_extracted_the_next_one_comes_and_no_other(workspace,
         assert not (workspace.folder / "temp_smc/0026").exists() and workspace.states == {}
     output = run.communicate(timeout=120)[0]
     assert run.returncode == 0 and workspace.has_everything(), output
+
+
+def test_a_file_that_changes_between_the_listing_and_its_download_is_noted_as_it_came(tmp_path, three_subjects):
+    """Days can lie between them."""
+    release, subjects = tmp_path / "release", ["0018", "0019"]
+    shutil.copytree(three_subjects, release)
+    with FakeDrive(release) as drive:
+        workspace = drive_workspace(tmp_path, drive)
+        workspace.write_config(extraction={"subjects": subjects, "performances": ["s1_all"]})
+        gate = drive.gate("0018_s1_all_raw.smc", 1000)
+        run = workspace.start()
+        gate.wait()
+        options = {**synthetic_release.TINY, "frames": 7}
+        (path,) = synthetic_release.write_subject(release, "0019", performances=["s1_all"], **options)
+        gate.release()
+        output = run.communicate(timeout=120)[0]
+    assert run.returncode == 0 and workspace.has_everything(), output
+    size, md5 = path.stat().st_size, hashlib.md5(path.read_bytes()).hexdigest()
+    row, (source,) = workspace.row("0019", "s1_all"), workspace.info("0019", "s1_all")["source"]
+    assert (row["smc_bytes"], row["smc_id"]) == (str(size), md5)
+    assert (source["bytes"], source["md5"]) == (size, md5)
 
 
 def test_bytes_that_stay_corrupt_fail_the_download_and_nothing_else(workspace, drive):
