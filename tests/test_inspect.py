@@ -204,24 +204,24 @@ def test_a_group_that_holds_itself_is_no_endless_descent(tmp_path):
     assert "scan" in rows(inspect(tmp_path / "loop.smc", expect=(0, 1)).stdout)
 
 
-def crash(progress):
+def crash():
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def spin(progress):
+def spin():
     while True:
         pass
 
 
-def end_without_an_answer(progress):
+def end_without_an_answer():
     os._exit(1)
 
 
-def be_killed(progress):
+def be_killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def ask_for_memory(progress):
+def ask_for_memory():
     bytearray(2 << 30)
 
 
@@ -236,9 +236,8 @@ def ask_for_memory(progress):
     ],
 )
 def test_how_a_child_ends_tells_the_fault_of_the_file_from_that_of_the_machine(work, error, message):
-    options = {"name": "x.smc", "limits": (700 << 20, 2), "progress": print}
-    with extract_streaming_gdrive.ForkServer() as children, pytest.raises(error, match=f"x.smc.*{message}"):
-        children.run(work, **options)
+    with pytest.raises(error, match=f"x.smc.*{message}"):
+        extract_streaming_gdrive.run_in_child(work, name="x.smc", size=0)
 
 
 def test_a_lower_limit_on_memory_that_holds_already_is_no_error(monkeypatch):
