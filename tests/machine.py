@@ -62,26 +62,17 @@ def immutable(path):
         subprocess.run(["chattr", "-i", path], check=True)
 
 
-def children(pid):
-    """The process ids of what a process has started and what still runs, but for rclone."""
-    found = []
-    with contextlib.suppress(OSError):
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            found += map(int, (task / "children").read_text().split())
-    return [child for child in found if program(child) not in ("", "rclone")]
-
-
-def program(pid):
-    """The name of a process's program, "" where it has ended."""
-    with contextlib.suppress(OSError):
-        return os.path.basename(Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0])
-    return ""
-
-
 def extracting(run):
-    """The process that extracts just now: what the child of a run has started. None if there is none."""
-    found = [number for child in children(run.pid) for number in children(child)]
-    return found[-1] if found else None
+    """The process that extracts just now: the one that a run has started, other than rclone, and that has an SMC file
+    open. None if there is none."""
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+            with contextlib.suppress(OSError):  # it has ended
+                files = [os.readlink(file) for file in Path(f"/proc/{child}/fd").iterdir()]
+                program = Path(f"/proc/{child}/comm").read_text().strip()
+                if program != "rclone" and any(file.endswith(".smc") for file in files):
+                    return int(child)
+    return None
 
 
 def kill_extraction(run, number=signal.SIGKILL):

@@ -14,7 +14,7 @@ import pytest
 import synthetic_release
 from conftest import SCRIPT, DriveWorkspace, Workspace, wait_for
 from fake_drive import FakeDrive
-from machine import children, extracting, fill, has_ended, immutable, kill_extraction, refusing, without_rights
+from machine import extracting, fill, has_ended, immutable, kill_extraction, refusing, without_rights
 
 SUBJECTS = ["0018", "0019", "0026"]
 PERFORMANCES = ["s1_all", "s3_all"]
@@ -213,19 +213,6 @@ def test_an_extraction_that_crashes_is_the_fault_of_the_file(long_run):
     assert code == 1 and "0018_s1_all_raw.smc" in said
     assert long_run.states == {("0018", "s1_all"): "failed", ("0018", "s3_all"): "completed"}
     assert long_run.leftovers() == []
-
-
-def test_without_the_process_that_starts_the_extractions_no_file_is_blamed(long_run):
-    run = long_run.start()
-    wait_for(lambda: extracting(run) or run.poll() is not None)
-    helpers = children(run.pid)
-    assert helpers
-    for number in helpers:
-        os.kill(number, signal.SIGKILL)
-    code, said = end_of(run)
-    assert code in (0, 3) and "failed" not in [row["status"] for row in long_run.rows], said
-    long_run.run()
-    assert long_run.has_everything()
 
 
 def test_a_run_goes_on_with_the_code_that_it_began_with(workspace, drive, tmp_path):
