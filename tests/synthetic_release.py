@@ -28,18 +28,8 @@ S3_VIEWS = "0 1 3 4 5 7 9 11 13 15 16 17 19 20 21 23 24 25 27 28 29 31 32 33 35 
 S3_VIEWS = tuple(map(int, S3_VIEWS.split()))
 ALL_VIEWS = tuple(range(60))
 KEYPOINT_VIEWS = tuple(range(18, 33))  # the cameras in front of the face
-MODALITIES = [
-    "images",
-    "masks",
-    "audio",
-    "calibration",
-    "keypoints2d",
-    "keypoints3d",
-    "flame",
-    "uv_textures",
-    "scan",
-    "scan_masks",
-]
+MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
+MODALITIES += ["flame", "uv_textures", "scan", "scan_masks"]
 TINY = {"frames": 4, "size": (64, 76), "cameras": (0, 25)}  # options of write_subject, for files of some 100 kB
 SMALL_SMC = {  # options of write_smc: a small file with everything but FLAME, which is large
     "cameras": (3, 25),

@@ -18,13 +18,15 @@ PERFORMANCES = ["s1_all", "s3_all"]
 # process that it starts; before the one whose number is KILL_AT, the whole process group dies, rclone with it.
 COUNT_STEPS = """
 import builtins, functools, os, shutil, signal
-counter, last = os.open(os.environ["STEPS"], os.O_RDWR | os.O_CREAT | os.O_APPEND), int(os.environ.get("KILL_AT", 0))
+last = int(os.environ.get("KILL_AT", 0))
 def counted(function):
     @functools.wraps(function)
     def step(*arguments, **options):
+        counter = os.open(os.environ["STEPS"], os.O_RDWR | os.O_CREAT | os.O_APPEND)  # a child closes what is open
         write(counter, b".")
         if last and os.fstat(counter).st_size >= last:
             os.killpg(0, signal.SIGKILL)
+        os.close(counter)
         return function(*arguments, **options)
     return step
 write = os.write
@@ -89,7 +91,7 @@ def check_promises(workspace, reference):
             assert smcs == {path.name for path in (workspace.folder / "temp_smc").rglob(f"0018_{performance}_*.smc")}
 
 
-@pytest.mark.parametrize("layout, moments, few", [("small_release", 64, 3), ("small_pair_release", 16, 1)])
+@pytest.mark.parametrize("layout, moments, few", [("small_release", 48, 3), ("small_pair_release", 16, 1)])
 def test_a_run_killed_at_any_of_its_steps_is_mended_by_the_next(layout, moments, few, request, tmp_path, sample):
     small_release = request.getfixturevalue(layout)
     undisturbed = new_workspace(tmp_path / "undisturbed", small_release)
@@ -145,13 +147,14 @@ def test_a_redo_killed_at_any_of_its_steps_never_loses_what_was_done(small_relea
 # Python runs this before the script, in all its processes: it writes down in which order things come onto the disk.
 NOTE_STEPS = """
 import builtins, ctypes, functools, os
-notes, write = os.open(os.environ["STEPS"], os.O_RDWR | os.O_CREAT | os.O_APPEND), os.write
 def noted(function, step):
     @functools.wraps(function)
     def call(*arguments, **options):
         result = function(*arguments, **options)
         if name := step(*arguments):
-            write(notes, (name + " ").encode())
+            notes = os.open(os.environ["STEPS"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)  # a child closes what is open
+            os.write(notes, (name + " ").encode())
+            os.close(notes)
         return result
     return call
 os.rename = noted(os.rename, lambda old, new: "rename")
