@@ -1,27 +1,22 @@
 #!/usr/bin/env python3
 """Fetch RenderMe-360 performances from Google Drive and unpack them into files.
 
-    python extract_streaming_gdrive.py --config config.yaml    run, or go on
-    python extract_streaming_gdrive.py --dry-run      what a run would download
-    python extract_streaming_gdrive.py --status       how far it is
-    python extract_streaming_gdrive.py --inspect 0018_s1_all_raw.smc
-                                                      what an SMC file has
-    python extract_streaming_gdrive.py --camera-grid 0018/s3_all
-                                                      all views, to choose from
-    python extract_streaming_gdrive.py --suggest-cameras 12
-                                                      the 12 that cover best
-    python extract_streaming_gdrive.py --scene 0018/s3_all
-                                                      one moment for splatting
+    python extract_streaming_gdrive.py --config config.yaml        run, or go on
+    python extract_streaming_gdrive.py --dry-run                   show the plan
+    python extract_streaming_gdrive.py --status                    show progress
+    python extract_streaming_gdrive.py --inspect FILE.smc          show a file
+    python extract_streaming_gdrive.py --camera-grid 0018/s3_all   choose views
+    python extract_streaming_gdrive.py --suggest-cameras 12        the best 12
+    python extract_streaming_gdrive.py --scene 0018/s3_all         for splatting
 
 A run lists the remote once. Then, subject by subject, it downloads the SMC
 files with rclone, extracts each into <output_dir>/<subject>/<performance>/,
 writes a row to MANIFEST.csv and deletes the SMC. While one subject is
 extracted, the next one downloads. The stored pictures are copied as they are.
 
-Exit codes: 0 all is extracted, or absent from the remote · 1 something failed,
-see the summary · 2 the config, the command line or the set-up is wrong ·
-3 stopped for a cause that passes (quota, login, network, disk): run it again
-later · 129, 130, 143 interrupted.
+Exit codes: 0 all is extracted or absent · 1 something failed, see the summary ·
+2 the config, the command line or the set-up is wrong · 3 stopped by the quota,
+login, network or disk: run it again later · 129, 130, 143 interrupted.
 
 Why a kill at any moment loses nothing. The next run finds one of these:
 
@@ -90,15 +85,7 @@ try:
     import yaml
     from tqdm import tqdm
 
-    from renderme_360_reader_new import (
-        MODALITIES,
-        NUM_CAMERAS,
-        SMC_NAME,
-        SMCError,
-        SMCReader,
-        printable,
-        probe_picture,
-    )
+    from renderme_360_reader_new import MODALITIES, NUM_CAMERAS, SMC_NAME, SMCError, SMCReader, printable, probe_picture
 except ImportError as missing:
     print(f"{missing}: install what is missing with `pip install -r requirements.txt`", file=sys.stderr)
     sys.exit(2)
@@ -113,7 +100,7 @@ DEFAULT_MODALITIES = [name for name, modality in MODALITIES.items() if modality.
 BY_CAMERA = {name for name, modality in MODALITIES.items() if "{}" in modality.path}  # have frames for each camera
 PER_CAMERA = {name for name, modality in MODALITIES.items() if modality.by_camera}  # depend on the cameras asked for
 GB = 1e9
-NO_VALUE = "tag:yaml.org,2002:null"  # what YAML calls a key without a value
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 RCLONE_VERSION = (1, 65)  # the oldest that downloads to a name of its own and renames the whole file
 RCLONE_FLAGS = ["--drive-acknowledge-abuse", "--drive-stop-on-download-limit", "--transfers", "4", "--checkers", "8"]
@@ -153,21 +140,14 @@ class RemoteError(Exception):
         self.status = status
 
 
-class Interrupted(BaseException):
-    """SIGINT, SIGTERM or SIGHUP, whose number it holds."""
-
-
 # ---------------------------------------------------------------------------------------------- configuration
 
-# What the script that people used before has in its config, and what to write instead.
+# What the script that people used before has in its config, and what takes its place under another name.
 OTHER_KEYS = {
-    "manifest_path": "write manifest",
     "verify_extraction": "write verify: fast or verify: full",
     "force_reextract": "delete it, and run with --redo --subject ID",
-    "max_retries": "delete it: rclone retries by itself",
     "limits": "write max_temp_size_gb and min_free_gb into the section storage",
     "logging": "delete it: each run has a log in storage.log_dir, and --verbose shows it on the console",
-    "metadata": "delete it: metadata/info.json is always written",
 }
 # Options of rclone that change what it prints, which files it takes, or when a file has its final name.
 REFUSED_OPTIONS = re.compile(
@@ -180,116 +160,85 @@ REFUSED_OPTIONS = re.compile(
 
 def load_config(path: str) -> Config:
     """Return the settings of a config file. Raise ConfigError with all that is wrong, each with its line."""
-    known: dict[str, dict[str, tuple]] = {}
-    for each in fields(Config):
-        for section, parse_and_default in each.metadata.items():
-            known.setdefault(section, {})[each.name] = parse_and_default
-    errors: list[tuple[int, str]] = []
-    sections, values = read_mapping(load_yaml_tree(path), "", known, errors), {"path": Path(path).absolute()}
-    for section, settings in known.items():
-        nodes = read_mapping(sections.get(section), section, settings, errors)
-        for key, (parse, value) in settings.items():
-            line = nodes[key].start_mark.line + 1 if key in nodes else 0
-            try:
-                if key in nodes:  # each word as it stands in the file: YAML would read 0026 as 22
-                    value = parse(yaml.constructor.BaseConstructor().construct_document(nodes[key]))
-                elif value is None:
-                    raise ValueError("this setting is missing")
-            except (ValueError, yaml.YAMLError) as error:
-                errors.append((line, f"{section}.{key}: {getattr(error, 'problem', error)}"))
-            values[key] = values["path"].parent / value if isinstance(value, Path) else value
-    if os.path.realpath(values["temp_dir"] or "temp_dir") == os.path.realpath(values["output_dir"] or "output_dir"):
-        errors.append((0, "storage.temp_dir and storage.output_dir are the same folder"))
+    text, sections = load_yaml(path)
+    known = {f"{section}.{each.name}": rule for each in fields(Config) for section, rule in each.metadata.items()}
+    values, given, errors = {"path": Path(path).absolute()}, {}, {}
+    for section, settings in sections.items():
+        if isinstance(settings, dict):
+            given.update({f"{section}.{key}": value for key, value in settings.items()})
+        elif settings:
+            errors[section] = "it has to be a list of 'key: value' lines"
+    for name in given.keys() - known.keys():
+        cures = [OTHER_KEYS[word] for word in name.split(".") if word in OTHER_KEYS]
+        errors[name] = f"unknown key; {cures[0] if cures else suggest(name, known)}"
+    for name, (parse, value) in known.items():
+        try:
+            if given.get(name, "") != "":
+                value = parse(given[name])
+            elif value is None:
+                raise ValueError("this setting is missing or empty")
+        except ValueError as error:
+            errors[name] = str(error)
+        values[name.partition(".")[2]] = values["path"].parent / value if isinstance(value, Path) else value
     if "transforms" in values["modalities"] and not {"images", "calibration"} <= set(values["modalities"]):
-        errors.append((0, "extraction.modalities: transforms needs images and calibration beside it"))
+        errors["extraction.modalities"] = "transforms needs images and calibration beside it"
     if errors:
-        lines = [f"{path}{f', line {line}' if line else ''}: {text}" for line, text in sorted(errors)]
-        raise ConfigError("\n".join(lines))
+        lines = sorted((find_line(text, name), f"{printable(name)}: {error}") for name, error in errors.items())
+        raise ConfigError("\n".join(f"{path}{f', line {line}' if line else ''}: {error}" for line, error in lines))
     return Config(**values)
 
 
-def load_yaml_tree(path: str) -> yaml.Node | None:
-    """Return the syntax tree of a YAML file, which knows the line of each value."""
+def load_yaml(path: str) -> tuple[str, dict]:
+    """Return the text of a config file, and {section: {key: value}} with all words as they stand there: YAML would read
+    0026 as 22."""
     try:
-        content = Path(path).read_bytes()
-        return yaml.compose(content, Loader=yaml.SafeLoader)
+        text = Path(path).read_text("utf-8-sig", "replace")
+        content = yaml.load(text, Loader=yaml.BaseLoader) or {}
     except OSError as error:
         advice = "run this in the folder of your config, or name it with --config FILE"
         raise ConfigError(f"{path}: {error.strerror}: {advice}") from None
     except yaml.YAMLError as error:
-        mark, reason = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-        line = [*content.decode(errors="replace").splitlines(), ""][mark.line] if mark else ""
-        if "\t" in line:
-            reason = "a tab; YAML needs spaces"
-        elif colon := re.fullmatch(r"\s*(\w+):\s+(\S+):\s*(#.*)?", line):
-            reason = f"{colon[1]}: write {colon[2]} without the colon"
-        place = f", line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: this is no YAML: {printable(' '.join(reason.split()), 200)}") from None
+        place, reason = "", " ".join(str(getattr(error, "problem", error)).split())
+        if mark := getattr(error, "problem_mark", None):
+            place, line = f", line {mark.line + 1}", [*text.splitlines(), ""][mark.line]
+            reason = "a tab; YAML needs spaces" if "\t" in line else reason
+            reason = "write the value without the colon" if re.search(r":\s.*:\s*$", line) else reason
+        raise ConfigError(f"{path}{place}: this is no YAML: {printable(reason, 200)}") from None
+    return text, content if isinstance(content, dict) else {"the file": content}
 
 
-def read_mapping(node: yaml.Node | None, section: str, known: Iterable[str], errors: list) -> dict[str, yaml.Node]:
-    """Return {key: value} of the known keys of a YAML mapping that have a value; add to `errors` what is wrong."""
-    if not isinstance(node, yaml.MappingNode):
-        if node is not None:
-            errors.append((node.start_mark.line + 1, f"{section or 'this'} has to be a list of 'key: value' lines"))
-        return {}
-    found: dict[str, yaml.Node] = {}
-    for key, value in node.value:
-        name = str(key.value)
-        if name in known and name not in found:
-            found[name] = value
-        else:
-            wrong = "is there twice" if name in found else f"unknown key; {suggest(name, known)}"
-            errors.append((key.start_mark.line + 1, f"{printable(f'{section}.{name}'.lstrip('.'))}: {wrong}"))
-    return {key: value for key, value in found.items() if value.tag != NO_VALUE}
+def find_line(text: str, name: str) -> int:
+    """Return the line of a config's text where a section or "section.key" stands, 0 for none."""
+    words = r"\s*:.*?^\s*".join(map(re.escape, name.split(".")))
+    found = re.search(rf"(?ms)^{words}\s*:", text)
+    return text.count("\n", 0, found.end()) + 1 if found else 0
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return what to write instead of an unknown word."""
-    near = difflib.get_close_matches(word.lower(), known, 1)
-    return OTHER_KEYS.get(word) or (f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}")
+    near = difflib.get_close_matches(word.lower(), known, 1, 0.8)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
 
 
-def parse_text(value, pattern: str = ".*", what: str = "single value without control characters") -> str:
-    """Return a single value that matches a pattern; `what` says what another value is not."""
+def parse_text(value, pattern: str = ".*", what: str = "single value without control characters", kind: type = str):
+    """Return a single value that matches a pattern, as that kind; `what` says what another value is not."""
     if not (isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)):
         raise ValueError(f"{value!r} is no {what}")
-    return value
+    return kind(value)
 
 
 def parse_path(value) -> Path:
     """Return a path with ~ and $VARIABLES filled in."""
-    for variable in re.findall(r"\$\{?(\w+)", parse_text(value, r".*\S.*", "path: it must not be empty")):
-        if not os.environ.get(variable):
-            raise ValueError(f"the variable ${variable} is not set")
-    try:
-        return Path(os.path.expandvars(value)).expanduser()
-    except RuntimeError as error:  # no such user
-        raise ValueError(str(error)) from None
-
-
-def parse_subject(value) -> str:
-    short = re.fullmatch("[0-9]{1,3}", str(value))
-    advice = f"did you mean '{value.zfill(4)}'?" if short else "they are four digits such as '0018'"
-    return parse_text(value, SUBJECT.pattern, f"subject: {advice}")
-
-
-def parse_camera(value) -> int:
-    return int(parse_text(value, "0?[0-9]|[1-5][0-9]", "camera: they are whole numbers from 0 to 59"))
+    path = os.path.expanduser(os.path.expandvars(parse_text(value)))
+    if re.search(r"^~|\$", path):
+        raise ValueError(f"{path!r} has a variable or a user that is not set")
+    return Path(path)
 
 
 def parse_choice(known: Iterable[str], value) -> str:
     if parse_text(value) not in known:
         raise ValueError(f"{value!r} is not known; {suggest(value, known)}")
     return value
-
-
-def parse_number(kind: type, least: float, value) -> float:
-    with contextlib.suppress(ValueError):
-        if least <= kind(parse_text(value)) < 1e9:
-            return kind(value)
-    form = "a whole number" if kind is int else "a number (such as 50: the unit is GB)"
-    raise ValueError(f"{value!r}: write {form} of at least {least:g}")
 
 
 def parse_list(parse: Callable, form: str, value, may_be_empty: bool = False) -> list | None:
@@ -302,9 +251,13 @@ def parse_list(parse: Callable, form: str, value, may_be_empty: bool = False) ->
 
 
 FOLDER_ID = r"(?!YOUR_SHARED_FOLDER_ID)([A-Za-z0-9_][A-Za-z0-9_-]*)?"
-parse_remote = partial(parse_text, pattern=r"[\w.+@][\w.+@ -]*", what="remote of rclone (write it without the colon)")
 parse_folder_id = partial(parse_text, pattern=FOLDER_ID, what="folder id: take what its address has after /folders/")
+parse_remote = partial(parse_text, pattern=r"[\w.+@][\w.+@ -]*", what="remote of rclone (write it without the colon)")
+parse_subject = partial(parse_text, pattern=SUBJECT.pattern, what="subject: they have four digits, such as '0018'")
 parse_performance = partial(parse_text, pattern=PLAIN_NAME.pattern, what="performance such as s1_all, e0 or h1_3bk")
+parse_camera = partial(parse_text, pattern="[0-5]?[0-9]", what="camera: they are numbers from 0 to 59", kind=int)
+parse_gb = partial(parse_text, pattern="[0-9.][0-9.e+-]*", what="number such as 50 (the unit is GB)", kind=float)
+parse_count = partial(parse_text, pattern="[1-9][0-9]{0,3}", what="whole number of at least 1", kind=int)
 parse_subjects = partial(parse_list, parse_subject, '["0018", "0026"], or all')
 parse_performances = partial(parse_list, parse_performance, "[s1_all, s3_all], or all")
 parse_modalities = partial(parse_list, partial(parse_choice, MODALITIES), "[images, audio]")
@@ -320,15 +273,8 @@ def parse_rclone_flags(value) -> list[str]:
 def parse_cameras(value) -> dict[str, list[int] | None]:
     """Return {performance or "default": list of cameras, or None for all}."""
     chosen = value if isinstance(value, dict) else {"default": value}
-    for key in chosen:
-        if not is_known_performance(key):
-            parse_choice(["default", *KNOWN_PERFORMANCES], key)
-    return {key: parse_list(parse_camera, "[0, 25], or all", cameras, True) for key, cameras in chosen.items()}
-
-
-def is_known_performance(name: str) -> bool:
-    """Return whether the data set has performances of that name."""
-    return name in KNOWN_PERFORMANCES or name.startswith("h1_")
+    known = ["default", *KNOWN_PERFORMANCES, *(key for key in chosen if key.startswith("h1_"))]
+    return {parse_choice(known, key): parse_list(parse_camera, "[0, 25], or all", chosen[key], True) for key in chosen}
 
 
 @dataclass(frozen=True)
@@ -351,9 +297,9 @@ class Config:
     output_dir: Path = field(metadata={"storage": (parse_path, None)})
     manifest: Path = field(metadata={"storage": (parse_path, Path("MANIFEST.csv"))})
     log_dir: Path = field(metadata={"storage": (parse_path, Path("logs"))})
-    max_temp_size_gb: float = field(metadata={"storage": (partial(parse_number, float, 1e-6), 50.0)})
-    min_free_gb: float = field(metadata={"storage": (partial(parse_number, float, 0), 100.0)})
-    workers: int = field(metadata={"processing": (partial(parse_number, int, 1), 4)})
+    max_temp_size_gb: float = field(metadata={"storage": (parse_gb, 50.0)})
+    min_free_gb: float = field(metadata={"storage": (parse_gb, 100.0)})
+    workers: int = field(metadata={"processing": (parse_count, 4)})
     verify: str = field(metadata={"processing": (partial(parse_choice, ["fast", "full"]), "fast")})
     redo: bool = False
 
@@ -370,24 +316,18 @@ class Config:
         return self.output_dir / subject / performance
 
     def check_folders(self):
-        """Raise ConfigError where a folder of the run, or the nearest one above it, or the manifest is not writable."""
+        """Raise ConfigError where a folder of the run, or the nearest one above it, cannot be written."""
         for key in ("temp_dir", "output_dir", "log_dir", "manifest"):
             path = Path(os.path.realpath(getattr(self, key)))
             try:
-                path = path.parent if key == "manifest" else path
-                nearest = next(each for each in (path, *path.parents) if os.path.lexists(each))
-                with tempfile.TemporaryFile(dir=nearest) as trial:
-                    trial.write(b"x")
-                if key == "manifest" and self.manifest.exists():
-                    os.close(os.open(self.manifest, os.O_RDWR))
+                tempfile.TemporaryFile(dir=nearest_path(path.parent if key == "manifest" else path)).close()
             except OSError as error:
                 if error.errno in DISK_FULL:
-                    raise OSError(error.errno, error.strerror, str(path)) from None
+                    raise
                 raise ConfigError(f"{self.path}: storage.{key}: {path} cannot be written: {error.strerror}") from None
 
 
 # ---------------------------------------------------------------------------------------------- manifest
-
 
 COLUMNS = ["subject", "performance", "status", "cameras_extracted", "frames", "size_gb", "timestamp", "error"]
 COLUMNS += ["cameras", "cameras_available", "modalities", "smc_bytes", "download_s", "extract_s", "smc_id"]
@@ -396,15 +336,13 @@ COLUMNS += ["cameras", "cameras_available", "modalities", "smc_bytes", "download
 class Manifest:
     """MANIFEST.csv: the record of what was done, one row appended for each performance, the last one holds.
 
-    `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings.
-    `found` are the rows of `adopt_folders` that are not written yet."""
+    `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings. A row
+    of `adopt_folders` that is not written yet has an entry "adopted"."""
 
     def __init__(self, config: Config):
         self.config, self.path, self.content = config, Path(os.path.realpath(config.manifest)), b""
-        self.columns: list[str] = []
         self.rows: dict[tuple[str, str], dict] = {}
         self.completed: dict[tuple[str, str], dict] = {}
-        self.found: dict[tuple[str, str], dict] = {}
         self.refresh()
         self.to_redo = dict(self.rows) if config.redo else {}  # rows that don't count
 
@@ -415,12 +353,12 @@ class Manifest:
         with contextlib.suppress(FileNotFoundError):
             content = self.path.read_bytes()
             if content != self.content:
-                self.columns, rows, _ = self.parse(content)
+                for row in self.parse(content)[1]:
+                    key = row["subject"], row["performance"]
+                    self.rows[key] = row
+                    if row["status"] == "completed":
+                        self.completed[key] = row
                 self.content = content
-                self.rows.update({(row["subject"], row["performance"]): row for row in rows})
-                done = [row for row in rows if row["status"] == "completed"]
-                self.completed.update({(row["subject"], row["performance"]): row for row in done})
-                self.found = {key: row for key, row in self.found.items() if self.rows[key] is row}
 
     def parse(self, content: bytes) -> tuple[list[str], list[dict], int]:
         """Return the columns, the rows as dicts of strings, and the length of the whole lines. Raise ConfigError where
@@ -456,60 +394,48 @@ class Manifest:
         enough = wanted <= parse_numbers(row["cameras"]) or not PER_CAMERA & modalities
         return enough and modalities <= set(row["modalities"].split())
 
-    def has_work(self, subject: str) -> bool:
-        """Return whether a subject has to be looked for on the remote: also where one file of a pair is missing."""
-        asked = self.config.performances
-        keys = [(subject, performance) for performance in asked or ()]
-        one_file = any(self.config.layout == "pair" and is_half(self.rows[key]) for key in keys if key in self.rows)
-        return asked is None or one_file or not all(self.is_done(*key) for key in keys)
-
     def asked_performances(self, subject: str) -> list[str]:
         """Return the performances that the config asks for; if it asks for all, those of the subject in the rows."""
         return self.config.performances or sorted(name for known, name in self.rows if known == subject)
 
     def adopt_folders(self, subjects: list[str]):
-        """Take finished folders that were never noted for done, as their info.json says: the manifest was lost, or the
-        power failed before the row. `append` writes a row of `found` when its subject's turn comes."""
-        paths = [list_paths(self.config.output_dir / subject, "*/metadata/info.json") for subject in subjects]
-        for path in sorted(itertools.chain(*paths)):
+        """Take finished folders without a row for done, as their info.json says: the manifest was lost, or the power
+        failed before the row. `append` writes the row when its subject's turn comes."""
+        folders = [self.config.output_dir / subject for subject in subjects]
+        for path in itertools.chain(*(list_paths(folder, "*/metadata/info.json") for folder in folders)):
             key = path.parts[-4:-2]
-            asked = not self.config.redo and key[1] in (self.config.performances or key)
-            if asked and key not in self.completed:
+            if key not in self.completed and not self.config.redo:
                 with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-                    row = completed_row(json.loads(path.read_text()), self.config.modalities)
+                    row = completed_row(json.loads(path.read_text()))
                     if key == (row["subject"], row["performance"]):
-                        row = {**dict.fromkeys(COLUMNS, ""), **{name: str(value) for name, value in row.items()}}
-                        self.rows[key] = self.completed[key] = self.found[key] = row
+                        row = dict.fromkeys(COLUMNS, "") | {name: str(value) for name, value in row.items()}
+                        self.rows[key] = self.completed[key] = {**row, "adopted": "yes"}
 
     def upgrade(self):
         """Give a file of older columns the new header: once, and with its owner, its mode and its other columns."""
-        if self.columns[: len(COLUMNS)] in ([], COLUMNS):
+        if self.parse(self.content)[0][: len(COLUMNS)] in ([], COLUMNS):
             return
         with lock_file(self.path) as file:
             columns, rows, _ = self.parse(file.read())
             columns = list(dict.fromkeys([*COLUMNS, *columns]))
             new, status = self.path.with_name(f".{self.path.name}.new"), self.path.stat()
             new.write_bytes(csv_lines([columns, *([row[name] for name in columns] for row in rows)]))
-            os.chmod(new, status.st_mode & 0o7777)
+            os.chmod(new, status.st_mode)
             with contextlib.suppress(PermissionError):  # only root can give a file away
                 os.chown(new, status.st_uid, status.st_gid)
             sync_disk(new.parent)
             os.replace(new, self.path)
-            sync_disk(new.parent)
 
     def append(self, row: dict):
         """Write one row: whole, under a lock, and on disk when this returns. `absent` is only written as the first."""
-        key = row["subject"], row["performance"]
-        if (
-            row["status"] == "absent"
-            and self.rows.get(key, row)["status"] in ("absent", "completed")
-            and key in self.rows
-        ):
+        last = self.rows.get((row["subject"], row["performance"]), {"status": ""})
+        if row["status"] == "absent" and last["status"] in ("absent", "completed"):
             return
         values = {**row, "timestamp": utc_now(), "error": " ".join(row["error"].split())[:500]}
         with lock_file(self.path) as file:
             columns, _, end = self.parse(file.read())
-            line = csv_lines([*([] if columns else [COLUMNS]), [values.get(name, "") for name in columns or COLUMNS]])
+            cells = [values.get(name, "") for name in columns or COLUMNS]
+            line = csv_lines([cells] if columns else [COLUMNS, cells])
             file.truncate(file.seek(end))  # without the rest of a row that a crash has cut
             try:
                 if file.write(line) != len(line):
@@ -518,32 +444,16 @@ class Manifest:
             except OSError as error:  # nothing counts as done that may not be on the disk
                 file.truncate(end)
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
-        self.found.pop(key, None)
 
 
-def completed_row(info: dict, asked: list[str]) -> dict:
-    """Return the row of a performance, from its info.json. asked: modalities, where an older info.json doesn't say."""
-    frames, source = info["frames"], info["source"]
-    cameras = info.get("cameras", frames)
-    return {
-        "subject": info["subject"],
-        "performance": info["performance"],
-        "status": "completed",
-        "cameras_extracted": len(cameras),
-        "frames": sum(frames.values()),
-        "size_gb": f"{info.get('bytes', 0) / GB:.6f}",
-        "error": "; ".join(info.get("notes", [])),
-        "cameras": format_numbers(map(int, cameras)),
-        "cameras_available": format_numbers(info["cameras_available"]),
-        "modalities": " ".join(info.get("modalities_asked", asked)),
-        "smc_bytes": sum(file["bytes"] for file in source),
-        "smc_id": info.get("smc_id", ""),
-    }
-
-
-def is_half(row: dict) -> bool:
-    """Return whether a row is of one file of a pair."""
-    return row["status"] == "completed" and len(row["smc_id"].split()) == 1
+def completed_row(info: dict) -> dict:
+    """Return the row of a performance, from its info.json."""
+    row = {"subject": info["subject"], "performance": info["performance"], "status": "completed"}
+    row.update(cameras_extracted=len(info["cameras"]), cameras=format_numbers(info["cameras"]))
+    row.update(cameras_available=format_numbers(info["cameras_available"]), frames=sum(info["frames"].values()))
+    row.update(size_gb=f"{info['bytes'] / GB:.6f}", smc_bytes=sum(file["bytes"] for file in info["source"]))
+    row.update(modalities=" ".join(info["modalities_asked"]), smc_id=info["smc_id"], error="; ".join(info["notes"]))
+    return row
 
 
 def csv_lines(rows) -> bytes:
@@ -560,7 +470,9 @@ def parse_numbers(words: str) -> set[int]:
 # ---------------------------------------------------------------------------------------------- files and locks
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 UNFINISHED = re.compile(r"\.selected$|\.[^.]*\.partial$")  # ends the name of an SMC that rclone or we are writing
+libc = ctypes.CDLL(None, use_errno=True)
 WORK_FOLDER = re.compile(rf"\.({PLAIN_NAME.pattern})\.(partial|old)")  # beside the folder of that performance
 
 
@@ -573,99 +485,80 @@ def lock_file(path: Path, wait: bool = True) -> io.FileIO:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
-        except BlockingIOError:
-            file.close()
-            raise
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ESTALE):
+            if error.errno in NO_LOCKS:
                 if not file.read(1):
                     path.unlink()
                 advice = "use a local disk, NFS with its lock service, or Lustre mounted with -o flock"
                 raise ConfigError(f"{path.parent}: {error.strerror}: a disk without file locks; {advice}") from None
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
         file.close()  # while we waited, the holder removed or replaced the file: this is the lock of nothing
 
 
-class SubjectLocks:
-    """Which subjects this process works on: two locked files each, one beside the manifest and one in temp_dir, because
-    processes can share either."""
-
-    def __init__(self, config: Config, manifest: Manifest):
-        self.config, self.manifest = config, manifest
-        self.held: dict[str, contextlib.ExitStack] = {}
-
-    def take(self, subject: str) -> bool:
-        """Return whether the subject is ours now, without what a run that ended early has left of it."""
-        beside = self.manifest.path.with_name(f".{self.manifest.path.name}.{subject}.lock")
-        with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as locks:
-            for path in (beside, self.config.temp_dir / f".{subject}.lock"):
-                locks.enter_context(lock_file(path, wait=False))
-                locks.callback(path.unlink, missing_ok=True)
-            clean_up(self.config, self.manifest, subject)
-            locks.callback(clean_up, self.config, self.manifest, subject)
-            self.held[subject] = locks.pop_all()
-        return subject in self.held
-
-    def release(self, subject: str):
-        """Delete a subject's unfinished files and let go of it."""
-        self.held.pop(subject).close()
+def lock_subject(manifest: Manifest, subject: str) -> contextlib.ExitStack | None:
+    """Return the lock of a subject, or None where another process has it. What is unfinished of the subject is deleted
+    now, and when the lock is closed. It locks a file beside the manifest and one in temp_dir: processes share either."""
+    beside = manifest.path.with_name(f".{manifest.path.name}.{subject}.lock")
+    with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as lock:
+        for path in (beside, manifest.config.temp_dir / f".{subject}.lock"):
+            lock.enter_context(lock_file(path, wait=False))
+            lock.callback(path.unlink, missing_ok=True)
+        clean_up(manifest, subject)
+        lock.callback(clean_up, manifest, subject)
+        return lock.pop_all()
+    return None
 
 
-def clean_up(config: Config, manifest: Manifest, subject: str):
+def clean_up(manifest: Manifest, subject: str):
     """Delete a subject's unfinished files; keep complete SMC files that are still to be extracted."""
     manifest.refresh()
-    output = config.output_dir / subject
+    config, output = manifest.config, manifest.config.output_dir / subject
     for path in [] if output.is_symlink() else list_paths(output, ".*"):  # nothing is deleted through a link
         name = WORK_FOLDER.fullmatch(path.name)
         if name and name[2] == "partial":
             remove(path)
-        elif name and os.path.lexists(output / name[1]):
-            discard_replaced(path, output / name[1])
         elif name:
-            os.rename(path, output / name[1])  # killed between two renames: see put_in_place
+            finish_replacing(output / name[1])
     for folder in [config.temp_dir / name for name in config.remote_folders(subject)]:
         if folder.is_symlink():  # not followed: rclone will make a folder
             remove(folder)
         for path in list_paths(folder, "*.smc*"):
             name = SMC_NAME.fullmatch(UNFINISHED.sub("", path.name))
             whole = path.is_file() and not path.is_symlink() and not UNFINISHED.search(path.name)
-            asked = name and (config.performances is None or name["performance"] in config.performances)
-            if name and not (whole and asked and not manifest.is_done(subject, name["performance"])):
+            if name and not (whole and not manifest.is_done(subject, name["performance"])):
                 remove(path)
-        for emptied in (folder, folder.parent):
-            if emptied != config.temp_dir:
-                with contextlib.suppress(OSError):  # it is not empty
-                    emptied.rmdir()
-
-
-libc = ctypes.CDLL(None, use_errno=True)
+        for emptied in (folder, folder.parent):  # temp_dir is not empty: our lock is in it
+            with contextlib.suppress(OSError):
+                emptied.rmdir()
 
 
 def sync_disk(folder: Path):
     """Bring everything written to the disk of a folder onto it, with one call for any number of files and names."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        if not hasattr(libc, "syncfs"):  # on macOS
-            os.sync()
-        elif libc.syncfs(descriptor) != 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
-    finally:
-        os.close(descriptor)
+    failed = libc.syncfs(descriptor) if hasattr(libc, "syncfs") else os.sync()  # macOS has no syncfs
+    os.close(descriptor)
+    if failed:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
 
 
 def put_in_place(finished: Path, folder: Path):
-    """Rename a finished folder to its name. One that is there already waits as `.old` meanwhile; see `clean_up`."""
-    old = folder.with_name(f".{folder.name}.old")
+    """Rename a finished folder to its name. One that is there already waits as `.old` meanwhile."""
+    finish_replacing(folder)
     if os.path.lexists(folder):
-        remove(old)
-        os.rename(folder, old)
+        os.rename(folder, folder.with_name(f".{folder.name}.old"))
     os.rename(finished, folder)
     sync_disk(folder.parent)
-    discard_replaced(old, folder)
+    finish_replacing(folder)
 
 
-def discard_replaced(old: Path, folder: Path):
-    """Delete a folder that another one has replaced, but move what only the old one has: people put files there."""
-    for path in list_paths(old, "*") if old.is_dir() and not old.is_symlink() else []:
+def finish_replacing(folder: Path):
+    """Delete the `.old` that a folder has replaced, but move what only the old one has: people put files there. Where a
+    kill came before the new folder had its name, the old one gets it back."""
+    old = folder.with_name(f".{folder.name}.old")
+    if os.path.lexists(old) and not os.path.lexists(folder):
+        os.rename(old, folder)
+    for path in old.iterdir() if old.is_dir() and not old.is_symlink() else []:
         if not os.path.lexists(folder / path.name):
             os.rename(path, folder / path.name)
     remove(old)
@@ -673,12 +566,10 @@ def discard_replaced(old: Path, folder: Path):
 
 def remove(path: Path):
     """Remove a file, a folder or a link (not what it points to), if it is there."""
-
-    def name_whole_path(function: Callable, place: str, failure: tuple):
-        raise OSError(failure[1].errno, failure[1].strerror, place)
-
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, onerror=name_whole_path)
+        for each in path.iterdir():
+            remove(each)
+        path.rmdir()
     else:
         path.unlink(missing_ok=True)
 
@@ -688,9 +579,9 @@ def list_paths(folder: Path, wildcard: str) -> list[Path]:
     return [Path(path) for path in glob.glob(f"{glob.escape(str(folder))}/{wildcard}")]
 
 
-def nearest_folder(path: Path) -> Path:
-    """Return the folder itself, or the nearest one above it that is there."""
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+def nearest_path(path: Path) -> Path:
+    """Return the path itself, or the nearest one above it that is there."""
+    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def keep_free(folder: Path, config: Config):
@@ -703,12 +594,10 @@ def describe_os_error(error: OSError) -> str:
     """Return what is wrong with the machine, where, and what to do about it."""
     advice = "Mend that"
     if error.errno in DISK_FULL:
-        folder = nearest_folder(Path(error.filename or ".").absolute())
+        folder = nearest_path(Path(error.filename or ".").absolute())
         disk = os.statvfs(folder)
-        left = f"{format_size(disk.f_bavail * disk.f_frsize)} free"
-        if disk.f_files and not disk.f_favail:
-            left = f"{left}, but no inodes, which limit the number of files"
-        advice = f"{folder} has {left}. Move finished subjects away"
+        inodes = ", but no inodes, which limit the number of files" if disk.f_files and not disk.f_favail else ""
+        advice = f"{folder} has {format_size(disk.f_bavail * disk.f_frsize)} free{inodes}. Move finished subjects away"
     elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         advice = "Make it writable for this user"
     place = f"{error.filename}: " if error.filename else ""
@@ -773,13 +662,6 @@ MESSAGES = {
     "network": "connection refused|no such host|network is unreachable|no route to host|i/o timeout|connection reset|"
     "TLS handshake timeout|name resolution|server misbehaving|deadline exceeded|connection timed out|unexpected EOF",
     "file": "failed to open source object|source file|corrupted on transfer",
-    errno.ENOSPC: "no space left on device|file too big for remaining disk space",
-    errno.EDQUOT: "disk quota exceeded",
-    errno.EROFS: "read-only file system",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "operation not permitted",
-    errno.EFBIG: "file too large",
-    errno.EIO: "input/output error",
 }
 ADVICE = {
     "remote_name": "rclone has no remote {0}. Make one with `rclone config`, or correct the name; `rclone listremotes` "
@@ -791,14 +673,17 @@ ADVICE = {
     "account": "Google refuses the account or the client_id of {0}. Look at both, then run the same command again",
     "network": "the remote {0} does not answer. Nothing is lost; run the same command again when it does",
 }
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
+DISK_FAULTS = {os.strerror(number).lower(): number for number in DISK_FAULTS}  # as rclone says them too
+DISK_FAULTS["file too big for remaining disk space"] = errno.ENOSPC
 ERROR_LEVELS = ("error", "critical", "fatal")  # of rclone's messages
 
 
 class Remote:
     """The release on an rclone remote. The one place that runs rclone; closing it ends every rclone."""
 
-    def __init__(self, config: Config, progress: Progress):
-        self.config, self.progress, self.stopped = config, progress, False
+    def __init__(self, config: Config, report: Report):
+        self.config, self.report, self.stopped = config, report, False
         self.processes: list[subprocess.Popen] = []
         self.refusals: list[tuple[datetime, RemoteError]] = []  # since the last file that came
         self.root = f"{config.remote_name}:"
@@ -850,7 +735,7 @@ class Remote:
                     pipe.write(stdin.encode())
                 for message in map(parse_message, process.stderr):
                     if "low level retry" in message["msg"]:
-                        self.progress.trouble = clean_rclone_message(message["msg"])
+                        self.report.trouble = clean_rclone_message(message["msg"])
                     elif message["level"] != "debug" and "stats" not in message:
                         log.debug("rclone: %s %s", message["object"], message["msg"].strip())
                     error = message["msg"] if message["level"] in ERROR_LEVELS else error
@@ -865,11 +750,12 @@ class Remote:
     def interpret(self, message: str) -> Exception:
         """Return the exception that a message of rclone stands for: a RemoteError is the answer for a file, the others
         are no file's fault."""
-        reason = clean_rclone_message(message)
-        kind = next((kind for kind, pattern in MESSAGES.items() if re.search(pattern, message)), "file")
-        if isinstance(kind, int):
-            return OSError(kind, reason, str(self.config.temp_dir))
-        if kind == "file":
+        reason, lower = clean_rclone_message(message), message.lower()
+        kind = next((kind for kind, pattern in MESSAGES.items() if re.search(pattern, message)), None)
+        fault = next((number for text, number in DISK_FAULTS.items() if text in lower), None)
+        if kind is None and fault:
+            return OSError(fault, reason, str(self.config.temp_dir))
+        if kind in (None, "file"):
             return RemoteError(reason)
         if kind == "quota":
             return RemoteError(ADVICE[kind], "quota_exceeded")
@@ -1222,20 +1108,20 @@ def find_range(reader: SMCReader, modality: str, camera: int | None) -> list[tup
     return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
 
 
-def fetch_selection(job: Job, address: tuple[int, str], progress: Callable) -> tuple[bytes, ...]:
-    """Bring what is selected of a job's files. Return which blocks of each are there. Raise SMCError, FetchError or
-    OSError."""
-    return tuple(bytes(file.fetched_blocks) for file in Selection(job, address, progress).files)
+def fetch_selection(job: Job, address: tuple[int, str], progress: Callable) -> tuple[tuple[bytes, ...], int]:
+    """Bring what is selected of a job's files. Return which blocks of each are there, and the bytes that came. Raise
+    SMCError, FetchError or OSError."""
+    selection = Selection(job, address, progress)
+    return tuple(bytes(file.fetched_blocks) for file in selection.files), selection.fetched
 
 
 def fetch_selected(remote: Remote, job: Job) -> Download:
     """Call fetch_selection in a child, and find out what is behind a failure."""
     begin, fetched, blocks, error = time.monotonic(), 0, None, None
     try:
-        with remote.progress.download([job]) as progress:
+        with remote.report.download([job]) as progress:
             options = {"name": job.files[0].name, "size": job.bytes, "progress": progress}
-            blocks = run_in_child(fetch_selection, job, remote.serve_ranges(), **options)
-        fetched = min(job.bytes, BLOCK * sum(map(sum, blocks)))
+            blocks, fetched = run_in_child(fetch_selection, job, remote.serve_ranges(), **options)
         log.info("%s: fetched %s of %s", job, format_size(fetched), format_size(job.bytes))
     except FetchError as failure:  # rclone answers with a mere 404, but says why when it is asked for a byte
         file = next(file for file in job.files if str(failure).startswith(file.path))
@@ -1476,22 +1362,21 @@ def write_transforms(extraction: Extraction, modality: str):
     cameras = [camera for camera in images if images[camera] and camera in calibration]
     moments = {frame: index for index, frame in enumerate(sorted({f for camera in cameras for f in images[camera]}))}
     all_masked = all(images[camera].keys() <= masks.get(camera, {}).keys() for camera in cameras)
-    entries = []
+    entries = []  # as text, which takes a fifth of the memory
     for index, camera in enumerate(cameras):
-        for frame, (name, height, width) in images[camera].items():
-            entry = {"file_path": name}
+        _, height, width = next(iter(images[camera].values()))  # as all pictures of the camera that are not damaged
+        view = {"camera_index": index, "camera_id": camera, **nerf_camera(calibration[camera], height, width)}
+        for frame, (name, *_) in images[camera].items():
+            entry = {"file_path": name, "timestep_index": moments[frame], "timestep_id": f"{frame:06d}", **view}
             if mask := masks.get(camera, {}).get(frame):
                 entry.update({"mask_path": mask[0]} if all_masked else {}, fg_mask_path=mask[0])
-            entry.update(timestep_index=moments[frame], timestep_id=f"{frame:06d}", camera_index=index)
-            entry.update(camera_id=camera, **nerf_camera(calibration[camera], height, width))
             entries.append(json.dumps(entry, allow_nan=False))
     top = {"camera_model": "OPENCV", "fps": extraction.reader.fps()}
     if (extraction.folder / "audio/audio.wav").is_file():
         top["audio_path"] = "audio/audio.wav"
-    top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(moments.values()))
-    lines = [f'"{name}": {json.dumps(value)}' for name, value in top.items()]
-    text = "{\n" + ",\n".join(lines) + ',\n"frames": [\n' + ",\n".join(entries) + "\n]\n}\n"
+    top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(moments.values()), frames=[])
     if entries:
+        text = json.dumps(top).replace('"frames": []', '"frames": [\n' + ",\n".join(entries) + "\n]")
         extraction.save("transforms.json", text.encode())
 
 
@@ -1826,23 +1711,18 @@ class Plan(NamedTuple):
 
 def make_plan(config: Config, manifest: Manifest, remote: Remote) -> Plan:
     """Return the whole plan. Raise ConfigError where the set-up is wrong, StopEarly where the remote is silent."""
-    listing, subjects = Listing({}, [], {}), config.subjects
-    manifest.adopt_folders(subjects or [])
-    work = subjects and [subject for subject in subjects if manifest.has_work(subject)]
-    if work is None or work:
-        listing = remote.list_release(work)
-        if not listing.subjects and work != subjects:  # those that are done tell whether it is the right folder
-            listing = remote.list_release(subjects)
-        check_setup(config, remote, listing)
-    if subjects is None:
-        subjects = sorted(listing.subjects)
-        manifest.adopt_folders(subjects)
-    return Plan(config, listing, {subject: plan_subject(manifest, listing, subject) for subject in subjects})
+    listing = remote.list_release(config.subjects)
+    subjects = config.subjects or sorted(listing.subjects)
+    manifest.adopt_folders(subjects)
+    plan = Plan(config, listing, {subject: plan_subject(manifest, listing, subject) for subject in subjects})
+    check_setup(plan, remote)
+    return plan
 
 
-def check_setup(config: Config, remote: Remote, listing: Listing):
+def check_setup(plan: Plan, remote: Remote):
     """Raise ConfigError where nothing that is asked for can be there, with what is there instead."""
-    if not listing.subjects:
+    config, listing = plan.config, plan.listing
+    if not listing.subjects and not plan.jobs("done"):
         names = sorted(entry["Name"] + "/" * entry["IsDir"] for entry in remote.ask_json("lsjson"))
         subjects = [name[:-1] for name in names if SUBJECT.fullmatch(name[:-1])]
         cure = "take the id of the folder that holds 0018, 0019, …"
@@ -1860,7 +1740,7 @@ def check_setup(config: Config, remote: Remote, listing: Listing):
         raise ConfigError(f"{place} has none of the asked-for subjects. It has {has}: {cure}")
     known = {*KNOWN_PERFORMANCES, *itertools.chain(*listing.subjects.values())}
     for name in config.performances or ():
-        if name not in known and not is_known_performance(name):
+        if name not in known and not name.startswith("h1_"):
             asked = f"extraction.performances, --performance: no subject has {name!r}, and nor has the data set"
             raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
 
@@ -1961,7 +1841,7 @@ def find_doubts(plan: Plan) -> list[str]:
 
 def measure_free(folder: Path) -> int:
     """Return the bytes that are free on the disk of a folder, which may have to be made yet."""
-    return shutil.disk_usage(nearest_folder(folder)).free
+    return shutil.disk_usage(nearest_path(folder)).free
 
 
 class Console(logging.Handler):
@@ -1985,14 +1865,17 @@ def silence(stream):
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-class Progress:
-    """How far a run is: on a terminal a bar for a download and one for the whole run, elsewhere a line per subject; and
-    a line a minute while nothing else is said."""
+class Report:
+    """How a run goes: on a terminal a bar for a download above one for the whole run, elsewhere a line per subject, and
+    a line a minute while nothing else is said; at the end the summary.
+
+    totals: performances of each status, and what they took. over: bytes of each subject that have come, or will not
+    come any more."""
 
     def __init__(self, console: Console):
         self.console, self.state, self.trouble = console, "listing the remote", ""
-        self.fetched = self.finished = 0  # bytes that came, subjects
-        self.over: dict[str, int] = {}  # bytes of each subject that have come, or will not come any more
+        self.totals: collections.Counter[str] = collections.Counter()
+        self.over: dict[str, int] = {}
         threading.Thread(target=self.say_each_minute, daemon=True).start()
 
     def say_each_minute(self):
@@ -2003,9 +1886,12 @@ class Progress:
                 self.trouble = ""
 
     @contextlib.contextmanager
-    def run(self, plan: Plan) -> Iterator[None]:
-        """Show a run."""
+    def show(self, plan: Plan) -> Iterator[None]:
+        """Announce a run, and show it."""
         self.begin, self.plan, (columns, lines) = time.monotonic(), plan, narrow_shape()
+        again = "failed before, and the file is the same (--redo tries it again): "
+        self.failures = [f"{job}: {again}{job.reason}" for job in plan.jobs("failed")]
+        self.warnings = dict.fromkeys(announce(plan))
         total = sum(job.temp_bytes for job in plan.jobs())
         bar = partial(tqdm, leave=False, disable=None, unit="B", unit_scale=True, ncols=columns, nrows=lines)
         self.batch = bar(desc="download", bar_format="{desc}", position=0)
@@ -2030,16 +1916,17 @@ class Progress:
     def download(self, jobs: list[Job]) -> Iterator[Callable]:
         """Show a download. Give what to call with the bytes that have come of it."""
         subject, total, begin = jobs[0].subject, sum(job.temp_bytes for job in jobs), time.monotonic()
-        fetched, over = self.fetched, self.over.get(subject, 0)
+        before, over = self.totals.copy(), self.over.get(subject, 0)
         log.info("%s: downloading %s, %s", subject, " ".join(job.performance for job in jobs), format_size(total))
         self.batch.bar_format = None
         self.batch.set_description(f"{subject} download", refresh=False)
         self.batch.reset(total)
 
         def update(done: int):
-            self.fetched, self.over[subject] = fetched + done, over + done
+            seconds, self.over[subject] = max(time.monotonic() - begin, 0.001), over + done
+            for name, number in (("fetched", done), ("download_s", seconds)):
+                self.totals[name] = before[name] + number
             self.batch.update(min(done, total) - self.batch.n)
-            seconds = max(time.monotonic() - begin, 0.001)
             speed = f"in {format_duration(seconds)} ({format_size(done / seconds)}/s)"
             self.state = f"{subject}: downloaded {format_size(done)} of {format_size(total)} {speed}"
             self.show_whole()
@@ -2050,8 +1937,9 @@ class Progress:
 
     def show_whole(self) -> str:
         """Show the whole run. Return how far it is, in words."""
-        over, rate, total = sum(self.over.values()), self.fetched / (time.monotonic() - self.begin), self.whole.total
-        text = f"subject {min(self.finished + 1, len(self.plan.subjects))} of {len(self.plan.subjects)}"
+        over, total, subjects = sum(self.over.values()), self.whole.total, len(self.plan.subjects)
+        rate = self.totals["fetched"] / (time.monotonic() - self.begin)
+        text = f"subject {min(self.totals['finished'] + 1, subjects)} of {subjects}"
         if rate:
             end = datetime.now() + timedelta(seconds=max(0, total - over) / rate)
             text += f", {format_size(rate)}/s, ends {end:%a %d %b %H:%M}"
@@ -2063,30 +1951,13 @@ class Progress:
         """Count a subject as over, whatever became of it, and say so where there are no bars."""
         self.over[subject] = sum(job.temp_bytes for job in self.plan.subjects[subject])
         text = self.show_whole()
-        self.finished += 1
+        self.totals["finished"] += 1
         if self.over[subject] and not self.console.bars:
             log.info("%s: finished; %s", subject, text)
 
-
-def narrow_shape(stream=None) -> tuple[int, int]:
-    """Return the columns and lines for bars on a terminal: so many that a ^C beside them wraps no line."""
-    columns, lines = shutil.get_terminal_size()
-    return columns - 4, lines
-
-
-class Summary:
-    """What a run did, for its end. `totals` counts the performances of each status, and adds up what they took."""
-
-    def __init__(self, plan: Plan, doubts: list[str]):
-        self.plan, self.begin = plan, time.monotonic()
-        self.totals: collections.Counter[str] = collections.Counter()
-        again = "failed before, and the file is the same (--redo tries it again): "
-        self.failures = [f"{job}: {again}{job.reason}" for job in plan.jobs("failed")]
-        self.warnings = dict.fromkeys(doubts)
-
-    def include(self, job: Job, download: Download, row: dict, info: dict | None):
+    def include(self, job: Job, row: dict, info: dict | None):
         """Count a performance and say how it went."""
-        self.totals.update({row["status"]: 1, "fetched": download.bytes, "download_s": download.seconds})
+        self.totals[row["status"]] += 1
         if info:
             self.totals.update(frames=row["frames"], bytes=info["bytes"], extract_s=row["extract_s"])
             frames = f"{row['frames']} frames of {count_of(len(info['cameras']), 'camera')}"
@@ -2104,7 +1975,7 @@ class Summary:
             self.failures.append(f"{job}: {row['status'].replace('_', ' ')}: {row['error']}")
             log.error("%s", self.failures[-1])
 
-    def write(self, manifest: Manifest):
+    def sum_up(self, manifest: Manifest):
         """Say at the end of a run: counts, sizes, times, and each warning once."""
         manifest.refresh()
         totals, size = self.totals, format_size(self.totals["bytes"])
@@ -2126,14 +1997,21 @@ class Summary:
             log.info("%s", line)
 
 
-def take_subjects(plan: Plan, remote: Remote, locks: SubjectLocks) -> Iterator[str]:
+def narrow_shape(stream=None) -> tuple[int, int]:
+    """Return the columns and lines for bars on a terminal: so many that a ^C beside them wraps no line."""
+    columns, lines = shutil.get_terminal_size()
+    return columns - 4, lines
+
+
+def take_subjects(plan: Plan, manifest: Manifest, remote: Remote, locks: dict) -> Iterator[str]:
     """Yield each subject once it is ours. Those that another process holds come last: when it has let go of them, there
     is nothing left to do, or else it died."""
     passed: list[str] = []
     for subject in itertools.chain(plan.subjects, passed):
-        while not (ours := locks.take(subject)) and subject in passed and not remote.stopped:
+        while not (lock := lock_subject(manifest, subject)) and subject in passed and not remote.stopped:
             time.sleep(0.5)
-        if ours:
+        if lock:
+            locks[subject] = lock
             yield subject
         elif subject not in passed:
             log.info("%s: another process is working on it", subject)
@@ -2147,7 +2025,7 @@ def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job] = ()) -
     if total > config.max_temp_size_gb * GB:
         return f"{config.temp_dir} would hold {format_size(total)}, more than storage.max_temp_size_gb"
     needs = {config.temp_dir: coming, config.output_dir: total}
-    if nearest_folder(config.temp_dir).stat().st_dev == nearest_folder(config.output_dir).stat().st_dev:
+    if nearest_path(config.temp_dir).stat().st_dev == nearest_path(config.output_dir).stat().st_dev:
         needs = {config.output_dir: coming + total}
     for folder, need in needs.items():
         if need and measure_free(folder) - need < config.min_free_gb * GB:
@@ -2196,7 +2074,7 @@ def copy_whole(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
     if missing:
         for file in missing:
             remove(paths[file])
-        with remote.progress.download([job for job in jobs if not job.is_downloaded()]) as progress:
+        with remote.report.download([job for job in jobs if not job.is_downloaded()]) as progress:
             md5s, errors = remote.copy(missing, progress)
     quota = {path for path, error in errors.items() if re.search(MESSAGES["quota"], error)}
     for job in jobs:
@@ -2230,20 +2108,20 @@ def update_file(file: RemoteFile, size: int, md5: str | None) -> RemoteFile:
     return file._replace(bytes=size, md5=md5, id=md5) if file.md5 and md5 else file._replace(bytes=size)
 
 
-def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: SubjectLocks, in_temp: set) -> Iterator:
+def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: dict, in_temp: set) -> Iterator:
     """Yield (subject, {job: its download}, whether these are its last), for as many jobs of a subject at once as there
     is room for. Raise StopEarly where going on makes no sense.
 
     in_temp: the jobs that were yielded and are not extracted yet; who takes them removes them."""
-    for subject in take_subjects(plan, remote, locks):
-        for row in [row for key, row in manifest.found.items() if key[0] == subject]:
+    for subject in take_subjects(plan, manifest, remote, locks):
+        for row in [row for key, row in manifest.rows.items() if key[0] == subject and "adopted" in row]:
             log.info("%s %s: taken over from its folder", subject, row["performance"])
             manifest.append(row)
         jobs = plan_subject(manifest, plan.listing, subject)
         jobs = [job for job in jobs if job.state not in ("done", "failed")]
         if not jobs:
-            locks.release(subject)
-            remote.progress.finish_subject(subject)
+            locks.pop(subject).close()
+            remote.report.finish_subject(subject)
         while jobs:
             downloads = download(remote, wait_for_room(plan.config, remote, jobs, in_temp))
             in_temp.update(downloads)
@@ -2275,7 +2153,7 @@ def extract_job(job: Job, download: Download) -> tuple[dict, dict | None]:
     except (SMCError, RemoteError) as failure:
         error = failure
     if error is None:
-        row = completed_row(info, job.modalities)
+        row = completed_row(info)
     else:
         remove(job.partial)
         row = {"status": getattr(error, "status", "failed"), "error": str(error)}
@@ -2308,10 +2186,10 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     log_file = open_log(config)
     manifest.upgrade()
-    summary, locks, in_temp = Summary(plan, announce(plan)), SubjectLocks(config, manifest), set()
+    report, locks, in_temp = remote.report, {}, set()
     try:
         # Whatever ends this block, rclone ends first: nobody writes into what is cleaned up then.
-        with remote.progress.run(plan), ThreadPoolExecutor(1) as thread, contextlib.closing(remote):
+        with report.show(plan), ThreadPoolExecutor(1) as thread, contextlib.closing(remote):
             turns = download_in_turns(plan, manifest, remote, locks, in_temp)
             for subject, downloads, last in one_ahead(turns, thread):
                 for job, download in downloads.items():
@@ -2320,41 +2198,37 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
                     if not isinstance(download.error, RemoteError):  # else one file of a pair may have come
                         delete_smc(job)
                     in_temp.discard(job)
-                    summary.include(job, download, row, info)
+                    report.include(job, row, info)
                 if last:
-                    locks.release(subject)
-                    remote.progress.finish_subject(subject)
+                    locks.pop(subject).close()
+                    report.finish_subject(subject)
     finally:
-        for subject in list(locks.held):
+        for subject in list(locks):
             with contextlib.suppress(OSError):  # what ends the run is said already
-                locks.release(subject)
-        summary.write(manifest)
+                locks.pop(subject).close()
+        report.sum_up(manifest)
         log.info("The log is %s", log_file)
-    return 1 if summary.failures else 0
+    return 1 if report.failures else 0
 
 
 # ---------------------------------------------------------------------------------------------- looking without doing
 
 
 def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
-    """--dry-run: show a line for each subject, or each performance where they differ, and the totals. Return the exit
-    code; raise what a run would raise at its start."""
+    """--dry-run: show what a run would do, and the totals. Return its exit code, or raise what stops it at its start."""
     config.check_folders()
     plan = make_plan(config, manifest, remote)
     for subject, jobs in plan.subjects.items():
-        alike = len({describe_state(job) for job in jobs}) == 1
-        for group in [jobs] if alike else [[job] for job in jobs]:
-            names, size = " ".join(job.performance for job in group), sum(job.bytes for job in group)
-            shown = format_size(size) if size else "-"
-            log.info("%s  %-10s %10s   %s", subject, names, shown, describe_state(group[0]))
+        for state, alike in itertools.groupby(jobs, describe_state):
+            names, sizes = zip(*((job.performance, job.bytes) for job in alike))
+            log.info("%s  %-10s %10s   %s", subject, " ".join(names), format_size(sum(sizes)), state)
     announce(plan)
-    waiting, done = plan.jobs("to do"), len(plan.jobs("done"))
-    size = sum(job.temp_bytes for job in waiting if not job.is_downloaded())
+    size = sum(job.temp_bytes for job in plan.jobs("to do") if not job.is_downloaded())
     total = f"{format_size(size)} to be downloaded ({size / 20e6 / 3600:.1f} hours at 20 MB/s)"
-    log.info("%s; about %s of output; %d performances are done", total, format_size(plan.output_bytes()), done)
-    if waiting and (lack := lack_of_room(config, waiting[:1])):
+    log.info("%s; about %s of output", total, format_size(plan.output_bytes()))
+    if lack := lack_of_room(config, plan.jobs("to do")[:1]):
         raise StopEarly(lack)
-    return int(bool(plan.jobs("failed", "refused")))
+    return 1 if plan.jobs("failed", "refused") else 0
 
 
 def describe_state(job: Job) -> str:
@@ -2370,224 +2244,170 @@ def show_status(config: Config, manifest: Manifest) -> int:
     """--status: show how far it is, from the manifest alone. Return the exit code."""
     subjects = config.subjects or sorted({subject for subject, _ in manifest.rows})
     asked = [(subject, name) for subject in subjects for name in manifest.asked_performances(subject)]
-    rows = {key: manifest.rows[key] for key in asked if key in manifest.rows}
-    absent = {key for key, row in rows.items() if row["status"] == "absent"}
+    rows = [manifest.rows[key] for key in asked if key in manifest.rows]
+    absent = {(row["subject"], row["performance"]) for row in rows if row["status"] == "absent"}
     left = [key for key in asked if key not in absent and not manifest.is_done(*key)]
-    bad = [(key, row) for key, row in rows.items() if row["status"] not in ("completed", "absent")]
+    bad = [row for row in rows if row["status"] not in ("completed", "absent")]
     of = f"{count_of(len(asked), 'performance')} of {count_of(len(subjects), 'subject')}"
     of += " that the manifest names" if None in (config.subjects, config.performances) else ""
-    done = len(asked) - len(absent) - len(left)
-    log.info(f"{done} of {of} are done, {len(bad)} failed, {len(absent)} absent from the remote")
-    sizes, missing = completed_numbers(rows, "smc_bytes"), 0
-    for performance, number in collections.Counter(name for _, name in left).items():
-        alike = completed_numbers({key: row for key, row in rows.items() if key[1] == performance}, "smc_bytes")
-        missing += number * np.mean(alike or sizes or 0)
-    size, finished = sum(sizes), len(subjects) - len({subject for subject, _ in left})
-    share = f", {100 * size / (size + missing):.0f} % of about {format_size(size + missing)}" if size else ""
-    log.info(f"{finished} of {count_of(len(subjects), 'subject')} finished{share}")
-    seconds = max(sum(completed_numbers(rows, column)) for column in ("download_s", "extract_s"))
-    if size and seconds:
-        output, rest = sum(completed_numbers(rows, "size_gb")) * GB, missing * seconds / size
-        end = datetime.now() + timedelta(seconds=rest)
-        ends = f"; about {format_duration(rest)} left for one process, until {end:%a %d %b %H:%M}" if left else ""
-        log.info(f"{format_size(output)} extracted, {format_size(size / seconds)}/s{ends}")
-    for key, row in bad[:10]:
-        log.info("  %s %s: %s: %s", *key, row["status"].replace("_", " "), row["error"])
-    if len(bad) > 10:
-        log.info("  and %d more in %s", len(bad) - 10, manifest.path)
+    done, finished = len(asked) - len(absent) - len(left), len(subjects) - len({subject for subject, _ in left})
+    log.info("%d of %s are done, %d failed, %d absent from the remote", done, of, len(bad), len(absent))
+    size, missing = (GB * number for number in estimate(rows, left, "size_gb"))
+    share, sizes = 100 * size / max(1, size + missing), (format_size(size), format_size(size + missing))
+    log.info("%s finished; %.0f %% is extracted, %s of about %s", count_of(finished, "subject"), share, *sizes)
+    if seconds := max(estimate(rows, left, column)[1] for column in ("download_s", "extract_s")):
+        rate, end = format_size(missing / seconds), datetime.now() + timedelta(seconds=seconds)
+        log.info(f"about {format_duration(seconds)} left for one process at {rate}/s, until {end:%a %d %b %H:%M}")
+    for row in bad[:10]:
+        log.info("  %(subject)s %(performance)s: %(status)s: %(error)s", row)
     return 0
 
 
-def completed_numbers(rows: dict[tuple[str, str], dict], column: str) -> list[float]:
-    """Return the numbers in a column of completed performances, without what other tools have left there instead."""
-    values = [row[column] for row in rows.values() if row["status"] == "completed"]
-    return [float(value) for value in values if re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", value)]
+def estimate(rows: list[dict], left: list[tuple[str, str]], column: str) -> tuple[float, float]:
+    """Return the sum of a column over the completed performances, and what those that are left will add: for each the
+    mean of its name, or else of all. Other tools leave things in a manifest that are no numbers; they don't count."""
+    numbers = collections.defaultdict(list)
+    for row in rows:
+        if row["status"] == "completed" and re.fullmatch(r"[0-9]{1,15}(\.[0-9]*)?", row[column]):
+            for name in (row["performance"], "all"):
+                numbers[name].append(float(row[column]))
+    means = {name: np.mean(found) for name, found in numbers.items()}
+    return sum(numbers["all"]), sum(means.get(name, means.get("all", 0)) for _, name in left)
 
 
 def inspect_files(paths: list[str]) -> int:
     """--inspect: show what each performance has, in its SMC file or in its two. Return the exit code."""
-    performances, whole = [], True
+    performances, latest, whole = [], {}, True
     for path in dict.fromkeys(map(Path, paths)):
         name = SMC_NAME.fullmatch(path.name)
         key, half = (name.group("subject", "performance"), name["half"]) if name else (path, "raw")
-        # Beside the other half of its performance, if that is given alone so far.
-        halves = next((halves for of, halves in reversed(performances) if of == key and half not in halves), {})
-        if not halves:
-            performances.append((key, halves))
-        halves[half] = path
-    for _, halves in performances:
-        files = [halves[half] for half in sorted(halves, reverse=True)]
+        if key not in latest or half in latest[key]:  # else it goes with the other half of its performance
+            latest[key] = {}
+            performances.append(latest[key])
+        latest[key][half] = path
+    for halves in performances:
+        files = [halves[half] for half in ("raw", "anno") if half in halves]
         try:
-            size = sum(file.stat().st_size for file in files)
+            size = sum(file.stat().st_size for file in files if file.is_file())
             whole &= run_in_child(show_content, files, name=files[0].name, size=size, progress=log.info)
-        except (SMCError, OSError) as error:
-            log.error("%s", f"{files[0]}: {error.strerror}" if isinstance(error, OSError) else error)
+        except SMCError as error:
+            log.error("%s", error)
             whole = False
-    return int(not whole)
+    return 0 if whole else 1
 
 
 def show_content(files: list[Path], progress: Callable) -> bool:
-    """Report, line by line in 100 columns, what a performance has. Return whether all of it can be read."""
-    damage: dict[tuple, str] = {}
-    with SMCReader(*map(str, files)) as reader:
-        name, stated = SMC_NAME.fullmatch(files[0].name), (reader.actor_id, reader.performance_part)
-        subject, performance = name.group("subject", "performance") if name else stated
-        progress(f"{printable(subject or 'unknown subject', 20)} {printable(performance or 'unknown performance')}")
-        for title, line in content_lines(reader, files, damage):
+    """Report, in lines of 100 columns, what a performance has. Return whether all of it can be read."""
+    damage, sizes = {}, []
+    with SMCReader(*files) as reader:
+        lines = [("file", f"{printable(file.name)}, {format_size(file.stat().st_size)}") for file in files]
+        actor = [f"{name} {value}" for name, value in reader.actor_info.items() if value]
+        lines.append(("recorded", ", ".join(map(printable, [reader.capture_date or "unknown", *actor]))))
+        fps, resolution = reader.fps(), reader.Camera_info["resolution"]
+        pixels = "" if resolution is None else f", {resolution[1]} x {resolution[0]} pixels"
+        lines.append(("frames", f"{reader.num_frame}, fps {round(fps, 2) if fps else 'unknown (no audio)'}{pixels}"))
+        with collecting_damage(damage, "audio"):
+            if audio := reader.audio_info():
+                channels = count_of(audio["channels"], "channel")
+                lines.append(("audio", f"{audio['duration_s']:.2f} s, {channels}, {audio['sample_rate']} Hz"))
+        lines.append(("modality", "cameras  entries        size  encoding (of each camera's first picture)"))
+        for modality in [name for name, row in MODALITIES.items() if not row.derived]:
+            with collecting_damage(damage, modality):
+                if reader.has(modality):
+                    lines += [(modality, line) for line in modality_lines(reader, modality, damage, sizes)]
+        note_sizes(reader, sizes)
+        lines += [("unknown", printable(name)) for name in reader.unknown_groups()]
+        lines += [("warning", oddity) for oddity in reader.oddities]
+        lines += [("damaged", reason) for reason in dict.fromkeys(damage.values())]
+        progress(printable(f"{reader.actor_id or 'unknown'} {reader.performance_part or 'unknown'}"))
+        for title, line in lines:
             progress(textwrap.fill(f"  {title:<12}  {line}", 100, subsequent_indent=" " * 16))
         progress("")
     return not damage
 
 
-def content_lines(reader: SMCReader, files: list[Path], damage: dict) -> Iterator[tuple[str, str]]:
-    """Yield (title, line) of what a performance has, as far as it can be read, and add to `damage` what cannot."""
-    for file in files:
-        yield "file", f"{printable(file.name)}, {format_size(file.stat().st_size)}"
-    forms = {"age": "age {}", "gender": "{}", "color": "{}", "height": "{:g} cm", "weight": "{:g} kg"}
-    actor = [form.format(reader.actor_info[name]) for name, form in forms.items() if reader.actor_info[name]]
-    yield "recorded", ", ".join(map(printable, [reader.capture_date or "unknown", *actor]))
-    resolution, fps = reader.Camera_info["resolution"], reader.fps()
-    pixels = "" if resolution is None else f", {resolution[1]} x {resolution[0]} pixels"
-    yield "frames", f"{reader.num_frame}, fps {'unknown (no audio)' if fps is None else f'{fps:.4g}'}{pixels}"
-    with collecting_damage(damage, "audio"):
-        if audio := reader.audio_info():
-            channels = count_of(audio["channels"], "channel")
-            yield "audio", f"{audio['duration_s']:.2f} s, {channels}, {audio['sample_rate']} Hz"
-    yield "modality", "cameras  entries        size  encoding (of each camera's first picture)"
-    sizes, views = [], []
-    for modality in [name for name, row in MODALITIES.items() if not row.derived]:
-        with collecting_damage(damage, modality):
-            if reader.has(modality):
-                cells, *lines = modality_lines(reader, modality, damage, sizes)
-                yield modality, cells
-                views += [(modality, line) for line in lines]
-    yield from views
-    for name in reader.unknown_groups():
-        yield "unknown", printable(name)
-    note_sizes(reader, sizes)
-    for oddity in reader.oddities:
-        yield "warning", oddity
-    reasons = list(dict.fromkeys(damage.values()))
-    for reason in reasons[:20] + [f"{len(reasons) - 20} more"] * (len(reasons) > 20):
-        yield "damaged", reason
-
-
 def modality_lines(reader: SMCReader, modality: str, damage: dict, sizes: list) -> Iterator[str]:
-    """Yield the cells of a modality in the table, and which of its cameras have which pictures; add to `sizes` the
-    (height, width) of each camera's first picture."""
-    row, frames, size, encodings = MODALITIES[modality], {}, 0, set()
-    for camera in reader.cameras(modality) if modality in BY_CAMERA else [None]:
-        frames[camera], read = [], True
+    """Yield the cells of a modality in the table, then which cameras have which pictures; add to `damage` and `sizes`."""
+    row, size, encodings, alike = MODALITIES[modality], 0, set(), collections.defaultdict(list)
+    cameras, by_camera = reader.cameras(modality), modality in BY_CAMERA
+    for camera in cameras if by_camera else [None]:
         with collecting_damage(damage, modality, camera):
-            frames[camera] = reader.frame_numbers(modality, camera)
+            alike[tuple(reader.frame_numbers(modality, camera))].append(camera)
             size += sum(end - start for _, start, end in reader.places(modality, camera))
+            probed = False
             for entry in reader.entries(modality, camera):
                 with collecting_damage(damage, modality, camera, entry.number):
-                    content = entry.read() if read or entry.fault else b""
-                    if row.pictures and read:
-                        read = row.numbered == "cameras"  # of a camera's many pictures only the first is read
+                    content = b"" if probed and not entry.fault else entry.read()
+                    if row.pictures and not probed:
+                        probed = row.numbered == "frames"  # of a camera's many pictures only the first is read
                         kind, height, width, whole = probe_picture(content)
                         after = "" if content.endswith((b"\xff\xd9", b"\xaeB`\x82")) else " with bytes after its end"
                         encodings.add(f"{kind} {width}x{height}{after}" if whole else "damaged or unknown")
-                        sizes += [(height, width)] if whole and modality in BY_CAMERA else []
-    cameras = len(reader.cameras(modality)) or ""
-    entries = sum(map(len, frames.values())) or ""
-    yield f"{cameras:>7}  {entries:>7}  {format_size(size):>10}  {', '.join(sorted(encodings))}"
-    if row.pictures and modality in BY_CAMERA:
-        yield from camera_lines(reader, frames)
-
-
-def camera_lines(reader: SMCReader, frames: dict[int, list[int]]) -> Iterator[str]:
-    """Yield which cameras have how many frames, and which frames they lack; those that are alike in one line."""
-    expected, alike = reader.expected_frames(frames.values()), {}
-    for camera, numbers in frames.items():
-        alike.setdefault(tuple(numbers), []).append(camera)
-    for numbers, cameras in alike.items():
-        gaps = format_ranges(expected - set(numbers))
-        who = f"camera {cameras[0]}" if len(cameras) == 1 else f"{len(cameras)} cameras"
-        names = f": {format_numbers(cameras)}" if 1 < len(cameras) < NUM_CAMERAS else ""
-        yield f"{who} with {len(numbers)} frames{f', without {gaps}' if gaps else ''}{names}"
-
-
-def format_ranges(numbers: Iterable[int]) -> str:
-    """Return numbers as "3 7-11 13", cut where that is long."""
-    by_run = itertools.groupby(enumerate(sorted(numbers)), lambda item: item[1] - item[0])
-    runs = [[number for _, number in streak] for _, streak in by_run]
-    shown = " ".join(f"{streak[0]}-{streak[-1]}" if len(streak) > 1 else f"{streak[0]}" for streak in runs)
-    return textwrap.shorten(shown, 60, placeholder=" …")
+                        sizes += [(height, width)] if whole and by_camera else []
+    entries = sum(len(numbers) * len(found) for numbers, found in alike.items())
+    yield f"{len(cameras) or '':>7}  {entries or '':>7}  {format_size(size):>10}  {', '.join(sorted(encodings))}"
+    for numbers, found in alike.items() if row.pictures and by_camera else ():
+        gaps = format_numbers(reader.expected_frames(alike) - set(numbers))
+        without = f", without {textwrap.shorten(gaps, 60, placeholder=' …')}" if gaps else ""
+        yield f"{count_of(len(found), 'camera')} with {len(numbers)} frames{without}: {format_numbers(found)}"
 
 
 # ---------------------------------------------------------------------------------------------- cameras
 
 
 class Rig(NamedTuple):
-    """The cameras of a rig, seen from the point nearest to all optical axes: one entry per camera in each field."""
+    """The cameras of a rig, seen from the point nearest to all optical axes: one entry per camera in each array."""
 
     ids: list[int]  # camera numbers, ascending
     center: np.ndarray  # (3,) that point in the world, metres
-    directions: np.ndarray  # (n, 3) unit vectors from that point to the cameras
     distances: np.ndarray  # (n,) metres from that point
-    azimuth: np.ndarray  # (n,) degrees: 0 for the front camera, 0…180 on the person's left, -180…0 on the right
+    azimuth: np.ndarray  # (n,) degrees from -170 to 190: 0 for the front camera, 90 on the person's left, 180 behind
     elevation: np.ndarray  # (n,) degrees, positive above
+    angles: np.ndarray  # (n, n) degrees between the directions to two cameras
 
 
 def rig_geometry(poses: dict[int, np.ndarray]) -> Rig:
     """Return where the cameras of a rig stand, whatever the origin and the axes of the world.
 
-    poses: (4, 4) per camera, camera to world, OpenCV axes, metres. Up is the normal of the cameras' x axes on the side
-    where their pictures have the top, because the cameras are mounted level. Raise ConfigError where the optical axes
-    are parallel, and where the front camera is missing."""
+    poses: (4, 4) per camera, camera to world, OpenCV axes, metres. Up is the normal of the cameras' x axes, because the
+    cameras are mounted level. Raise ConfigError where the optical axes are parallel or the front camera is missing."""
     ids = sorted(poses)
-    matrices = np.array([poses[camera] for camera in ids]).reshape(-1, 4, 4)
-    right, down, forward, centers = matrices[:, :3].transpose(2, 0, 1)
+    right, down, forward, centers = np.array([poses[camera][:3] for camera in ids]).reshape(-1, 3, 4).transpose(2, 0, 1)
     # Each of these matrices projects onto the plane across an optical axis.
     across = np.eye(3) - forward[:, :, None] * forward[:, None, :]
-    if not np.linalg.cond(across.sum(0)) < 1e8:
-        raise ConfigError(f"the optical axes of the {len(ids)} calibrated camera(s) meet in no point")
-    if FRONT_CAMERA not in ids:
-        raise ConfigError(f"the calibration has no camera {FRONT_CAMERA}, which would be the front")
+    if FRONT_CAMERA not in ids or np.linalg.cond(across.sum(0)) > 1e8:
+        raise ConfigError(f"the calibration lacks camera {FRONT_CAMERA}, or its optical axes meet in no point")
     center = np.linalg.solve(across.sum(0), np.einsum("nij,nj->i", across, centers))
-    offsets = centers - center
-    distances = np.linalg.norm(offsets, axis=1)
-    directions = offsets / distances[:, None]
-    up = -down.mean(0)
-    _, spread, axes = np.linalg.svd(right)
-    # The x axes span no plane where all cameras stand in one column.
-    if spread[1] > 0.1 * spread[0]:
-        up = axes[2] * np.sign(axes[2] @ up)
-    up = up / np.linalg.norm(up)
+    distances = np.linalg.norm(centers - center, axis=1)
+    directions = (centers - center) / distances[:, None]
+    normal = np.linalg.svd(right)[2][2]
+    up = -normal * np.sign(down.mean(0) @ normal)
     front = directions[ids.index(FRONT_CAMERA)]
     azimuth = np.degrees(np.arctan2(directions @ np.cross(up, front), directions @ (front - up * (front @ up))))
-    # Straight behind is 180, whatever the rounding says.
-    azimuth[azimuth < -180 + 1e-6] += 360
+    azimuth = (azimuth + 170) % 360 - 170
     elevation = np.degrees(np.arcsin(np.clip(directions @ up, -1, 1)))
-    return Rig(ids, center, directions, distances, azimuth, elevation)
+    angles = np.degrees(np.arccos(np.clip(directions @ directions.T, -1, 1)))
+    return Rig(ids, center, distances, azimuth, elevation, angles)
 
 
-def pairwise_angles(directions: np.ndarray) -> np.ndarray:
-    """Return the angles between unit vectors (n, 3) in degrees, (n, n)."""
-    return np.degrees(np.arccos(np.clip(directions @ directions.T, -1, 1)))
+def coverage(angles: np.ndarray, chosen: list[int]) -> tuple[float, float]:
+    """Return the largest and the mean angle in degrees between a camera of the rig and its nearest chosen one.
 
-
-def coverage(directions: np.ndarray, chosen: list[int]) -> tuple[float, float]:
-    """Return the largest and the mean angle in degrees between a direction of the rig and its nearest chosen one.
-
-    directions (n, 3): unit vectors to all cameras of the rig; chosen: rows of it. Without any, both angles are 180."""
-    nearest = pairwise_angles(directions)[:, list(chosen)].min(1, initial=180)
+    angles (n, n): those of the rig; chosen: indices in it. Without any, both angles are 180."""
+    nearest = angles[:, chosen].min(1, initial=180)
     return float(nearest.max()), float(nearest.mean())
 
 
-def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, always: int) -> list[int]:
-    """Return the n available cameras that leave the smallest largest gap, sorted.
+def suggest_cameras(angles: np.ndarray, available: Iterable[int], n: int, always: int) -> list[int]:
+    """Return the n available cameras that leave the smallest largest gap, sorted; ConfigError if there are fewer.
 
-    directions (m, 3): unit vectors to all cameras of the rig; available: rows of it that have pictures; always: the row
-    that is kept if it is available. Raise ConfigError for n < 1 or n > len(available). The result is exact: it tries
-    all angles between cameras, from the smallest, until n cameras are within that angle of every one."""
-    available = sorted(set(available))
+    angles (m, m): those of the rig; available: indices of the cameras with pictures; always: the one that is kept if it
+    has any. The result is exact: it tries all angles, from the smallest, until n cameras are that near to every one."""
+    available = sorted(available)
     if not 1 <= n <= len(available):
         raise ConfigError(f"cannot choose {n} cameras: at least 1 is needed, and {len(available)} have pictures")
     # Rounded angles keep ties independent of the world's axes.
-    angles = pairwise_angles(directions).round(6)[:, available]
+    angles = angles.round(6)[:, available]
     keep = [column for column, camera in enumerate(available) if camera == always]
     for radius in np.unique(angles):
         near = angles <= radius
@@ -2597,14 +2417,12 @@ def suggest_cameras(directions: np.ndarray, available: Iterable[int], n: int, al
     chosen = keep + found
     while len(chosen) < n:
         others = sorted(set(range(len(available))) - set(chosen))
-        chosen.append(min(others, key=lambda column: angles[:, [*chosen, column]].min(1).mean()))
+        chosen.append(min(others, key=lambda column: coverage(angles, [*chosen, column])[1]))
     return sorted(available[column] for column in chosen)
 
 
 def find_cover(near: np.ndarray, n: int) -> list[int] | None:
-    """Return at most n columns (cameras) that have a True in every row (direction) of near; None where there are none.
-
-    This is a branch and bound: a branch for each camera that is near the direction to which the fewest are."""
+    """Return at most n columns (cameras) that have a True in every row (direction) of near; None where there are none."""
     if not len(near):
         return []
     gains = near.sum(0)
@@ -2614,6 +2432,7 @@ def find_cover(near: np.ndarray, n: int) -> list[int] | None:
     within = near.T.astype(float) @ near == gains[:, None]
     useless = within & ((gains[:, None] < gains) | np.tri(len(gains), k=-1, dtype=bool))
     near = near & ~useless.any(1)
+    # One of those near the direction that has the fewest is needed: try each.
     for camera in np.flatnonzero(near[near.sum(1).argmin()]):
         found = find_cover(near[~near[:, camera]], n - 1)
         if found is not None:
@@ -2621,57 +2440,31 @@ def find_cover(near: np.ndarray, n: int) -> list[int] | None:
     return None
 
 
-def rig_layout(rig: Rig) -> dict[str, list]:
-    """Return the rig unrolled, as seen from outside: where each camera stands in the picture, the page and its map.
+def rig_layout(rig: Rig) -> list[dict]:
+    """Return where each camera stands in the picture and on the page, which show the rig unrolled, seen from outside.
 
-    Columns go by azimuth, growing to the right, and rows by elevation, from the top down. Cameras that stand closer to
-    the person than those around them have a row of their own, between the columns.
-
-    "rows" and "columns": their labels. "cameras": for each its number ("id"), its direction in words ("label"), "row"
-    and "slot" (left edge in half columns), and its place on the map, where each row is a ring of RINGS and the front is
-    at the bottom ("x" to the right and "y" down from the middle)."""
-    around = pairwise_angles(rig.directions) < 45
-    closer = rig.distances < [0.93 * np.median(rig.distances[near]) for near in around]
-    columns = split_at_gaps(rig.azimuth, ~closer)
-    middles = [rig.azimuth[members].mean() for members in columns]
-    slots = np.interp(rig.azimuth, middles, range(0, 2 * len(columns), 2)).round().astype(int).tolist()
-    rows = [("close", np.flatnonzero(closer))] if closer.any() else []
-    for members in split_at_gaps(rig.elevation, ~closer):
-        height = rig.elevation[members].mean()
-        rows.append(("above" if height > 15 else "below" if height < -15 else "eye level", members))
-    rows.sort(key=lambda row: -rig.elevation[row[1]].mean())
-    cameras: list[dict] = [{} for _ in rig.ids]
-    for row, (name, members) in enumerate(rows):
-        free = 0
-        for i in sorted(members, key=lambda i: rig.azimuth[i]):
-            label = f"azimuth {round(rig.azimuth[i]):+}°, elevation {round(rig.elevation[i]):+}°"
-            slot, angle = max(free, slots[i]), math.radians(rig.azimuth[i])
-            x, y = round(RINGS[name] * math.sin(angle), 1), round(RINGS[name] * math.cos(angle), 1)
-            cameras[i] = {"id": rig.ids[i], "label": label, "row": row, "slot": slot, "x": x, "y": y}
-            free = slot + 2
-    front = rig.ids.index(FRONT_CAMERA)
-    labels = ["front" if front in members else f"{round(middle):+}°" for members, middle in zip(columns, middles)]
-    return {"cameras": cameras, "rows": [name for name, _ in rows], "columns": labels}
+    "row": 0 above, 1 at eye level, 2 closer to the person than the cameras around, 3 below. "slot": the left edge in
+    half columns, which are 10° wide and start at -170°. Besides, "id" is its number and "label" its direction."""
+    closer = rig.distances < [0.93 * np.median(rig.distances[angles < 45]) for angles in rig.angles]
+    rows = np.select([closer, rig.elevation > 15, rig.elevation > -15], [2, 0, 1], 3).tolist()
+    columns = np.where(closer, rig.azimuth / 20, (rig.azimuth / 20).round()) + 8
+    cameras = []
+    for i, camera in enumerate(rig.ids):
+        label = f"azimuth {round(rig.azimuth[i]):+}°, elevation {round(rig.elevation[i]):+}°"
+        cameras.append({"id": camera, "label": label, "row": rows[i], "slot": round(2 * columns[i])})
+    return cameras
 
 
-def split_at_gaps(values: np.ndarray, wanted: np.ndarray) -> list[np.ndarray]:
-    """Return the indices of the wanted values (n,) bool in ascending order, split at each step of more than 8°."""
-    members = np.argsort(values, kind="stable")
-    members = members[wanted[members]]
-    return np.split(members, np.flatnonzero(np.diff(values[members]) > 8) + 1)
-
-
-RINGS = {"above": 100, "eye level": 80, "below": 60, "close": 40}  # radius of each row on the map of the page
 TILE_SIZE = (400, 335)  # width and height in pixels, as of a picture of 2448 x 2048
 # BGR. This blue differs from the colours of faces for people with any colour vision (Okabe and Ito).
 BLUE, DARK_GREY, LIGHT_GREY, WHITE = (178, 114, 0), (36, 31, 27), (226, 222, 219), (255, 255, 255)
 
 
-def read_picture(path: Path, flags: int = 1, size: tuple[int, int] | None = None) -> np.ndarray | None:
-    """Return a picture as cv2.imread does with these flags, by default (h, w, 3) uint8 BGR, made smaller if `size`
-    (width, height) says so; None, with a warning, where it is damaged."""
+def read_picture(path: Path, grey: bool = False, size: tuple[int, int] | None = None) -> np.ndarray | None:
+    """Return a picture, uint8 BGR or grey, resized to `size` (width, height); None, with a warning, if it is damaged."""
     import cv2
 
+    flags = cv2.IMREAD_IGNORE_ORIENTATION | (cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)
     with contextlib.suppress(cv2.error):  # a header that asks for too many pixels
         if probe_picture(path.read_bytes()).whole and (picture := cv2.imread(str(path), flags)) is not None:
             return picture if size is None else cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
@@ -2682,16 +2475,13 @@ def read_picture(path: Path, flags: int = 1, size: tuple[int, int] | None = None
 def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str) -> np.ndarray:
     """Return a contact sheet of the views as the cameras stand, (h, w, 3) uint8 BGR.
 
-    tiles: pictures of TILE_SIZE, by index in the rig; a camera without a picture is a grey field. chosen: indices of
-    those to be framed. A line below has the title and the largest gap."""
+    tiles: pictures of TILE_SIZE, by index in the rig; chosen: indices of those to be framed."""
     import cv2
 
-    layout = rig_layout(rig)
     width, height, gap, margin = 200, 168, 14, 40
-    bottom = margin + len(layout["rows"]) * (height + gap)
-    right = margin + (max(camera["slot"] for camera in layout["cameras"]) + 2) * (width + gap) // 2
-    sheet = np.full((bottom + 120, max(1600, right + margin), 3), 255, np.uint8)
-    for i, camera in enumerate(layout["cameras"]):
+    bottom = margin + 4 * (height + gap)
+    sheet = np.full((bottom + 120, margin + 18 * (width + gap) + margin, 3), 255, np.uint8)
+    for i, camera in enumerate(rig_layout(rig)):
         x, y = margin + camera["slot"] * (width + gap) // 2, margin + camera["row"] * (height + gap)
         back, ink = (BLUE, WHITE) if i in chosen else (WHITE, DARK_GREY)
         sheet[y - 6 : y + height + 6, x - 6 : x + width + 6] = back
@@ -2700,29 +2490,25 @@ def camera_grid(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title
         field[-40:, : 16 + 24 * len(number)] = back  # below the heads
         cv2.putText(field, number, (8, height - 9), cv2.FONT_HERSHEY_SIMPLEX, 1.1, ink, 2, cv2.LINE_AA)
     facts = f"{title}: {len(chosen)} of {len(tiles)} views selected, "
-    facts += "largest gap {:.1f} degrees, mean {:.1f} degrees".format(*coverage(rig.directions, chosen))
-    scale = sheet.shape[1] / 2400  # of letters about 18 pixels wide
-    cv2.putText(sheet, facts, (margin, bottom + 70), cv2.FONT_HERSHEY_SIMPLEX, scale, DARK_GREY, 3, cv2.LINE_AA)
+    facts += "largest gap {:.1f} degrees, mean {:.1f} degrees".format(*coverage(rig.angles, chosen))
+    cv2.putText(sheet, facts, (margin, bottom + 70), cv2.FONT_HERSHEY_SIMPLEX, 1.6, DARK_GREY, 3, cv2.LINE_AA)
     return sheet
 
 
-def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str, frame: int) -> str:
-    """Return an HTML page with the same layout as camera_grid to choose views in, without network or libraries.
-
-    rig, tiles, chosen: as for camera_grid; title: subject and performance, which are plain names. The page computes
-    gaps from the angles in it, which have four decimals; the suggestions are those of suggest_cameras."""
+def camera_page(rig: Rig, tiles: dict[int, np.ndarray], chosen: list[int], title: str) -> str:
+    """Return an HTML page to choose views in, laid out as camera_grid, which has the same parameters."""
     import cv2
 
-    layout, views, front = rig_layout(rig), sorted(tiles), rig.ids.index(FRONT_CAMERA)
+    cameras, views, front = rig_layout(rig), sorted(tiles), rig.ids.index(FRONT_CAMERA)
     for i in views:
         jpeg = cv2.imencode(".jpg", tiles[i], [cv2.IMWRITE_JPEG_QUALITY, 75])[1]
-        layout["cameras"][i]["image"] = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
-    suggested = [suggest_cameras(rig.directions, views, n, front) for n in (4, 8, 12, 16, 20) if n < len(views)]
+        cameras[i]["image"] = "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
+    suggested = [suggest_cameras(rig.angles, views, n, front) for n in (4, 8, 12, 16, 20) if n < len(views)]
     label = "{} · {:.1f}° · mean {:.1f}°"
-    presets = [(label.format(len(best), *coverage(rig.directions, best)), best) for best in suggested]
-    layout.update(presets=[*presets, ("all", views), ("none", [])], selected=chosen, front=front)
-    layout["angles"] = pairwise_angles(rig.directions).round(4).tolist()
-    return PAGE.replace("@TITLE@", title).replace("@FRAME@", str(frame)).replace("@DATA@", json.dumps(layout))
+    presets = [(label.format(len(best), *coverage(rig.angles, best)), best) for best in suggested]
+    data = {"cameras": cameras, "angles": rig.angles.round(4).tolist(), "selected": chosen, "front": front}
+    data["presets"] = [*presets, ("all", views), ("none", [])]
+    return PAGE.replace("@TITLE@", title).replace("@DATA@", json.dumps(data))
 
 
 PAGE = r"""<!doctype html>
@@ -2736,114 +2522,90 @@ PAGE = r"""<!doctype html>
   .quiet, #grid { color: var(--quiet); }
   header { position: sticky; top: 0; z-index: 2; display: grid; gap: 6px; padding: 8px 16px; background: var(--faint); }
   header div, main { display: flex; flex-wrap: wrap; gap: 6px 8px; align-items: center; }
-  h1 { font-size: 17px; margin: 0 8px 0 0; }
+  h1 { font-size: 17px; margin: 0; }
   #status { margin-left: auto; font-size: 16px; font-variant-numeric: tabular-nums; }
   #largest, #warning { margin: 0; color: var(--gap); }
-  button, .view { cursor: pointer; }
   header button, input { font: inherit; color: inherit; background: Canvas; padding: 3px 9px;
                          border: 1px solid var(--quiet); border-radius: 5px; }
+  button:enabled { cursor: pointer; }
   #line { flex: 1; min-width: 12em; font-family: ui-monospace, monospace; }
   :focus-visible { outline: 3px solid; outline-offset: 2px; }
   #grid { display: grid; grid: auto / 54px; grid-auto-columns: minmax(15px, 72px); gap: 4px 3px; padding: 8px 16px;
-          align-items: center; justify-content: center; text-align: center; font-size: 11px; white-space: nowrap; }
-  .tile { position: relative; display: grid; align-content: center; place-self: stretch; min-height: 44px; padding: 0;
-          overflow: hidden; border: 0; border-radius: 4px; background: var(--faint); color: inherit; font: inherit;
-          line-height: 1.2; white-space: normal; }
+          place-items: center; justify-content: center; font-size: 11px; white-space: nowrap; }
+  .tile { position: relative; place-self: stretch; min-height: 44px; padding: 0; overflow: hidden; border: 0;
+          border-radius: 4px; background: var(--faint); font: inherit; color: inherit; }
   .tile b { position: absolute; left: 0; bottom: 0; padding: 0 4px; background: Canvas; color: CanvasText;
             border-top-right-radius: 4px; line-height: 15px; }
-  .tile[aria-pressed=true] { box-shadow: 0 0 0 3px var(--chosen); }
   .tile[aria-pressed=true] b::after { content: " ✓"; }
   #presets [aria-pressed=true], [aria-pressed=true] b { background: var(--chosen); color: Canvas; }
+  .tile[aria-pressed=true] { box-shadow: 0 0 0 3px var(--chosen); }
+  .tile.gap { box-shadow: 0 0 0 3px var(--gap); }
   main { gap: 8px 32px; justify-content: center; padding: 8px 16px 12px; }
-  svg, figure { width: clamp(280px, min(30vw, 100vh - 24vw - 60px), 560px); margin: 0; white-space: nowrap; }
-  svg { font-size: 8px; text-anchor: middle; dominant-baseline: central; fill: var(--quiet); }
-  circle { fill: var(--disc, none); stroke: var(--edge, var(--faint)); }
-  .dot { --disc: var(--faint); }
-  .view { --disc: Canvas; --edge: var(--quiet); fill: CanvasText; }
-  .on { --disc: var(--chosen); --edge: var(--chosen); fill: Canvas; font-weight: bold; }
-  #gap { --edge: var(--gap); stroke: var(--gap); stroke-width: 2.5; }
+  figure { width: clamp(280px, min(60vw, 100vh - 24vw - 60px), 560px); margin: 0; }
   img { display: block; width: 100%; min-height: 44px; border-radius: 4px; object-fit: cover; }
-  .help { flex: 1; min-width: 19em; max-width: 60em; }
+  .help { flex: 1; min-width: 15em; max-width: 38em; }
 </style>
 <header>
-  <div><h1>@TITLE@</h1><span class="quiet">frame @FRAME@</span><span id="status" role="status"></span></div>
+  <div><h1>@TITLE@</h1><span id="status" role="status"></span></div>
   <div id="presets">Suggested </div>
   <div><input id="line" readonly aria-label="line for the config" spellcheck="false"><button id="copy"></button></div>
   <p id="warning" role="alert">Without camera 25: five of the six speech performances have only this camera.</p>
 </header>
 <section id="grid" aria-label="views, as the cameras stand"></section>
 <main>
-  <svg class="map" viewBox="-124 -124 248 248" role="img" aria-label="the rig from above">
-    <circle r="100"/><circle r="80"/><circle r="60"/><circle r="40"/><g id="gap"></g><g id="dots"></g>
-    <path d="M-4 13 L0 21 L4 13Z"/><ellipse rx="12" ry="15"/>
-    <text y="118">front</text><text y="-118">behind</text>
-    <text transform="translate(118) rotate(90)">person's left</text>
-    <text transform="translate(-118) rotate(-90)">person's right</text>
-  </svg>
   <figure><img id="large" alt=""><figcaption id="caption"></figcaption></figure>
   <div class="help quiet">
     <p>Click a view to choose it or not. Keys: <kbd>Tab</kbd> and <kbd>Space</kbd>. Then copy the line above.</p>
-    <p>The largest gap is the largest angle, seen from the person, between any camera of the rig and the nearest chosen
-       view; the mean is over all cameras. Smaller is better.</p>
-    <p class="map">Orange on the map: the camera with the largest gap, and the way to its nearest chosen view.</p>
+    <p>The largest gap is the largest angle, seen from the person, between any camera of the rig (grey: without picture)
+       and the nearest chosen view; both have an orange frame. The mean is over all cameras. Smaller is better.</p>
   </div>
 </main>
 <script>
-const {cameras, rows, columns, angles, presets, selected, front} = @DATA@;
+const {cameras, angles, presets, selected, front} = @DATA@;
+const sides = [[0, "behind"], [7, "person's right"], [16, "front"], [25, "person's left"], [34, "behind"]];
 const views = [...cameras.keys()].filter(i => cameras[i].image);
 let chosen;
 
 const $ = id => document.getElementById(id);
 const fill = (id, items, markup) => $(id).insertAdjacentHTML("beforeend", items.map(markup).join(""));
-const area = (row, slot) => `style="grid-area: ${row + 2} / ${slot + 2} / auto / span 2"`;
-const disc = ({x, y}, r) => `<circle cx="${x}" cy="${y}" r="${r}"/>`;
+const area = (row, slot) => `style="grid-area: ${row + 2} / ${slot + 2} / auto / span ${slot < 0 ? 1 : 2}"`;
 
-fill("grid", rows, (label, row) => `<span style="grid-area: ${row + 2} / 1">${label}</span>`);
-fill("grid", columns, (label, column) => `<span ${area(-1, 2 * column)}>${label}</span>`);
-fill("grid", cameras, ({id, label, row, slot, image}) => image
-  ? `<button class="tile" ${area(row, slot)} data-camera="${id}" aria-label="camera ${id}, ${label}">
-       <b>${id}</b><img src="${image}" alt=""></button>`
-  : `<div class="tile" ${area(row, slot)} title="${label}">${id}<small>no picture</small></div>`);
-fill("dots", cameras, camera => `<g class="dot ${camera.image ? "view" : ""}">${disc(camera, 7.5)}
-  <text x="${camera.x}" y="${camera.y}">${camera.id}</text></g>`);
+fill("grid", ["above", "eye level", "close", "below"], (label, row) => `<span ${area(row, -1)}>${label}</span>`);
+fill("grid", sides, ([slot, label]) => `<span ${area(-1, slot)}>${label}</span>`);
+fill("grid", cameras, ({id, label, row, slot, image}) =>
+  `<button class="tile" ${area(row, slot)} data-camera="${id}" aria-label="camera ${id}, ${label}"
+     ${image ? `><b>${id}</b><img src="${image}" alt="">` : `disabled>${id}`}</button>`);
 fill("presets", presets, ([label]) => `<button>${label}</button>`);
-const [tiles, dots, buttons] = [".tile", ".dot", "#presets button"].map(all => [...document.querySelectorAll(all)]);
+const [tiles, buttons] = [".tile", "#presets button"].map(all => [...document.querySelectorAll(all)]);
 
 function choose(list) {
   const ids = list.map(i => cameras[i].id), all = list.length > 1 && list.length === views.length;
+  const gaps = angles.map(row => Math.min(...list.map(j => row[j])));
+  const largest = Math.max(...gaps), mean = gaps.reduce((sum, gap) => sum + gap) / gaps.length;
+  const worst = gaps.indexOf(largest), nearest = list.find(j => angles[worst][j] === largest);
   if (chosen) history.replaceState(null, "", `#${ids.join() || "none"}`);  // a reload keeps what was clicked
   chosen = list;
-  for (const i of views) {
-    tiles[i].setAttribute("aria-pressed", list.includes(i));
-    dots[i].classList.toggle("on", list.includes(i));
-  }
+  tiles.forEach((tile, i) => {
+    tile.setAttribute("aria-pressed", list.includes(i));
+    tile.classList.toggle("gap", list.length > 0 && largest > 0 && [worst, nearest].includes(i));
+  });
   buttons.forEach((button, k) => button.setAttribute("aria-pressed", `${presets[k][1]}` === `${list}`));
   $("line").value = all ? "cameras: all" : list.length ? `cameras: [${ids.join(", ")}]` : "";
   $("copy").textContent = "Copy";
   $("copy").disabled = !list.length;
-  $("warning").hidden = !list.length || list.includes(front) || !views.includes(front);
-  $("status").innerHTML = `<b id="count">${list.length}</b> of ${views.length} view${views.length === 1 ? "" : "s"}`;
-  $("gap").innerHTML = "";
-  if (!list.length) return;
-
-  const gaps = angles.map(row => Math.min(...list.map(j => row[j])));
-  const largest = Math.max(...gaps), mean = gaps.reduce((sum, gap) => sum + gap) / gaps.length;
-  const worst = gaps.indexOf(largest), nearest = list.find(j => angles[worst][j] === largest);
-  const from = cameras[worst], to = cameras[nearest];
-  $("status").innerHTML += ` · largest gap <b id="largest">${largest.toFixed(1)}°</b>
-    <span id="where" class="quiet">at camera ${from.id} · mean ${mean.toFixed(1)}°</span>`;
-  if (largest) $("gap").innerHTML = `${disc(from, 9)}<path d="M${from.x} ${from.y} L${to.x} ${to.y}"/>`;
+  $("warning").hidden = !list.length || list.includes(front);
+  $("status").innerHTML = `<b id="count">${list.length}</b> of ${views.length} chosen`;
+  if (list.length) $("status").innerHTML += ` · largest gap <b id="largest">${largest.toFixed(1)}°</b>
+    <span id="where" class="quiet">at camera ${cameras[worst].id} · mean ${mean.toFixed(1)}°</span>`;
 }
 function enlarge({id, label, image}) {
-  $("large").src = image;
-  $("large").alt = $("caption").textContent = `Camera ${id}: ${label}`;
+  $("large").src = image ?? "";
+  $("caption").textContent = `Camera ${id}: ${label}${image ? "" : ", without picture"}`;
 }
 
 for (const i of views) {
-  for (const element of [tiles[i], dots[i]]) {
-    element.onclick = () => choose(views.filter(j => (j === i) !== chosen.includes(j)));
-    element.onmouseenter = element.onfocus = () => enlarge(cameras[i]);
-  }
+  tiles[i].onclick = () => choose(views.filter(j => (j === i) !== chosen.includes(j)));
+  tiles[i].onmouseenter = tiles[i].onfocus = () => enlarge(cameras[i]);
 }
 buttons.forEach((button, k) => { button.onclick = () => choose(presets[k][1]); });
 $("copy").onclick = () => {
@@ -2851,51 +2613,50 @@ $("copy").onclick = () => {
   document.execCommand("copy");      // navigator.clipboard is not for file:// pages in every browser
   $("copy").textContent = "Copied";
 };
-if (views.length) enlarge(cameras[views.includes(front) ? front : views[0]]);
-if (views.length < 2) document.querySelectorAll(".map").forEach(element => { element.style.display = "none"; });
-const kept = location.hash.slice(1).split(",");
-choose(location.hash ? views.filter(i => kept.includes(`${cameras[i].id}`)) : selected);
+enlarge(cameras[front]);
+choose(location.hash ? views.filter(i => location.hash.slice(1).split(",").includes(`${cameras[i].id}`)) : selected);
 </script>
 """
 
 
 def show_cameras(config: Config, manifest: Manifest, arguments: argparse.Namespace) -> int:
-    """Carry out --camera-grid, --suggest-cameras and --scene with what was extracted, without a download."""
+    """Carry out --camera-grid, --suggest-cameras or --scene with what was extracted, without a download."""
     if arguments.scene:
         write_scene(config, arguments.scene, arguments.frame)
+        return 0
     if arguments.camera_grid:
         folder, pictures, frame = extracted_views(config, arguments.camera_grid, arguments.frame)
-        cameras = set(pictures)
-    elif arguments.suggest_cameras is not None:
+    else:
         folders = (config.folder_of(*key) for key in manifest.completed)
         folder = next((folder for folder in folders if (folder / "calibration").is_dir()), None)
         if folder is None:
             raise ConfigError(f"{config.output_dir} has no calibration: extract one subject with all cameras first")
-        cameras = set().union(*(parse_numbers(row["cameras_available"]) for row in manifest.completed.values()))
-    else:
-        return 0
-    _, rig = read_calibration(folder, cameras)
-    available = [i for i, camera in enumerate(rig.ids) if camera in cameras]
+        pictures = set().union(*(parse_numbers(row["cameras_available"]) for row in manifest.completed.values()))
+    _, rig = read_calibration(folder, pictures)
     asked = config.asked_cameras(folder.name if arguments.camera_grid else "s3_all")
-    chosen = [i for i in available if asked is None or rig.ids[i] in asked]
+    available = [rig.ids.index(camera) for camera in pictures]
+    chosen = now = [i for i in sorted(available) if asked is None or rig.ids[i] in asked]
     if arguments.suggest_cameras is not None:
-        chosen = show_suggestion(config, rig, available, chosen, arguments.suggest_cameras)
+        chosen = suggest_cameras(rig.angles, available, arguments.suggest_cameras, rig.ids.index(FRONT_CAMERA))
+        for title, cameras in (("suggested", chosen), (f"{config.path.name} now", now)):
+            gaps = coverage(rig.angles, cameras)
+            log.info("  %-16s %2d cameras, largest gap %5.1f°, mean %4.1f°", title, len(cameras), *gaps)
+        ids = [rig.ids[i] for i in chosen]
+        log.info("The line for %s (%d cameras have pictures):\n  cameras: %s", config.path.name, len(available), ids)
     if arguments.camera_grid:
-        show_grid(config, rig, pictures, chosen, f"{folder.parent.name} {folder.name}", frame)
+        show_grid(config, rig, pictures, chosen, folder, frame)
     return 0
 
 
 def extracted_views(config: Config, name: str, frame: int | None) -> tuple[Path, dict[int, Path], int]:
     """Return the folder of an extracted performance, such as "0018/s3_all", the picture of each camera that has the
     frame, and the frame: by default the first that most cameras have."""
-    if not re.fullmatch(f"{SUBJECT.pattern}/{PLAIN_NAME.pattern}", name):
-        raise ConfigError(f"{printable(name)!r} is no performance: write it as 0018/s3_all")
-    folder = config.folder_of(*name.split("/"))
+    folder = config.output_dir / name
     pictures: dict[int, dict[int, Path]] = collections.defaultdict(dict)
     for path in sorted(folder.glob("images/cam_[0-9][0-9]/frame_*.*")):
         pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
     if not pictures:
-        raise ConfigError(f"{folder} has no pictures: extract {name} first, with its images")
+        raise ConfigError(f"{folder} has no pictures: extract {name} first (the name is one such as 0018/s3_all)")
     if frame is None:
         frame = min(pictures, key=lambda number: (-len(pictures[number]), number))
     if frame not in pictures:
@@ -2908,59 +2669,38 @@ def read_calibration(folder: Path, cameras: Iterable[int]) -> tuple[dict[int, di
     "RT" (4, 4) camera to world in metres. Raise ConfigError where it cannot be read, or lacks one of these cameras."""
     path = folder / "calibration" / "cameras.json"
     try:
-        stored = json.loads(path.read_text())["cameras"].items()
-        shapes = {"K": (3, 3), "D": (5,), "RT": (4, 4)}
-        calibration = {
-            int(number): {name: np.array(camera[name], float).reshape(shape) for name, shape in shapes.items()}
-            for number, camera in stored
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        stored = json.loads(path.read_text())["cameras"]
+    except (OSError, ValueError, KeyError):
         raise ConfigError(f"{path} cannot be read: extract the performance with calibration, or again") from None
-    missing = sorted(set(cameras) - set(calibration))
-    if missing:
+    calibration = {int(key): {name: np.array(stored[key][name]) for name in stored[key]} for key in stored}
+    if missing := sorted(set(cameras) - set(calibration)):
         raise ConfigError(f"{path} has no calibration for camera {', '.join(map(str, missing))}")
     return calibration, rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})
 
 
-def show_suggestion(config: Config, rig: Rig, available: list[int], now: list[int], n: int) -> list[int]:
-    """Print the n views that cover the rig best, beside what the config gives now, and return them as indices."""
-    chosen = suggest_cameras(rig.directions, available, n, rig.ids.index(FRONT_CAMERA))
-    log.info("%d of the %d cameras with pictures:", n, len(available))
-    for title, cameras in (("suggested", chosen), (f"{config.path.name} now", now)):
-        largest, mean = coverage(rig.directions, cameras)
-        log.info("  %-16s %2d cameras, largest gap %5.1f°, mean %4.1f°", title, len(cameras), largest, mean)
-    ids = "all" if 1 < len(chosen) == len(available) else [rig.ids[i] for i in chosen]
-    log.info("The line for %s:\n  cameras: %s", config.path.name, ids)
-    return chosen
-
-
-def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[int], title: str, frame: int):
-    """Write the picture and the page of a performance into previews/ beside the config, and say so."""
+def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[int], folder: Path, frame: int):
+    """Write the picture and the page of an extracted performance into previews/ beside the config, and say so."""
     import cv2
 
     with ThreadPoolExecutor() as pool:
         read = pool.map(partial(read_picture, size=TILE_SIZE), pictures.values())
         tiles = {rig.ids.index(camera): tile for camera, tile in zip(pictures, read) if tile is not None}
-    chosen = [i for i in wanted if i in tiles]
-    folder = config.path.parent / "previews"
-    folder.mkdir(exist_ok=True)
-    jpg, page = (folder / f"{title.replace(' ', '_')}.{ending}" for ending in ("jpg", "html"))
-    picture = camera_grid(rig, tiles, chosen, f"{title}, frame {frame}")
-    jpg.write_bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 88])[1])
-    page.write_text(camera_page(rig, tiles, chosen, title, frame), encoding="utf-8")
-    views = count_of(len(tiles), "view")
-    log.info("%s, frame %d, as the cameras stand: %s, %d framed", title, frame, views, len(chosen))
-    log.info("  picture  %s", jpg)
+    chosen, title = [i for i in wanted if i in tiles], f"{folder.parent.name} {folder.name}, frame {frame}"
+    page = config.path.parent / "previews" / f"{folder.parent.name}_{folder.name}.html"
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(camera_page(rig, tiles, chosen, title), encoding="utf-8")
+    page.with_suffix(".jpg").write_bytes(cv2.imencode(".jpg", camera_grid(rig, tiles, chosen, title))[1])
+    log.info("%s, as the cameras stand: %s, %d framed", title, count_of(len(tiles), "view"), len(chosen))
+    log.info("  picture  %s", page.with_suffix(".jpg"))
     log.info("  page     %s  (open it in a browser, click the views that you want, copy the line)", page)
 
 
 def write_scene(config: Config, name: str, frame: int | None):
     """Write one moment of a performance into scenes/ beside the config, in COLMAP's text format.
 
-    name: such as "0018/s3_all"; frame: None for the first that most cameras have. Every view of it is warped to one
-    common pinhole camera: the mean focal length, the principal point in the middle, the size that most pictures have.
-    The points are random ones in the largest ball around the point nearest to all optical axes that every camera sees
-    in full. Raise ConfigError where nothing is extracted, and where no picture can be read."""
+    Every view is warped to one common pinhole camera: the mean focal length, the principal point in the middle, the
+    size that most pictures have. The points are random ones in the largest ball around the center of the rig that every
+    camera sees in full. Raise ConfigError where no picture can be read."""
     folder, pictures, frame = extracted_views(config, name, frame)
     calibration, rig = read_calibration(folder, pictures)
     headers = [probe_picture(path.read_bytes()) for path in pictures.values()]
@@ -2974,48 +2714,42 @@ def write_scene(config: Config, name: str, frame: int | None):
 
     scene = config.path.parent / "scenes" / f"{'_'.join(folder.parts[-2:])}_{frame:06d}"
     unfinished = scene.with_name(f".{scene.name}.partial")
-    model, warp = unfinished / "sparse" / "0", partial(warp_view, unfinished, K, (width, height), points)
     remove(unfinished)
-    try:
-        model.mkdir(parents=True)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            warped = pool.map(warp, pictures.values(), map(calibration.get, pictures))
-            warped = list(tqdm(warped, desc=scene.name, total=len(pictures), unit="view", disable=None, leave=False))
-        colors = {camera: seen for camera, seen in zip(pictures, warped) if seen is not None}
-        if not colors:
-            raise ConfigError(f"{folder} has no picture of frame {frame} that can be read")
-        # In COLMAP, the corner of the first pixel is (0, 0).
-        (model / "cameras.txt").write_text(f"1 PINHOLE {width} {height} {focal} {focal} {width / 2} {height / 2}\n")
-        images = [f"{n + 1} {colmap_pose(calibration[n]['RT'])} 1 {n:02d}.png\n\n" for n in colors]
-        (model / "images.txt").write_text("".join(images))
-        color = np.median(list(colors.values()), axis=0)[:, ::-1]
-        table = np.column_stack([np.arange(len(points)) + 1, points, color, np.zeros(len(points))])
-        np.savetxt(model / "points3D.txt", table, "%d %.6f %.6f %.6f %d %d %d %d")
-        put_in_place(unfinished, scene)
-    finally:
-        remove(unfinished)
-    views = count_of(len(colors), "view")
-    log.info("%s %s, frame %d, %s as a scene: %s", *folder.parts[-2:], frame, views, scene)
+    warp = partial(warp_view, unfinished, K, (width, height), points)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        warped = pool.map(warp, pictures.values(), map(calibration.get, pictures))
+        warped = list(tqdm(warped, desc=scene.name, total=len(pictures), unit="view", disable=None, leave=False))
+    colors = {camera: seen for camera, seen in zip(pictures, warped) if seen is not None}
+    if not colors:
+        raise ConfigError(f"{folder} has no picture of frame {frame} that can be read")
+    model = unfinished / "sparse" / "0"
+    model.mkdir(parents=True)
+    # In COLMAP, the corner of the first pixel is (0, 0).
+    (model / "cameras.txt").write_text(f"1 PINHOLE {width} {height} {focal} {focal} {width / 2} {height / 2}\n")
+    images = [f"{n + 1} {colmap_pose(calibration[n]['RT'])} 1 {n:02d}.png\n\n" for n in colors]
+    (model / "images.txt").write_text("".join(images))
+    color = np.median(list(colors.values()), axis=0)[:, ::-1]
+    table = np.column_stack([np.arange(len(points)) + 1, points, color, np.zeros(len(points))])
+    np.savetxt(model / "points3D.txt", table, "%d %.6f %.6f %.6f %d %d %d %d")
+    put_in_place(unfinished, scene)
+    log.info("%s, frame %d, %s as a scene: %s", name, frame, count_of(len(colors), "view"), scene)
 
 
 def warp_view(scene: Path, K: np.ndarray, size: tuple[int, int], points: np.ndarray, path: Path, camera: dict):
     """Write a view and its mask, if there is one, into a scene as the pinhole camera K (3, 3) sees them, with 0 around.
 
-    size: width and height in pixels; points (n, 3): in the world; path, camera: the stored picture and the calibration
-    of its camera. Return the colors of the points in the view, (n, 3) uint8 BGR; None, with a warning, where the
-    picture is damaged."""
+    size: width and height in pixels; path, camera: the stored picture and the calibration of its camera. Return the
+    colors of the points (n, 3) in the view, (n, 3) uint8 BGR; None where the picture is damaged."""
     import cv2
 
-    picture = read_picture(path, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    if picture is None:
+    if (picture := read_picture(path)) is None:
         return None
     maps = cv2.initUndistortRectifyMap(camera["K"], camera["D"], None, K, size, cv2.CV_32FC1)
     view, png = cv2.remap(picture, *maps, cv2.INTER_LANCZOS4), f"{path.parent.name[4:]}.png"
-    (scene / "images").mkdir(exist_ok=True)
+    (scene / "images").mkdir(parents=True, exist_ok=True)
     (scene / "images" / png).write_bytes(cv2.imencode(".png", view)[1])
     for mask_path in path.parents[2].glob(f"masks/{path.parent.name}/{path.stem}.*"):
-        mask = read_picture(mask_path, cv2.IMREAD_GRAYSCALE | cv2.IMREAD_IGNORE_ORIENTATION)
-        if mask is not None:
+        if (mask := read_picture(mask_path, grey=True)) is not None:
             (scene / "masks").mkdir(exist_ok=True)
             (scene / "masks" / png).write_bytes(cv2.imencode(".png", cv2.remap(mask, *maps, cv2.INTER_LINEAR))[1])
     x, y, depth = (K @ camera["RT"][:3, :3].T @ (points - camera["RT"][:3, 3]).T).astype(np.float32)
@@ -3036,36 +2770,21 @@ def colmap_pose(camera_to_world: np.ndarray) -> str:
 # ---------------------------------------------------------------------------------------------- main
 
 
-ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 def interrupt(number: int, frame):
-    """Raise Interrupted, once: how a signal ends a run."""
+    """Raise KeyboardInterrupt with the signal's number, once: how SIGINT, SIGTERM and SIGHUP end a run."""
     for each in ENDING_SIGNALS:
         signal.signal(each, signal.SIG_IGN)
-    raise Interrupted(number)
+    raise KeyboardInterrupt(number)
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """One whose errors are one line."""
-
-    def error(self, message: str):
-        if unknown := re.search("unrecognized arguments: (--?[^ =]+)", message):
-            known = [option for action in self._actions for option in action.option_strings]
-            message = f"there is no option {unknown[1]}; {suggest(unknown[1], known)}"
-        raise ConfigError(f"{message} (--help shows all options)")
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    manual = __doc__.partition("Why a kill")[0]
-    usage = "%(prog)s [--config FILE] [options]"
-    parser = ArgumentParser(usage=usage, description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments() -> argparse.Namespace:
+    """Return the options of the command line. End the program with exit code 2 where they are wrong."""
+    parser = argparse.ArgumentParser(usage="%(prog)s [options]", formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.description = __doc__.partition("Why a kill")[0]
     parser.add_argument("--config", default="config.yaml", metavar="FILE", help="the settings (default: config.yaml)")
     parser.add_argument("--subject", nargs="+", metavar="ID", help="these subjects instead of the config's")
     parser.add_argument("--performance", nargs="+", metavar="NAME", help="these performances instead of the config's")
-    parser.add_argument(
-        "--redo", action="store_true", help="do them again whatever the manifest says (needs --subject)"
-    )
+    parser.add_argument("--redo", action="store_true", help="extract them again, done or not (needs --subject)")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--dry-run", action="store_true", help="list what would be downloaded, with sizes and states")
     only.add_argument("--status", action="store_true", help="progress from the manifest")
@@ -3076,70 +2795,67 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--suggest-cameras", type=int, metavar="N", help="the N views that cover 360 degrees best")
     parser.add_argument("--verbose", action="store_true", help="debug messages on the console as well as in the log")
     parser.add_argument("--version", action="version", version=VERSION)
-    return parser.parse_args(argv)
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        known = [f"--{name.replace('_', '-')}" for name in vars(arguments)]
+        parser.error(f"there is no option {unknown[0]}; {suggest(unknown[0].partition('=')[0], known)}")
+    if arguments.redo and not arguments.subject:
+        parser.error("--redo needs --subject: name the subjects that are to be done again")
+    if arguments.frame is not None and not (arguments.camera_grid or arguments.scene):
+        parser.error("--frame goes with --camera-grid or --scene")
+    if arguments.suggest_cameras is not None and (arguments.dry_run or arguments.status or arguments.inspect):
+        parser.error("--suggest-cameras goes with --camera-grid or alone")
+    return arguments
 
 
 def configure(arguments: argparse.Namespace) -> Config:
     """Return the config, with what the command line has to say instead."""
-    config = load_config(arguments.config)
-    if arguments.redo and not arguments.subject:
-        raise ConfigError("--redo needs --subject: name the subjects that are to be done again")
+    changes = {"redo": arguments.redo}
     for option, parse in (("subject", parse_subjects), ("performance", parse_performances)):
-        if value := getattr(arguments, option):
+        if words := getattr(arguments, option):
             try:
-                config = replace(config, **{f"{option}s": parse("all" if value == ["all"] else value)})
+                changes[f"{option}s"] = parse("all" if words == ["all"] else words)
             except ValueError as error:
                 raise ConfigError(f"--{option}: {error}") from None
-    return replace(config, redo=arguments.redo)
+    return replace(load_config(arguments.config), **changes)
 
 
-def main(argv: list[str] | None = None) -> int:
-    log.setLevel(logging.DEBUG)
-    arguments = parse_arguments(argv)
-    look = arguments.camera_grid or arguments.scene
-    if arguments.frame is not None and not look:
-        raise ConfigError("--frame goes with --camera-grid or --scene")
-    if arguments.suggest_cameras is not None and (
-        arguments.status or arguments.dry_run or arguments.inspect or arguments.scene
-    ):
-        raise ConfigError("--suggest-cameras goes with --camera-grid or alone")
-    console = log.handlers[0]
-    console.setLevel(logging.DEBUG if arguments.verbose else logging.INFO)
+def main() -> int:
+    """Do what the command line asks for. Return the exit code."""
+    arguments = parse_arguments()
+    console = Console(logging.DEBUG if arguments.verbose else logging.INFO)
+    log.addHandler(console)
     if arguments.inspect:
         return inspect_files(arguments.inspect)
     config = configure(arguments)
     manifest = Manifest(config)
     if arguments.status:
         return show_status(config, manifest)
-    if look or arguments.suggest_cameras is not None:
+    if arguments.camera_grid or arguments.scene or arguments.suggest_cameras is not None:
         return show_cameras(config, manifest, arguments)
-    with contextlib.closing(Remote(config, Progress(console))) as remote:
+    with contextlib.closing(Remote(config, Report(console))) as remote:
         return show_plan(config, manifest, remote) if arguments.dry_run else run(config, manifest, remote)
 
 
-def run_cli(argv: list[str] | None = None) -> int:
+def run_cli() -> int:
     """main(), with each kind of error as a message and an exit code."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by the caller
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
-        getattr(sys, name).reconfigure(errors="replace")  # its encoding may be another one than UTF-8
-    log.addHandler(Console(logging.INFO))
+    log.setLevel(logging.DEBUG)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # its encoding may be another one than UTF-8
     try:
         for number in ENDING_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
                 signal.signal(number, interrupt)
-        return main(argv)
+        return main()
     except ConfigError as error:
         log.error("%s", error)
         return 2
-    except StopEarly as error:
-        log.error("Stopped: %s", error)
+    except (StopEarly, MemoryError) as error:
+        log.error("Stopped: %s", str(error) or "there is too little memory. Free some, then run the same command again")
     except OSError as error:
         log.error("Stopped: %s", describe_os_error(error))
         log.debug("", exc_info=True)
-    except MemoryError:
-        log.error("Stopped: there is too little memory. Free some, then run the same command again")
-    except Interrupted as error:
+    except KeyboardInterrupt as error:
         log.error("Interrupted: run the same command again to go on; a file that had come in part is downloaded again")
         return 128 + error.args[0]
     return 3

@@ -1,6 +1,7 @@
 """MANIFEST.csv: the record of what is done, whoever wrote it and whatever a crash did to it."""
 
 import csv
+import re
 
 import pytest
 
@@ -140,6 +141,23 @@ def test_the_work_over_finished_subjects_grows_no_faster_than_their_number(works
 
     start_up, some, many = calls(1), calls(30), calls(150)
     assert many - start_up < 6 * (some - start_up)
+
+
+def test_status_tells_the_share_in_bytes_the_rate_the_end_and_what_failed(workspace):
+    """0018 has a large and a small performance, 0019 and 0026 the small one. The large one is missing twice."""
+    subjects = ["0018", "0019", "0026", *(f"{number:04d}" for number in range(1000, 1012))]
+    workspace.write_config(extraction={"subjects": subjects, "performances": ["s1_all", "s3_all"]})
+    rows = ["0018,s3_all,completed,38,9,6,2026,,,,,7,600,60,"]
+    rows += [f"{subject},s1_all,completed,1,9,1,2026,,,,,1,100,10," for subject in subjects[:3]]
+    rows += [f"{subject},s1_all,failed,0,0,,2026,it is broken,,,,1,5,1," for subject in subjects[3:]]
+    rows += [f"{subject},s3_all,absent,0,0,,2026,,,,,,,," for subject in subjects[3:]]
+    workspace.manifest.write_text("\n".join([HEADER, *rows, ""]))
+    out = workspace.run("--status").out
+    assert "4 of 30 performances of 15 subjects are done, 12 failed, 12 absent" in out
+    # Extracted are 9 GB in 900 s; what is left has 2 * 6 + 12 * 1 GB, at the same rate.
+    assert "1 subject finished; 27 % is extracted, 9.00 GB of about 33.0 GB" in out
+    assert re.search(r"about 40:00 left for one process at 10\.0 MB/s, until \w+ \d+ \w+ \d+:\d+\n", out)
+    assert out.count("s1_all: failed: it is broken") == 10 and "1009" in out and "1010" not in out
 
 
 def test_the_projects_own_manifest_has_the_header():

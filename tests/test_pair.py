@@ -74,7 +74,7 @@ def test_performances_all_takes_every_performance_of_the_subject_with_all_it_has
     before = extracted.manifest.read_bytes()
     run = extracted.run()
     assert extracted.manifest.read_bytes() == before and "4 of 4" in run.out
-    assert "4 performances are done" in extracted.run("--dry-run").out
+    assert "4 done" in extracted.run("--dry-run").out
 
 
 def test_performances_all_works_in_the_single_layout_too(tmp_path):

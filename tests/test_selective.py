@@ -356,7 +356,7 @@ def test_three_quotas_in_a_row_stop_the_run_with_exit_3(small):
     small.drive.fault("*", "downloadQuotaExceeded")
     stopped = small.run(expect=3)
     assert set(small.states.values()) == {"quota_exceeded"} and len(small.rows) == 3
-    assert "download quota has been used up" in stopped.err
+    assert "download quota for this file is used up" in stopped.err
     assert small.drive.bytes_sent() == 0
 
 
