@@ -45,7 +45,6 @@ import ctypes
 import difflib
 import errno
 import fcntl
-import gc
 import glob
 import hashlib
 import http.client
@@ -432,7 +431,7 @@ class Manifest:
         if row["status"] == "absent" and last["status"] in ("absent", "completed"):
             return
         values = {**row, "timestamp": utc_now(), "error": " ".join(row["error"].split())[:500]}
-        with lock_file(self.path) as file:
+        with no_fork, lock_file(self.path) as file:
             columns, _, end = self.parse(file.read())
             cells = [values.get(name, "") for name in columns or COLUMNS]
             line = csv_lines([cells] if columns else [COLUMNS, cells])
@@ -738,7 +737,8 @@ class Remote:
                         self.report.trouble = clean_rclone_message(message["msg"])
                     elif message["level"] != "debug" and "stats" not in message:
                         log.debug("rclone: %s %s", message["object"], message["msg"].strip())
-                    error = message["msg"] if message["level"] in ERROR_LEVELS else error
+                    if message["level"] in ERROR_LEVELS or message["msg"].startswith("Failed to"):
+                        error = message["msg"]
                     handle(message)
                 process.wait()
             finally:
@@ -773,9 +773,9 @@ class Remote:
                 raise self.describe_listing_error(message["msg"], message["object"])
 
         options = (*RCLONE_LISTING, *options)
-        printed, code, _ = self.run_rclone(verb, *options, places=[self.root], handle=stop_at_error)
+        printed, code, error = self.run_rclone(verb, *options, places=[self.root], handle=stop_at_error)
         if code:
-            raise self.describe_listing_error("rclone does not say why", "")
+            raise self.describe_listing_error(error or "rclone does not say why", "")
         return json.loads(printed)
 
     def describe_listing_error(self, message: str, folder: str) -> Exception:
@@ -1542,6 +1542,7 @@ def format_numbers(numbers: Iterable[int]) -> str:
     return " ".join(str(number) for number in sorted(numbers))
 
 
+no_fork = threading.Lock()  # held while there is a lock on the manifest, which a child would inherit
 # Safe here, because what a child runs needs no lock that a thread of the run could hold.
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
@@ -1558,7 +1559,8 @@ def run_in_child(work: Callable, *arguments, name: str, size: int, decoders: int
         receiver, sender = multiprocessing.Pipe(duplex=False)
         # These signals can reach the whole group; blocked in the child, they are left to this process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        parent, pid = os.getpid(), os.fork()
+        with no_fork:
+            parent, pid = os.getpid(), os.fork()
         if not pid:
             child_main(parent, sender, partial(work, *arguments), name, size, decoders, progress is not None)
         try:
@@ -1595,9 +1597,6 @@ def child_main(parent: int, pipe, work: Callable, name: str, size: int, decoders
             libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: Linux kills this process when its parent ends
         if os.getppid() != parent:
             return
-        gc.freeze()
-        os.closerange(3, pipe.fileno())  # a child must hold no lock and no pipe of the run
-        os.closerange(pipe.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         # Ten times the CPU that a healthy file needs.
         limit_resources(memory, 60 + size // 1_000_000 if decoders else 4 + size // 20_000_000)
         with tempfile.TemporaryFile() as printed:  # for what libraries print: see `undecodable`

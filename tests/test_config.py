@@ -149,7 +149,7 @@ def test_the_projects_own_config_holds_every_setting_and_asks_for_the_folder_id(
 def test_a_remote_that_rclone_does_not_know_is_a_config_error(workspace):
     workspace.write_config(google_drive={"remote_name": "nowhere"}, extraction={"performances": ["s1_all"]})
     run = workspace.run(expect=2)
-    assert "no remote 'nowhere'" in run.err and "rclone listremotes" in run.err
+    assert "no remote nowhere" in run.err and "rclone listremotes" in run.err
     assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
 
 
