@@ -66,7 +66,7 @@ WRONG = [
     wrong("min_free_gb: 0", "min_free_gb: nan", "'nan'"),
     wrong("min_free_gb: 0", "min_free_gb: -1", "'-1'"),
     wrong("output_dir: subjects", 'output_dir: ""', "empty"),
-    wrong("output_dir: subjects", "output_dir: $NO_SUCH_VARIABLE/out", "output_dir", "$NO_SUCH_VARIABLE is not set"),
+    wrong("output_dir: subjects", "output_dir: $NO_SUCH_VARIABLE/out", "output_dir", "$NO_SUCH_VARIABLE", "not set"),
     wrong("min_free_gb: 0", "min_free_gb: 0\nprocessing:\n  workers: 0", "line 12", "workers"),
     wrong("min_free_gb: 0", "min_free_gb: 0\nprocessing:\n  verify: quick", "fast, full"),
     wrong("min_free_gb: 0", "min_free_gb: 0\nprocessing: [1]", "key: value"),
