@@ -108,6 +108,7 @@ RCLONE_LISTING = ["--checkers", "32", "--drive-pacer-min-sleep", "10ms", "--low-
 RCLONE_AT_ONCE = ["--retries", "1", "--low-level-retries", "1", "--contimeout", "15s", "--timeout", "60s"]
 RCLONE_LOG = ["--use-json-log", "--log-level", "DEBUG", "--stats", "500ms", "--stats-log-level", "NOTICE"]
 REFUSALS_IN_A_ROW = 3  # files that the remote refused for its quota or with an error of its own: the rest would be too
+CHANGED = "has changed on the remote since the run began: run the same command again"
 MINUTE_S = 60  # between two lines about a run of which nothing else is said
 BLOCK = 8 << 10  # bytes of a file on the remote that are fetched at least; headers in an SMC lie in pieces of 2 kB
 REQUEST_BLOCKS = 1024  # blocks that one request fetches at most
@@ -145,6 +146,7 @@ class RemoteError(Exception):
 OTHER_KEYS = {
     "verify_extraction": "write verify: fast or verify: full",
     "force_reextract": "delete it, and run with --redo --subject ID",
+    "max_retries": "delete it: rclone retries by itself",
     "limits": "write max_temp_size_gb and min_free_gb into the section storage",
     "logging": "delete it: each run has a log in storage.log_dir, and --verbose shows it on the console",
 }
@@ -811,21 +813,19 @@ class Remote:
                 note_twins(listing, path, sum(files.values()), sizes, twins, (path[-4:], ""))
         return listing
 
-    def copy(self, files: list[RemoteFile], progress: Callable) -> tuple[dict[str, str], dict[str, str]]:
-        """Bring files to temp_dir with one call of rclone, which retries and checks the md5. Return {path: md5 of what
-        came} and {path: last error, "": last error without a path}. Raise StopEarly or OSError for what is no file's
-        fault: at once where to try again would only cost time or downloads.
+    def copy(self, files: list[RemoteFile], progress: Callable) -> dict[str, str]:
+        """Bring files to temp_dir with one call of rclone, which retries and checks the md5. Return {path: last error,
+        "": last error without a path}. Raise StopEarly or OSError for what is no file's fault: at once where to try
+        again would only cost time or downloads.
 
         progress: called with the bytes that have come so far."""
-        md5s, errors = {}, {}
+        errors = {}
 
         def note(message: dict):
             text = message["msg"]
             if "stats" in message:
                 progress(int(message["stats"].get("bytes", 0)))
                 keep_free(self.config.temp_dir, self.config)
-            elif came := re.fullmatch("md5 = ([0-9a-f]{32}) OK", text):
-                md5s[message["object"]] = came[1]
             elif message["level"] in ERROR_LEVELS:
                 error = self.interpret(text)
                 if not isinstance(error, RemoteError) and not re.search(MESSAGES["network"], text):
@@ -840,7 +840,7 @@ class Remote:
         _, code, _ = self.run_rclone(*options, places=places, stdin=names, handle=note)
         if not 0 <= code <= 10:  # rclone's own codes
             raise StopEarly(f"rclone was ended from outside (code {code}); run the same command again")
-        return md5s, errors
+        return errors
 
     def explain(self, file: RemoteFile, message: str) -> RemoteError:
         """Return why a file did not come. Where rclone's message could be about the network as well as about the file,
@@ -1129,8 +1129,8 @@ def fetch_selected(remote: Remote, job: Job) -> Download:
     except SMCError as failure:
         error = failure
     if remote.list_release([job.subject]).subjects.get(job.subject, {}).get(job.performance) != job.files:
-        error = RemoteError(f"{job.files[0].name}: it changed on the remote since the listing; run again")
-    download = Download(job.files, error, fetched, time.monotonic() - begin, blocks)
+        error = RemoteError(f"{job.files[0].name} {CHANGED}")
+    download = Download(error, fetched, time.monotonic() - begin, blocks)
     remote.count_refusals([download])
     return download
 
@@ -1681,11 +1681,10 @@ class Job:
 
 
 class Download(NamedTuple):
-    """What became of a job's files: they are in temp_dir as they are on the remote now, or there is an error.
+    """What became of a job's files: they are in temp_dir, or there is an error.
 
     bytes, seconds: what came, and how long it took; blocks: see SelectedFile."""
 
-    files: tuple[RemoteFile, ...]
     error: Exception | None = None
     bytes: int = 0
     seconds: float = 0.0
@@ -1729,8 +1728,6 @@ def check_setup(plan: Plan, remote: Remote):
             cure = "google_drive.layout: pair?"
         elif config.layout == "pair" and subjects:
             cure = "google_drive.layout: single?"
-        elif any(map(SMC_NAME.fullmatch, names)):
-            cure = "this is the folder of one subject; take the id of the folder above"
         elif subjects:
             near = difflib.get_close_matches(config.subjects[0], subjects, 1, 0.5) or subjects[:1]
             cure = f"no subject {' '.join(config.subjects[:5])}; did you mean {near[0]}?"
@@ -1755,8 +1752,14 @@ def plan_job(manifest: Manifest, listing: Listing, subject: str, performance: st
     """Return what is to be done of a performance, and why."""
     config, key, nothing = manifest.config, (subject, performance), dict.fromkeys(COLUMNS, "")
     files = listing.subjects.get(subject, {}).get(performance, ())
-    job = Job(config, subject, performance, files, *add_extracted(manifest, subject, performance))
-    row, extracted = manifest.rows.get(key, nothing), manifest.completed.get(key, nothing)["smc_id"].split()
+    row, done = manifest.rows.get(key, nothing), manifest.completed.get(key, nothing)
+    # No rerun takes away what was extracted before.
+    cameras, folder, extracted = config.asked_cameras(performance), config.folder_of(*key), done["smc_id"].split()
+    if cameras is not None:
+        paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in PER_CAMERA))
+        cameras |= parse_numbers(done["cameras"]) | {int(path.name[4:6]) for path in paths}
+    modalities = {*config.modalities, *done["modalities"].split(), *modalities_in(folder)}
+    job = Job(config, subject, performance, files, cameras, tuple(name for name in WRITERS if name in modalities))
     half = len(extracted) == 1 and len(files) == 2  # the other file of a pair has come
     if manifest.is_done(*key) and not half:
         return replace(job, state="done")
@@ -1777,17 +1780,6 @@ def plan_job(manifest: Manifest, listing: Listing, subject: str, performance: st
     last = "" if row["status"] in ("", "completed") else f"last time: {row['status'].replace('_', ' ')}"
     more = "more cameras or modalities are asked for" if row["status"] == "completed" else last
     return replace(job, reason="--redo" if config.redo else "the other file of the pair has come" if half else more)
-
-
-def add_extracted(manifest: Manifest, subject: str, performance: str) -> tuple[frozenset[int] | None, tuple[str, ...]]:
-    """Return (cameras, modalities) to extract: those asked for, and those that were, which no rerun takes away."""
-    asked, modalities = manifest.config.asked_cameras(performance), set(manifest.config.modalities)
-    row, folder = manifest.completed.get((subject, performance), {}), manifest.config.folder_of(subject, performance)
-    if asked is not None:
-        paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in PER_CAMERA))
-        asked |= parse_numbers(row.get("cameras", "")) | {int(path.name[4:6]) for path in paths}
-    modalities |= {*row.get("modalities", "").split(), *modalities_in(folder)}
-    return asked, tuple(name for name in WRITERS if name in modalities)
 
 
 def has_size(path: Path, size: int) -> bool:
@@ -2049,44 +2041,45 @@ def wait_for_room(config: Config, remote: Remote, jobs: list[Job], in_temp: set[
 
 
 def download(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
-    """Bring the files of some jobs to temp_dir. Return what became of each, as it is on the remote now; those that were
-    not tried because the remote refuses all are left out. Raise StopEarly or OSError for what is no file's fault."""
+    """Bring the files of some jobs to temp_dir. Return what became of each; those that were not tried because the
+    remote refuses all are left out. Raise StopEarly or OSError for what is no file's fault."""
     found = {}
     for job in jobs:
         if job.state != "to do":
             status = "absent" if job.state == "absent" else "download_failed"
-            found[job] = Download(job.files, RemoteError(job.reason, status))
+            found[job] = Download(RemoteError(job.reason, status))
     while not remote.refuses_all() and (whole := [job for job in jobs if not job.selection and job not in found]):
         found.update(copy_whole(remote, whole))
     for job in jobs:
         if job.selection and not remote.stopped and not remote.refuses_all():
             found[job] = fetch_selected(remote, job)
-    return {replace(job, files=found[job].files): found[job] for job in jobs if job in found}
+    return found
 
 
 def copy_whole(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
     """Copy the files of some jobs with one call of rclone, but for those that an earlier run has left whole. A used-up
     quota ends it for all files: jobs that were not tried are left out then."""
-    begin, found, md5s, errors = time.monotonic(), {}, {}, {}
+    begin, found, errors = time.monotonic(), {}, {}
     paths = {file: path for job in jobs for file, path in zip(job.files, job.temp_paths)}
     missing = [file for file, path in paths.items() if not is_current(path, file)]
     if missing:
         for file in missing:
             remove(paths[file])
         with remote.report.download([job for job in jobs if not job.is_downloaded()]) as progress:
-            md5s, errors = remote.copy(missing, progress)
+            errors = remote.copy(missing, progress)
     quota = {path for path, error in errors.items() if re.search(MESSAGES["quota"], error)}
     for job in jobs:
-        absent = [file for file in job.files if not paths[file].is_file()]
-        absent.sort(key=lambda file: file.path not in errors)
-        if not absent:
-            files = tuple(update_file(file, paths[file].stat().st_size, md5s.get(file.path)) for file in job.files)
+        lacking = [file for file in job.files if not has_size(paths[file], file.bytes)]
+        lacking.sort(key=lambda file: file.path not in errors)
+        if not lacking:
             came = sum(file.bytes for file in job.files if file in missing)
             seconds = (time.monotonic() - begin) * came / max(1, sum(file.bytes for file in missing))
-            found[job] = Download(files, None, came, seconds)
-        elif not quota or absent[0].path in quota:
-            reason = errors.get(absent[0].path) or errors.get("") or "rclone did not bring it, and did not say why"
-            found[job] = Download(job.files, remote.explain(absent[0], reason))
+            found[job] = Download(None, came, seconds)
+        elif paths[lacking[0]].is_file():
+            found[job] = Download(RemoteError(f"{lacking[0].name} {CHANGED}"))
+        elif not quota or lacking[0].path in quota:
+            reason = errors.get(lacking[0].path) or errors.get("") or "rclone did not bring it, and did not say why"
+            found[job] = Download(remote.explain(lacking[0], reason))
     remote.count_refusals(found.values())
     return found
 
@@ -2100,11 +2093,6 @@ def is_current(path: Path, file: RemoteFile) -> bool:
         while file.md5 and (block := content.read(1 << 20)):
             md5.update(block)
     return file.md5 in (None, md5.hexdigest())
-
-
-def update_file(file: RemoteFile, size: int, md5: str | None) -> RemoteFile:
-    """Return a file as it was downloaded: the listing may be days old. md5: None if it was there already."""
-    return file._replace(bytes=size, md5=md5, id=md5) if file.md5 and md5 else file._replace(bytes=size)
 
 
 def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: dict, in_temp: set) -> Iterator:
@@ -2275,31 +2263,23 @@ def estimate(rows: list[dict], left: list[tuple[str, str]], column: str) -> tupl
 
 
 def inspect_files(paths: list[str]) -> int:
-    """--inspect: show what each performance has, in its SMC file or in its two. Return the exit code."""
-    performances, latest, whole = [], {}, True
-    for path in dict.fromkeys(map(Path, paths)):
-        name = SMC_NAME.fullmatch(path.name)
-        key, half = (name.group("subject", "performance"), name["half"]) if name else (path, "raw")
-        if key not in latest or half in latest[key]:  # else it goes with the other half of its performance
-            latest[key] = {}
-            performances.append(latest[key])
-        latest[key][half] = path
-    for halves in performances:
-        files = [halves[half] for half in ("raw", "anno") if half in halves]
+    """--inspect: show what SMC files have. Return the exit code."""
+    whole = True
+    for path in map(Path, dict.fromkeys(paths)):
         try:
-            size = sum(file.stat().st_size for file in files if file.is_file())
-            whole &= run_in_child(show_content, files, name=files[0].name, size=size, progress=log.info)
+            size = path.stat().st_size if path.is_file() else 0
+            whole &= run_in_child(show_content, path, name=path.name, size=size, progress=log.info)
         except SMCError as error:
             log.error("%s", error)
             whole = False
     return 0 if whole else 1
 
 
-def show_content(files: list[Path], progress: Callable) -> bool:
-    """Report, in lines of 100 columns, what a performance has. Return whether all of it can be read."""
+def show_content(file: Path, progress: Callable) -> bool:
+    """Report, in lines of 100 columns, what an SMC file has. Return whether all of it can be read."""
     damage, sizes = {}, []
-    with SMCReader(*files) as reader:
-        lines = [("file", f"{printable(file.name)}, {format_size(file.stat().st_size)}") for file in files]
+    with SMCReader(file) as reader:
+        lines = [("file", f"{printable(file.name)}, {format_size(file.stat().st_size)}")]
         actor = [f"{name} {value}" for name, value in reader.actor_info.items() if value]
         lines.append(("recorded", ", ".join(map(printable, [reader.capture_date or "unknown", *actor]))))
         fps, resolution = reader.fps(), reader.Camera_info["resolution"]
@@ -2654,7 +2634,7 @@ def extracted_views(config: Config, name: str, frame: int | None) -> tuple[Path,
     pictures: dict[int, dict[int, Path]] = collections.defaultdict(dict)
     for path in sorted(folder.glob("images/cam_[0-9][0-9]/frame_*.*")):
         pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
-    if not pictures:
+    if not pictures or not re.fullmatch(f"{SUBJECT.pattern}/{PLAIN_NAME.pattern}", name):
         raise ConfigError(f"{folder} has no pictures: extract {name} first (the name is one such as 0018/s3_all)")
     if frame is None:
         frame = min(pictures, key=lambda number: (-len(pictures[number]), number))
