@@ -102,8 +102,10 @@ def test_while_a_subject_is_extracted_the_next_one_comes_and_no_other(workspace,
     assert run.returncode == 0 and workspace.has_everything(), output
 
 
-def test_a_file_that_changes_between_the_listing_and_its_download_is_noted_as_it_came(tmp_path, three_subjects):
-    """Days can lie between them."""
+def test_a_file_that_changes_between_the_listing_and_its_download_is_never_noted_as_the_listed_one(
+    tmp_path, three_subjects
+):
+    """Days can lie between them. A rerun takes the new one."""
     release, subjects = tmp_path / "release", ["0018", "0019"]
     shutil.copytree(three_subjects, release)
     with FakeDrive(release) as drive:
@@ -116,7 +118,10 @@ def test_a_file_that_changes_between_the_listing_and_its_download_is_noted_as_it
         (path,) = synthetic_release.write_subject(release, "0019", performances=["s1_all"], **options)
         gate.release()
         output = run.communicate(timeout=120)[0]
-    assert run.returncode == 0 and workspace.has_everything(), output
+        assert run.returncode == 1 and "0019_s1_all_raw.smc has changed on the remote" in output, output
+        assert workspace.states == {("0018", "s1_all"): "completed", ("0019", "s1_all"): "download_failed"}
+        workspace.run()
+    assert workspace.has_everything()
     size, md5 = path.stat().st_size, hashlib.md5(path.read_bytes()).hexdigest()
     row, (source,) = workspace.row("0019", "s1_all"), workspace.info("0019", "s1_all")["source"]
     assert (row["smc_bytes"], row["smc_id"]) == (str(size), md5)
