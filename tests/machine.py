@@ -4,11 +4,11 @@ import contextlib
 import ctypes
 import os
 import platform
-import re
 import shutil
 import signal
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -62,29 +62,16 @@ def immutable(path):
         subprocess.run(["chattr", "-i", path], check=True)
 
 
-def processes_below(pid):
-    """The numbers of what a process has started and what those have, but for rclone, by age."""
-    processes = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            number, _, rest = path.read_text().partition(" (")
-            name, _, rest = rest.rpartition(") ")
-            state, parent, *others = rest.split()
-            if name != "rclone" and state != "Z":
-                processes.append((int(others[17]), int(number), int(parent)))  # the time at which it was started
-    found = [pid]
-    for _, number, parent in sorted(processes):
-        if parent in found:
-            found.append(number)
-    return found[1:]
-
-
 def extracting(run):
-    """The process that extracts just now: the youngest of the run's whose CPU time is limited. None if none."""
-    for number in reversed(processes_below(run.pid)):
-        with contextlib.suppress(OSError):
-            if not re.search(r"Max cpu time +unlimited", Path(f"/proc/{number}/limits").read_text()):
-                return number
+    """The process that extracts just now: the one that a run has started, other than rclone, and that has an SMC file
+    open. None if there is none."""
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+            with contextlib.suppress(OSError):  # it has ended
+                files = [os.readlink(file) for file in Path(f"/proc/{child}/fd").iterdir()]
+                program = Path(f"/proc/{child}/comm").read_text().strip()
+                if program != "rclone" and any(file.endswith(".smc") for file in files):
+                    return int(child)
     return None
 
 
@@ -95,4 +82,10 @@ def kill_extraction(run, number=signal.SIGKILL):
             if child := extracting(run):
                 os.kill(child, number)
                 return child
+        time.sleep(0.001)
     return None
+
+
+def has_ended(run):
+    """Whether nothing of the session of a run, which was started as one, is left."""
+    return subprocess.run(["pgrep", "-s", str(run.pid)], check=False, capture_output=True).returncode == 1
