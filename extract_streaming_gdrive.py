@@ -471,7 +471,6 @@ def parse_numbers(words: str) -> set[int]:
 # ---------------------------------------------------------------------------------------------- files and locks
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 UNFINISHED = re.compile(r"\.selected$|\.[^.]*\.partial$")  # ends the name of an SMC that rclone or we are writing
 libc = ctypes.CDLL(None, use_errno=True)
 WORK_FOLDER = re.compile(rf"\.({PLAIN_NAME.pattern})\.(partial|old)")  # beside the folder of that performance
@@ -479,7 +478,7 @@ WORK_FOLDER = re.compile(rf"\.({PLAIN_NAME.pattern})\.(partial|old)")  # beside 
 
 def lock_file(path: Path, wait: bool = True) -> io.FileIO:
     """Return a file, made if need be, that is locked until it is closed or this process dies. Raise BlockingIOError
-    where another process has the lock and we don't wait, ConfigError where there are no locks."""
+    where another process has the lock and we don't wait."""
     while True:
         file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         try:
@@ -487,13 +486,8 @@ def lock_file(path: Path, wait: bool = True) -> io.FileIO:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
         except OSError as error:
-            if error.errno in NO_LOCKS:
-                if not file.read(1):
-                    path.unlink()
-                advice = "use a local disk, NFS with its lock service, or Lustre mounted with -o flock"
-                raise ConfigError(f"{path.parent}: {error.strerror}: a disk without file locks; {advice}") from None
             if error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise
+                raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from None
         file.close()  # while we waited, the holder removed or replaced the file: this is the lock of nothing
 
 
@@ -1769,8 +1763,7 @@ class Console(logging.Handler):
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
         self.last = time.monotonic()
         try:
-            erase = "\x1b[J" if self.bars and stream.isatty() else ""  # what the terminal has echoed, such as ^C
-            tqdm.write(erase + self.format(record), file=stream)
+            tqdm.write(self.format(record), file=stream)
             stream.flush()
         except OSError:  # a reader such as `head` or the terminal has gone, which is no reason to stop
             silence(stream)
