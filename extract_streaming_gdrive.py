@@ -1159,14 +1159,13 @@ class Extraction:
 
     A place is (modality, camera, frame), with None for what does not apply. cameras: {modality: what
     `cameras_to_extract` returns}. pictures: {place: (name below the folder, (height, width))} of undamaged pictures.
-    damaged, missing: places of pictures. unreadable: {place: reason} of what else was left out. sizes: {path: bytes}
-    of every file written."""
+    damaged, missing: places of pictures. unreadable: {place: reason} of what else was left out. sizes: bytes of each
+    file written."""
 
     def __init__(self, job: Job, reader: SMCReader):
         self.job, self.reader, self.folder, self.last_folder = job, reader, job.partial, ""
-        self.cameras: dict[str, list[int | None]] = {}
-        self.pictures: dict[tuple, tuple] = {}
-        self.damaged, self.missing, self.unreadable, self.sizes = [], [], {}, {}
+        self.cameras, self.pictures, self.unreadable = {}, {}, {}
+        self.damaged, self.missing, self.sizes = [], [], []
 
     def entries(self, modality: str) -> Iterator[tuple[int | None, int | None, object]]:
         """Yield (camera, frame, content) of what can be read of a modality, camera by camera."""
@@ -1192,13 +1191,12 @@ class Extraction:
                 file.write(content)
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from None
-        self.sizes[path] = len(content)
+        self.sizes.append(len(content))
 
 
 @contextlib.contextmanager
 def collecting_damage(damage: dict, modality: str, camera: int | None = None, frame: int | None = None):
-    """Go on after what cannot be read, with the reason in `damage`. What is wrong with our own disk is an OSError, and
-    still raised."""
+    """Go on after what cannot be read, with the reason in `damage`. What is wrong with our own disk is still raised."""
     try:
         yield
     except SMCError as error:
@@ -1227,8 +1225,10 @@ def write_pictures(extraction: Extraction, modality: str):
                 name += f".{picture.format or ('jpg' if modality == 'images' else 'png')}"
                 extraction.save(name, data)
                 stored[camera][frame] = name, (picture.height, picture.width) if picture.whole else None
-        for frame in find_undecodable(extraction, stored[camera]):
-            stored[camera][frame] = stored[camera][frame][0], None
+        if extraction.job.config.verify == "full":
+            paths = {frame: extraction.folder / name for frame, (name, size) in stored[camera].items() if size}
+            for frame in find_undecodable(paths, extraction.job.config.workers):
+                stored[camera][frame] = stored[camera][frame][0], None
     expected = extraction.reader.expected_frames(stored.values()) if modality in BY_CAMERA else set()
     for camera, pictures in stored.items():
         sizes = collections.Counter(size for _, size in pictures.values() if size)
@@ -1243,26 +1243,22 @@ def write_pictures(extraction: Extraction, modality: str):
                 extraction.missing.append((modality, camera, frame))
 
 
-def find_undecodable(extraction: Extraction, pictures: dict[int | None, tuple]) -> list[int | None]:
-    """Return the frames of those pictures that cannot be decoded without a complaint; with `verify: fast` none is tried.
+def find_undecodable(paths: dict[int | None, Path], workers: int) -> list[int | None]:
+    """Return the frames of those picture files that cannot be decoded without a complaint.
 
     libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see `child_main`): whatever is
     decoded while something is said is decoded again by itself."""
-    if extraction.job.config.verify == "fast":
-        return []
     import cv2  # takes 17 MB and 40 ms, which an extraction that only copies need not spend
 
     def is_bad(frame: int | None) -> bool:
         """Decode every byte of the stream, at an eighth of the size."""
-        printed, data = os.lseek(2, 0, os.SEEK_END), np.fromfile(extraction.folder / pictures[frame][0], np.uint8)
-        try:
+        printed, data, pixels = os.lseek(2, 0, os.SEEK_END), np.fromfile(paths[frame], np.uint8), None
+        with contextlib.suppress(cv2.error):  # it claims more pixels than OpenCV has room for
             pixels = cv2.imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8)
-        except cv2.error:  # it claims more pixels than OpenCV has room for
-            return True
         return pixels is None or os.lseek(2, 0, os.SEEK_END) > printed
 
-    with ThreadPoolExecutor(extraction.job.config.workers) as threads:
-        suspects = [frame for frame, bad in zip(pictures, threads.map(is_bad, pictures)) if bad]
+    with ThreadPoolExecutor(workers) as threads:
+        suspects = [frame for frame, bad in zip(paths, threads.map(is_bad, paths)) if bad]
     return list(filter(is_bad, suspects))
 
 
@@ -1323,11 +1319,9 @@ def write_scan(extraction: Extraction, modality: str):
 
 
 def write_transforms(extraction: Extraction, modality: str):
-    """transforms.json: pose, intrinsics and masks of every undamaged picture, for NeRF and Gaussian-splatting tools.
-
-    Each picture has its own intrinsics: loaders would take some at the top for those of all cameras. A mask is the
-    picture's `fg_mask_path`; where every picture has one, it is also its `mask_path`, because nerfstudio refuses a
-    mixture."""
+    """transforms.json: pose, intrinsics and mask of every undamaged picture, for NeRF and Gaussian-splatting tools. Each
+    picture has its own intrinsics: loaders would take some at the top for those of all cameras. A mask is the picture's
+    `fg_mask_path`; where every picture has one, also its `mask_path`, because nerfstudio refuses a mixture."""
     calibration = {int(name): camera for name, camera in extraction.reader.get_Calibration_all().items()}
     images = {place[1:]: found for place, found in extraction.pictures.items() if place[0] == "images"}
     for camera in sorted({camera for camera, _ in images} - calibration.keys()):
@@ -1355,10 +1349,8 @@ def write_transforms(extraction: Extraction, modality: str):
 
 
 def nerf_camera(camera: dict, height: int, width: int) -> dict:
-    """Return intrinsics and pose of a camera as NeRF loaders name them, with OpenGL's axes: x right, y up, z back.
-
-    cx and cy count from the corner of the first pixel, as in nerfstudio, instant-ngp and COLMAP; K, as in OpenCV,
-    counts from its middle."""
+    """Return intrinsics and pose of a camera as NeRF loaders name them, with OpenGL's axes: x right, y up, z back. cx
+    and cy count from the corner of the first pixel, as in nerfstudio and COLMAP; in K they count from its middle."""
     K, pose = camera["K"], camera["RT"].copy()
     pose[:3, 1:3] *= -1
     fields = {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2] + 0.5, "cy": K[1, 2] + 0.5, "w": width, "h": height}
@@ -1404,15 +1396,11 @@ def modalities_in(folder: Path) -> list[str]:
 
 
 def extract(job: Job, blocks: tuple | None) -> dict:
-    """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk.
-    Return what is in its info.json. Raise SMCError where nothing can be read, or OSError.
-
-    blocks: which are in temp_dir, for a selective download."""
+    """Unpack the SMC file of a job (or the `blocks` of it that are in temp_dir) into its `.partial` folder, and bring
+    that onto the disk. Return what is in its info.json. Raise SMCError where nothing can be read, or OSError."""
     remove(job.partial)
     job.partial.mkdir(parents=True)
-    sources = job.temp_paths
-    if blocks is not None:
-        sources = [SelectedFile(job.config, file, each) for file, each in zip(job.files, blocks)]
+    sources = job.temp_paths if blocks is None else [SelectedFile(job.config, *each) for each in zip(job.files, blocks)]
     with SMCReader(*sources) as reader:
         extraction = Extraction(job, reader)
         for modality in job.modalities:
@@ -1428,9 +1416,6 @@ def extract(job: Job, blocks: tuple | None) -> dict:
             raise FetchError(f"{job.files[0].name}: bytes are needed that were not fetched")
         info = collect_info(extraction)
         extraction.save("metadata/info.json", json_bytes(info))
-        paths = [f"{folder}/{name}" for folder, _, names in os.walk(job.partial) for name in names]
-        if {path: os.lstat(path).st_size for path in paths} != extraction.sizes:
-            raise OSError(errno.EIO, "the files that are there are not those that were written", str(job.partial))
         sync_disk(job.partial)
         return info
 
@@ -1459,7 +1444,7 @@ def collect_info(extraction: Extraction) -> dict:
     names = "modality", "camera", "frame", "reason"
     info["unreadable"] = [dict(zip(names, (*place, reason))) for place, reason in extraction.unreadable.items()]
     info.update(modalities=modalities_in(job.partial), modalities_asked=job.modalities)
-    info.update(bytes=sum(extraction.sizes.values()), smc_id=job.smc_id, oddities=reader.oddities)
+    info.update(bytes=sum(extraction.sizes), smc_id=job.smc_id, oddities=reader.oddities)
     info["source"] = [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files]
     info["extracted_at"] = utc_now()
     return {**info, "notes": list(describe_losses(extraction, info))}
@@ -1568,7 +1553,7 @@ def child_main(parent: int, pipe, work: Callable, name: str, size: int, decoders
         os.closerange(pipe.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         # Ten times the CPU that a healthy file needs.
         limit_resources(memory, 60 + size // 1_000_000 if decoders else 4 + size // 20_000_000)
-        with tempfile.TemporaryFile() as printed:  # for what libraries print: see `undecodable`
+        with tempfile.TemporaryFile() as printed:  # for what libraries print: see `find_undecodable`
             os.dup2(printed.fileno(), 2)
         options = {"progress": lambda news: pipe.send(("progress", news))} if reports else {}
         pipe.send(("done", work(**options)))
