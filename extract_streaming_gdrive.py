@@ -1370,7 +1370,7 @@ def npz_bytes(**arrays) -> bytes:
     return content.getvalue()
 
 
-def json_bytes(value) -> bytes:
+def json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False, default=np.ndarray.tolist) + "\n").encode()
 
 
@@ -1422,8 +1422,7 @@ def extract(job: Job, blocks: tuple | None) -> dict:
 
 def collect_info(extraction: Extraction) -> dict:
     """Return the content of metadata/info.json."""
-    job, reader, units = extraction.job, extraction.reader, {"height": "_cm", "weight": "_kg"}
-    audio, available, stated = None, set(), reader.Camera_info["resolution"]
+    job, reader, audio, available = extraction.job, extraction.reader, None, set()
     with collecting_damage(extraction.unreadable, "audio"):
         audio = reader.audio_info()
     for modality in ("images", "masks"):
@@ -1434,8 +1433,9 @@ def collect_info(extraction: Extraction) -> dict:
     note_sizes(reader, sizes)
     images = [place for place in [*extraction.pictures, *extraction.damaged] if place[0] == "images"]
     info = {"subject": job.subject, "performance": job.performance, "capture_date": reader.capture_date}
+    units, stated = {"height": "_cm", "weight": "_kg"}, reader.Camera_info["resolution"]
     info["actor"] = {name + units.get(name, ""): value for name, value in reader.actor_info.items()}
-    info["resolution"] = [*sizes.most_common(1)[0][0]] if sizes else None if stated is None else stated.tolist()
+    info["resolution"] = max(sizes, key=sizes.get, default=None if stated is None else stated.tolist())
     info.update(num_frame=reader.num_frame, fps=reader.fps(), audio=audio, cameras_available=sorted(available))
     info["cameras"] = sorted(asked) if PER_CAMERA & set(job.modalities) else []
     info["frames"] = collections.Counter(f"{camera:02d}" for _, camera, _ in sorted(images))
