@@ -1087,49 +1087,46 @@ def expected_bytes(job: Job) -> int:
 class Extraction:
     """One performance being unpacked into its `.partial` folder: what the writers below share, and what they found.
 
-    cameras: {modality: what `cameras_to_extract` returns}. pictures: {modality: {"25": {frame: (name below the folder,
-    height, width)}}} of pictures by camera, with a height of 0 for damaged ones. missing, damaged: {modality: {"25":
-    [frames]}}, or {modality: [numbers]} where one folder holds all. unreadable: {(modality, camera, frame): reason} of
-    what else was left out. sizes: {name: bytes} of every file written."""
+    A place is (modality, camera, frame), with None for what does not apply. cameras: {modality: what
+    `cameras_to_extract` returns}. pictures: {place: (name below the folder, (height, width))} of undamaged pictures.
+    damaged, missing: places of pictures. unreadable: {place: reason} of what else was left out. sizes: bytes of each
+    file written."""
 
     def __init__(self, job: Job, reader: SMCReader):
         self.job, self.reader, self.folder, self.last_folder = job, reader, job.partial, ""
-        self.sizes, self.pictures, self.damaged, self.missing = {}, {}, {}, {}
-        self.unreadable: dict[tuple, str] = {}
-        self.cameras: dict[str, list[int | None]] = {name: [] for name in job.modalities}
-        for name in job.modalities:
-            with collecting_damage(self.unreadable, name):
-                self.cameras[name] = cameras_to_extract(reader, name, job.cameras)
+        self.cameras, self.pictures, self.unreadable = {}, {}, {}
+        self.damaged, self.missing, self.sizes = [], [], []
 
-    def entries(self, modality: str, camera: int | None = None) -> Iterator[tuple[int | None, object]]:
-        """Yield (number, content) of each frame or camera of a modality that can be read."""
-        with collecting_damage(self.unreadable, modality, camera):
-            for entry in self.reader.entries(modality, camera):
-                by_camera = MODALITIES[modality].numbered == "cameras"
-                where = (entry.number, None) if by_camera else (camera, entry.number)
-                with collecting_damage(self.unreadable, modality, *where):
-                    yield entry.number, entry.read()
+    def entries(self, modality: str) -> Iterator[tuple[int | None, int | None, object]]:
+        """Yield (camera, frame, content) of what can be read of a modality, camera by camera."""
+        cameras, by_camera = self.cameras[modality], MODALITIES[modality].numbered == "cameras"
+        for camera in cameras if modality in BY_CAMERA else [None]:
+            with collecting_damage(self.unreadable, modality, camera):
+                for entry in self.reader.entries(modality, camera):
+                    where = (entry.number, None) if by_camera else (camera, entry.number)
+                    if modality not in PER_CAMERA or where[0] in cameras:
+                        with collecting_damage(self.unreadable, modality, *where):
+                            yield *where, entry.read()
 
     def save(self, name: str, content: bytes):
         """Write one file of the performance's folder. Raise OSError, also where the disk has no more room."""
         path = f"{self.folder}/{name}"
         if len(self.sizes) % 50 == 0:  # about 16 MB of pictures
             keep_free(self.folder, self.job.config)
-        if path.rpartition("/")[0] != self.last_folder:
-            self.last_folder = path.rpartition("/")[0]
+        if os.path.dirname(path) != self.last_folder:
+            self.last_folder = os.path.dirname(path)
             os.makedirs(self.last_folder, exist_ok=True)
         try:
             with open(path, "xb") as file:  # a new file, never through a link
                 file.write(content)
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from None
-        self.sizes[path] = len(content)
+        self.sizes.append(len(content))
 
 
 @contextlib.contextmanager
 def collecting_damage(damage: dict, modality: str, camera: int | None = None, frame: int | None = None):
-    """Go on after what cannot be read, with the reason in `damage`. What is wrong with our own disk is an OSError, and
-    still raised."""
+    """Go on after what cannot be read, with the reason in `damage`. What is wrong with our own disk is still raised."""
     try:
         yield
     except SMCError as error:
@@ -1144,88 +1141,68 @@ def cameras_to_extract(reader: SMCReader, modality: str, asked: set[int] | None)
 
 
 def write_pictures(extraction: Extraction, modality: str):
-    """images/cam_25/frame_000000.jpg and masks/cam_25/frame_000000.png: the stored bytes. A picture that has not the
-    usual size of its camera counts as damaged."""
-    stored = extraction.pictures[modality] = {
-        f"{camera:02d}": store_pictures(extraction, modality, f"{modality}/cam_{camera:02d}", camera)
-        for camera in extraction.cameras[modality]
-    }
-    for pictures in stored.values():
-        sizes = collections.Counter((height, width) for _, height, width in pictures.values() if height)
-        usual = max(sizes, key=sizes.get, default=None)
-        odd = {frame: (name, 0, 0) for frame, (name, *size) in pictures.items() if tuple(size) != usual}
-        pictures.update(odd)
-    expected = extraction.reader.expected_frames(stored.values())
-    lost = {(camera, frame) for name, camera, frame in extraction.unreadable if name == modality}
-    for camera, pictures in stored.items():
-        bad = [frame for frame, (_, height, _) in pictures.items() if not height]
-        gone = [] if (int(camera), None) in lost else expected - pictures.keys()
-        gone = [frame for frame in gone if (int(camera), frame) not in lost]
-        for found, frames in ((extraction.damaged, bad), (extraction.missing, gone)):
-            if frames:
-                found.setdefault(modality, {})[camera] = sorted(frames)
-
-
-def write_numbered_pictures(extraction: Extraction, modality: str):
-    """uv_textures/frame_000000.png and scan_masks/cam_00.png: the stored bytes."""
-    stored = store_pictures(extraction, modality, modality)
-    if bad := sorted(number for number, (_, height, _) in stored.items() if not height):
-        extraction.damaged[modality] = bad
-
-
-def store_pictures(extraction: Extraction, modality: str, folder: str, camera: int | None = None) -> dict[int, tuple]:
-    """Write the pictures of a modality (of a camera) to a folder; empty ones are left out. Return {number: (name below
-    the performance's folder, height, width)}, the height 0 where it is damaged; with `verify: full`, those that cannot
-    be decoded are damaged too."""
-    by_camera, usual = MODALITIES[modality].numbered == "cameras", "jpg" if modality == "images" else "png"
-    name, stored = "cam_{:02d}.{}" if by_camera else "frame_{:06d}.{}", {}
+    """images/cam_25/frame_000000.jpg, masks/cam_25/frame_000000.png, uv_textures/frame_000000.png and
+    scan_masks/cam_25.png: the stored bytes; empty ones are left out. Damaged are those that are not whole or have not
+    the usual size of their camera, and with `verify: full` those that cannot be decoded."""
+    stored = {camera: {} for camera in extraction.cameras[modality]}
     # One thread reads and writes: what it has just read is in the processor's cache (tests/benchmark.py).
-    for number, data in extraction.entries(modality, camera):
-        if data and (not by_camera or number in extraction.cameras[modality]):
-            picture = probe_picture(data)
-            file = f"{folder}/{name.format(number, picture.format or usual)}"
-            extraction.save(file, data)
-            stored[number] = file, picture.height * picture.whole, picture.width
-    if extraction.job.config.verify == "full":
-        files = {number: extraction.folder / file for number, (file, *_) in stored.items()}
-        stored |= {number: (stored[number][0], 0, 0) for number in undecodable(files, extraction.job.config.workers)}
-    return stored
+    for camera, entries in itertools.groupby(extraction.entries(modality), lambda entry: entry[0]):
+        for _, frame, data in entries:
+            if data:
+                picture = probe_picture(data)
+                name = modality if camera is None else f"{modality}/cam_{camera:02d}"
+                name += "" if frame is None else f"/frame_{frame:06d}"
+                name += f".{picture.format or ('jpg' if modality == 'images' else 'png')}"
+                extraction.save(name, data)
+                stored[camera][frame] = name, (picture.height, picture.width) if picture.whole else None
+        if extraction.job.config.verify == "full":
+            paths = {frame: extraction.folder / name for frame, (name, size) in stored[camera].items() if size}
+            for frame in find_undecodable(paths, extraction.job.config.workers):
+                stored[camera][frame] = stored[camera][frame][0], None
+    expected = extraction.reader.expected_frames(stored.values()) if modality in BY_CAMERA else set()
+    for camera, pictures in stored.items():
+        sizes = collections.Counter(size for _, size in pictures.values() if size)
+        usual = max(sizes, key=sizes.get, default=None)
+        for frame, (name, size) in sorted(pictures.items()):
+            if size and (size == usual or camera is None):
+                extraction.pictures[modality, camera, frame] = name, size
+            else:
+                extraction.damaged.append((modality, camera, frame))
+        for frame in sorted(expected - pictures.keys()):
+            if not {(modality, camera, None), (modality, camera, frame)} & extraction.unreadable.keys():
+                extraction.missing.append((modality, camera, frame))
 
 
-def undecodable(files: dict[int, Path], workers: int) -> list[int]:
-    """Return the numbers of those picture files that cannot be decoded without a complaint.
+def find_undecodable(paths: dict[int | None, Path], workers: int) -> list[int | None]:
+    """Return the frames of those picture files that cannot be decoded without a complaint.
 
-    libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see do_work): whatever is
+    libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see `child_main`): whatever is
     decoded while something is said is decoded again by itself."""
     import cv2  # takes 17 MB and 40 ms, which an extraction that only copies need not spend
 
-    def is_bad(number: int) -> bool:
+    def is_bad(frame: int | None) -> bool:
         """Decode every byte of the stream, at an eighth of the size."""
-        printed = os.lseek(2, 0, os.SEEK_END)
-        try:
-            pixels = cv2.imdecode(np.fromfile(files[number], np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8)
-        except cv2.error:  # it claims more pixels than OpenCV has room for
-            return True
+        printed, data, pixels = os.lseek(2, 0, os.SEEK_END), np.fromfile(paths[frame], np.uint8), None
+        with contextlib.suppress(cv2.error):  # it claims more pixels than OpenCV has room for
+            pixels = cv2.imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8)
         return pixels is None or os.lseek(2, 0, os.SEEK_END) > printed
 
     with ThreadPoolExecutor(workers) as threads:
-        suspects = [number for number, bad in zip(files, threads.map(is_bad, files)) if bad]
+        suspects = [frame for frame, bad in zip(paths, threads.map(is_bad, paths)) if bad]
     return list(filter(is_bad, suspects))
-
-
-WAV_TYPES = {"int16": "PCM_16", "int32": "PCM_32", "float32": "FLOAT", "float64": "DOUBLE"}
 
 
 def write_audio(extraction: Extraction, modality: str):
     """audio/audio.wav: integers as they are stored; floats as PCM_16 where that loses nothing, else as they are."""
     import soundfile
 
-    for _, audio in extraction.entries(modality):
+    for *_, audio in extraction.entries(modality):
         samples = audio["audio"]
         if samples.dtype.kind == "f" and np.array_equal((samples * 32768).astype(np.int16), samples * 32768):
             samples = (samples * 32768).astype(np.int16)
+        types = {"int16": "PCM_16", "int32": "PCM_32", "float32": "FLOAT", "float64": "DOUBLE"}
         wav = io.BytesIO()  # libsndfile can't say that a disk is full
-        soundfile.write(wav, samples, audio["sample_rate"], WAV_TYPES[samples.dtype.name], format="WAV")
+        soundfile.write(wav, samples, audio["sample_rate"], types[samples.dtype.name], format="WAV")
         content = wav.getbuffer()
         peak = content[:4096].tobytes().find(b"PEAK")
         if peak >= 0:  # this chunk has the time of writing: without it, the same SMC gives the same bytes
@@ -1239,30 +1216,28 @@ def write_calibration(extraction: Extraction, modality: str):
         "RT maps camera to world coordinates, in metres. Camera axes are those of OpenCV: x right, y down, z forward. "
         "K is in pixels of the stored pictures; D is k1, k2, p1, p2, k3."
     )
-    found = dict(extraction.entries(modality))
-    cameras = {f"{camera:02d}": {name: found[camera][name].tolist() for name in found[camera]} for camera in found}
-    if cameras:
+    if cameras := {f"{camera:02d}": matrices for camera, _, matrices in extraction.entries(modality)}:
         extraction.save("calibration/cameras.json", json_bytes({"convention": convention, "cameras": cameras}))
 
 
 def write_keypoints(extraction: Extraction, modality: str):
     """keypoints2d/cam_25.npz and keypoints3d/keypoints3d.npz: frame_ids (F,) int, points (F, 106 or 73, 2 or 3)."""
-    for camera in extraction.cameras[modality]:
-        if points := dict(extraction.entries(modality, camera)):
-            name = modality if camera is None else f"cam_{camera:02d}"
-            arrays = {"frame_ids": np.array(list(points), np.int64), "points": np.stack(list(points.values()))}
-            extraction.save(f"{modality}/{name}.npz", npz_bytes(**arrays))
+    for camera, entries in itertools.groupby(extraction.entries(modality), lambda entry: entry[0]):
+        _, frames, points = zip(*entries)
+        name = modality if camera is None else f"cam_{camera:02d}"
+        content = npz_bytes(frame_ids=np.array(frames, np.int64), points=np.stack(points))
+        extraction.save(f"{modality}/{name}.npz", content)
 
 
 def write_flame(extraction: Extraction, modality: str):
     """flame/frame_000000.npz: an array per parameter."""
-    for frame, parameters in extraction.entries(modality):
+    for _, frame, parameters in extraction.entries(modality):
         extraction.save(f"flame/frame_{frame:06d}.npz", npz_bytes(**parameters))
 
 
 def write_scan(extraction: Extraction, modality: str):
     """scan/mesh.ply: binary little-endian, vertices as doubles."""
-    for _, mesh in extraction.entries(modality):
+    for *_, mesh in extraction.entries(modality):
         faces = np.zeros(len(mesh["vertex_indices"]), [("count", "u1"), ("indices", "<i4", 3)])
         faces["count"], faces["indices"] = 3, mesh["vertex_indices"]
         header = (
@@ -1274,53 +1249,44 @@ def write_scan(extraction: Extraction, modality: str):
 
 
 def write_transforms(extraction: Extraction, modality: str):
-    """transforms.json: pose, intrinsics and masks of every undamaged picture, for NeRF and Gaussian-splatting tools.
-
-    Each picture has its own intrinsics: loaders would take some at the top for those of all cameras. A mask is the
-    picture's `fg_mask_path`; where every picture has one, it is also its `mask_path`, because nerfstudio refuses a
-    mixture."""
-    images, masks = (
-        {
-            camera: {frame: picture for frame, picture in sorted(pictures.items()) if picture[1]}
-            for camera, pictures in extraction.pictures.get(kind, {}).items()
-        }
-        for kind in ("images", "masks")
-    )
-    calibration = extraction.reader.get_Calibration_all()
-    for camera in images.keys() - calibration:
-        extraction.reader.note(f"camera {camera} has no calibration and is not in transforms.json")
-    cameras = [camera for camera in images if images[camera] and camera in calibration]
-    moments = {frame: index for index, frame in enumerate(sorted({f for camera in cameras for f in images[camera]}))}
-    all_masked = all(images[camera].keys() <= masks.get(camera, {}).keys() for camera in cameras)
-    entries = []  # as text, which takes a fifth of the memory
-    for index, camera in enumerate(cameras):
-        _, height, width = next(iter(images[camera].values()))  # as all pictures of the camera that are not damaged
-        view = {"camera_index": index, "camera_id": camera, **nerf_camera(calibration[camera], height, width)}
-        for frame, (name, *_) in images[camera].items():
-            entry = {"file_path": name, "timestep_index": moments[frame], "timestep_id": f"{frame:06d}", **view}
-            if mask := masks.get(camera, {}).get(frame):
-                entry.update({"mask_path": mask[0]} if all_masked else {}, fg_mask_path=mask[0])
-            entries.append(json.dumps(entry, allow_nan=False))
+    """transforms.json: pose, intrinsics and mask of every undamaged picture, for NeRF and Gaussian-splatting tools. Each
+    picture has its own intrinsics: loaders would take some at the top for those of all cameras. A mask is the picture's
+    `fg_mask_path`; where every picture has one, also its `mask_path`, because nerfstudio refuses a mixture."""
+    calibration = {int(name): camera for name, camera in extraction.reader.get_Calibration_all().items()}
+    images = {place[1:]: found for place, found in extraction.pictures.items() if place[0] == "images"}
+    for camera in sorted({camera for camera, _ in images} - calibration.keys()):
+        extraction.reader.note(f"camera {camera:02d} has no calibration and is not in transforms.json")
+    images = {place: found for place, found in images.items() if place[0] in calibration}
+    masks = {place[1:]: name for place, (name, _) in extraction.pictures.items() if place[0] == "masks"}
+    all_masked = images.keys() <= masks.keys()
+    moments = {frame: index for index, frame in enumerate(sorted({frame for _, frame in images}))}
+    views, entries = {}, []  # entries as text, which takes a fifth of the memory
+    for (camera, frame), (name, size) in images.items():
+        if camera not in views:  # all pictures of a camera have one size
+            view = {"camera_index": len(views), "camera_id": f"{camera:02d}"}
+            views[camera] = view | nerf_camera(calibration[camera], *size)
+        entry = {"file_path": name, "timestep_index": moments[frame], "timestep_id": f"{frame:06d}", **views[camera]}
+        if mask := masks.get((camera, frame)):
+            entry.update({"mask_path": mask} if all_masked else {}, fg_mask_path=mask)
+        entries.append(json.dumps(entry, allow_nan=False))
     top = {"camera_model": "OPENCV", "fps": extraction.reader.fps()}
     if (extraction.folder / "audio/audio.wav").is_file():
         top["audio_path"] = "audio/audio.wav"
-    top.update(camera_indices=list(range(len(cameras))), timestep_indices=list(moments.values()), frames=[])
+    top.update(camera_indices=list(range(len(views))), timestep_indices=list(moments.values()), frames=[])
     if entries:
         text = json.dumps(top).replace('"frames": []', '"frames": [\n' + ",\n".join(entries) + "\n]")
         extraction.save("transforms.json", text.encode())
 
 
 def nerf_camera(camera: dict, height: int, width: int) -> dict:
-    """Return intrinsics and pose of a camera as NeRF loaders name them, with OpenGL's axes: x right, y up, z back.
-
-    cx and cy count from the corner of the first pixel, as in nerfstudio, instant-ngp and COLMAP; K, as in OpenCV,
-    counts from its middle."""
+    """Return intrinsics and pose of a camera as NeRF loaders name them, with OpenGL's axes: x right, y up, z back. cx
+    and cy count from the corner of the first pixel, as in nerfstudio and COLMAP; in K they count from its middle."""
     K, pose = camera["K"], camera["RT"].copy()
     pose[:3, 1:3] *= -1
     fields = {"fl_x": K[0, 0], "fl_y": K[1, 1], "cx": K[0, 2] + 0.5, "cy": K[1, 2] + 0.5, "w": width, "h": height}
     fields.update(zip(("k1", "k2", "p1", "p2", "k3"), camera["D"]))
-    fields["camera_angle_x"] = 2 * math.atan(width / (2 * K[0, 0]))
-    fields["camera_angle_y"] = 2 * math.atan(height / (2 * K[1, 1]))
+    for axis, pixels in (("x", width), ("y", height)):
+        fields[f"camera_angle_{axis}"] = 2 * math.atan(pixels / (2 * fields[f"fl_{axis}"]))
     return {**fields, "transform_matrix": pose.tolist()}
 
 
@@ -1334,8 +1300,8 @@ def npz_bytes(**arrays) -> bytes:
     return content.getvalue()
 
 
-def json_bytes(value) -> bytes:
-    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+def json_bytes(value: dict) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False, default=np.ndarray.tolist) + "\n").encode()
 
 
 # A modality is one line here, with the function that writes it, and its row in the reader's table.
@@ -1347,9 +1313,9 @@ WRITERS: dict[str, Callable[[Extraction, str], None]] = {
     "keypoints2d": write_keypoints,
     "keypoints3d": write_keypoints,
     "flame": write_flame,
-    "uv_textures": write_numbered_pictures,
+    "uv_textures": write_pictures,
     "scan": write_scan,
-    "scan_masks": write_numbered_pictures,
+    "scan_masks": write_pictures,
     "transforms": write_transforms,  # the last, from what the others have written
 }
 
@@ -1360,10 +1326,8 @@ def modalities_in(folder: Path) -> list[str]:
 
 
 def extract(job: Job, blocks: tuple | None) -> dict:
-    """Unpack the SMC file of a job into its `.partial` folder, check what was written and bring it onto the disk.
-    Return what is in its info.json. Raise SMCError where nothing can be read, or OSError.
-
-    blocks: which are in temp_dir, for a selective download."""
+    """Unpack the SMC file of a job (or the `blocks` of it that are in temp_dir) into its `.partial` folder, and bring
+    that onto the disk. Return what is in its info.json. Raise SMCError where nothing can be read, or OSError."""
     remove(job.partial)
     job.partial.mkdir(parents=True)
     sources = job.temp_paths
@@ -1372,100 +1336,91 @@ def extract(job: Job, blocks: tuple | None) -> dict:
     with SMCReader(*sources) as reader:
         extraction = Extraction(job, reader)
         for modality in job.modalities:
-            if extraction.cameras[modality]:
-                WRITERS[modality](extraction, modality)
-        written = modalities_in(job.partial)
-        if not written and (extraction.unreadable or not any(map(reader.has, WRITERS))):
+            with collecting_damage(extraction.unreadable, modality):
+                extraction.cameras[modality] = cameras_to_extract(reader, modality, job.cameras)
+                if extraction.cameras[modality]:
+                    WRITERS[modality](extraction, modality)
+        tried = {"transforms", *(modality for modality, *_ in extraction.unreadable)}
+        if not extraction.sizes and not any(reader.has(modality) for modality in WRITERS if modality not in tried):
             nothing = f"{job.files[0].name}: it has no pictures, no audio, nothing that this script knows"
             raise SMCError(next(iter(extraction.unreadable.values()), nothing))
-        for source in reader.sources:
-            if getattr(source, "missed", None):
-                raise RemoteError(f"{source.name}: bytes are needed that were not fetched")
-        content = info(extraction, written)
-        content["notes"] = notes(extraction, content)
-        extraction.save("metadata/info.json", json_bytes(content))
-        paths = [f"{folder}/{name}" for folder, _, names in os.walk(job.partial) for name in names]
-        if {path: os.lstat(path).st_size for path in paths} != extraction.sizes:
-            raise OSError(errno.EIO, "the files that are there are not those that were written", str(job.partial))
+        if any(getattr(source, "missed", None) for source in sources):
+            raise RemoteError(f"{job.files[0].name}: bytes are needed that were not fetched")
+        info = collect_info(extraction)
+        extraction.save("metadata/info.json", json_bytes(info))
         sync_disk(job.partial)
-        return content
+        return info
 
 
-def info(extraction: Extraction, written: list[str]) -> dict:
+def collect_info(extraction: Extraction) -> dict:
     """Return the content of metadata/info.json."""
-    job, reader, units = extraction.job, extraction.reader, {"height": "_cm", "weight": "_kg"}
-    audio, available, stated = None, set(), reader.Camera_info["resolution"]
+    job, reader, audio, available = extraction.job, extraction.reader, None, set()
     with collecting_damage(extraction.unreadable, "audio"):
         audio = reader.audio_info()
     for modality in ("images", "masks"):
         with contextlib.suppress(SMCError):  # said already where it is asked for
             available.update(reader.cameras(modality))
-    tables = itertools.chain(*(cameras.values() for cameras in extraction.pictures.values()))
-    sizes = collections.Counter((height, width) for table in tables for _, height, width in table.values() if height)
-    note_sizes(reader, sizes)
-    images = extraction.pictures.get("images", {})
     asked = available if job.cameras is None else available & job.cameras
-    return {
-        "subject": job.subject,
-        "performance": job.performance,
-        "capture_date": reader.capture_date,
-        "actor": {name + units.get(name, ""): value for name, value in reader.actor_info.items()},
-        "resolution": [*sizes.most_common(1)[0][0]] if sizes else None if stated is None else stated.tolist(),
-        "num_frame": reader.num_frame,
-        "fps": reader.fps(),
-        "audio": audio,
-        "cameras_available": sorted(available),
-        "cameras": sorted(asked) if PER_CAMERA & set(job.modalities) else [],
-        "frames": {camera: len(pictures) for camera, pictures in images.items() if pictures},
-        "missing_frames": extraction.missing,
-        "damaged_frames": extraction.damaged,
-        "unreadable": [
-            {"modality": modality, "camera": camera, "frame": frame, "reason": reason}
-            for (modality, camera, frame), reason in extraction.unreadable.items()
-        ],
-        "modalities": written,
-        "modalities_asked": job.modalities,
-        "bytes": sum(extraction.sizes.values()),
-        "smc_id": job.smc_id,
-        "oddities": reader.oddities,
-        "source": [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files],
-        "extracted_at": utc_now(),
-    }
+    sizes = collections.Counter(size for place, (_, size) in extraction.pictures.items() if None not in place)
+    note_sizes(reader, sizes)
+    images = [place for place in [*extraction.pictures, *extraction.damaged] if place[0] == "images"]
+    info = {"subject": job.subject, "performance": job.performance, "capture_date": reader.capture_date}
+    units, stated = {"height": "_cm", "weight": "_kg"}, reader.Camera_info["resolution"]
+    info["actor"] = {name + units.get(name, ""): value for name, value in reader.actor_info.items()}
+    info["resolution"] = max(sizes, key=sizes.get, default=None if stated is None else stated.tolist())
+    info.update(num_frame=reader.num_frame, fps=reader.fps(), audio=audio, cameras_available=sorted(available))
+    info["cameras"] = sorted(asked) if PER_CAMERA & set(job.modalities) else []
+    info["frames"] = collections.Counter(f"{camera:02d}" for _, camera, _ in sorted(images))
+    info["missing_frames"] = group_places(extraction.missing)
+    info["damaged_frames"] = group_places(extraction.damaged)
+    names = "modality", "camera", "frame", "reason"
+    info["unreadable"] = [dict(zip(names, (*place, reason))) for place, reason in extraction.unreadable.items()]
+    info.update(modalities=modalities_in(job.partial), modalities_asked=job.modalities)
+    info.update(bytes=sum(extraction.sizes), smc_id=job.smc_id, oddities=reader.oddities)
+    info["source"] = [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files]
+    info["extracted_at"] = utc_now()
+    return {**info, "notes": list(describe_losses(extraction, info))}
+
+
+def group_places(places: Iterable[tuple[str, int | None, int | None]]) -> dict[str, dict[str, list[int]] | list[int]]:
+    """Return {modality: {"25": [frames]}} of some places, or {modality: [numbers]} of those without camera or frame."""
+    found = {}
+    for modality, camera, frame in places:
+        if None in (camera, frame):
+            found.setdefault(modality, []).append(frame if camera is None else camera)
+        else:
+            found.setdefault(modality, {}).setdefault(f"{camera:02d}", []).append(frame)
+    return found
 
 
 def note_sizes(reader: SMCReader, sizes: Iterable[tuple[int, int]]):
     """Note as an oddity pictures of more than one (height, width), or of another than the attribute `resolution`."""
     stated = reader.Camera_info["resolution"]
-    stated = [] if stated is None else [tuple(stated.tolist())]
-    if sizes and len({*sizes, *stated}) > 1:
-        texts = [
-            " and ".join(f"{width} x {height}" for height, width in dict.fromkeys(each)) for each in (sizes, stated)
-        ]
-        reader.note(f"pictures have {texts[0]} pixels; the attribute resolution says {texts[1] or 'nothing'}")
+    said = "nothing" if stated is None else f"{stated[1]} x {stated[0]}"
+    found = list(dict.fromkeys(f"{width} x {height}" for height, width in sizes))
+    if len(found) > 1 or found not in ([], [said]) and stated is not None:
+        reader.note(f"pictures have {' and '.join(found)} pixels; the attribute resolution says {said}")
 
 
-def notes(extraction: Extraction, content: dict) -> list[str]:
-    """Return what the manifest's error column says of a performance that is extracted all the same, from its `info`."""
-    asked, written, unreadable = extraction.job.modalities, content["modalities"], content["unreadable"]
-    found, refused = [], {entry["modality"] for entry in unreadable}
+def describe_losses(extraction: Extraction, info: dict) -> Iterator[str]:
+    """Yield what the manifest's error column says of a performance that is extracted all the same."""
+    job, written, refused = extraction.job, info["modalities"], {modality for modality, *_ in extraction.unreadable}
     if not written and not refused:
-        found.append(f"the file has none of what is asked for ({', '.join(asked)})")
-    elif "images" in asked and not extraction.cameras["images"] and "images" not in refused:
-        cameras = format_numbers(content["cameras_available"])
-        found.append(f"none of the cameras asked for has images (the cameras in the file: {cameras or 'none'})")
-    for kind in ("damaged", "missing"):
-        lists = [each.values() if isinstance(each, dict) else [each] for each in content[f"{kind}_frames"].values()]
-        if count := sum(map(len, itertools.chain(*lists))):
-            found.append(f"{count_of(count, f'{kind} picture')}, listed in info.json")
-    if count := len(unreadable):
-        found.append(f"{count} {'entry' if count == 1 else 'entries'} could not be read, listed in info.json")
-    if "transforms" in asked and "transforms" not in written:
+        yield f"the file has none of what is asked for ({', '.join(job.modalities)})"
+    elif "images" in job.modalities and not extraction.cameras.get("images") and "images" not in refused:
+        cameras = format_numbers(info["cameras_available"]) or "none"
+        yield f"none of the cameras asked for has images (the cameras in the file: {cameras})"
+    for kind, count in (("damaged", len(extraction.damaged)), ("missing", len(extraction.missing))):
+        if count:
+            yield f"{count_of(count, f'{kind} picture')}, listed in info.json"
+    if count := len(extraction.unreadable):
+        yield f"{count} {'entry' if count == 1 else 'entries'} could not be read, listed in info.json"
+    if "transforms" in job.modalities and "transforms" not in written:
         without = "no undamaged pictures were extracted" if extraction.reader.has("calibration") else None
-        found.append(f"no transforms.json: {without or 'the file has no calibration'}")
-    halves = {file.path.partition("/")[0] for file in extraction.job.files}
-    if extraction.job.config.layout == "pair" and len(halves) == 1:
-        found.append(f"absent from the remote, and looked for again: the file {({'raw', 'anno'} - halves).pop()}")
-    return found
+        yield f"no transforms.json: {without or 'the file has no calibration'}"
+    halves = {file.path.partition("/")[0] for file in job.files}
+    if job.config.layout == "pair" and len(halves) == 1:
+        yield f"absent from the remote, and looked for again: the file {({'raw', 'anno'} - halves).pop()}"
 
 
 def format_numbers(numbers: Iterable[int]) -> str:
@@ -1529,7 +1484,7 @@ def child_main(parent: int, pipe, work: Callable, name: str, size: int, decoders
             return
         # Ten times the CPU that a healthy file needs.
         limit_resources(memory, 60 + size // 1_000_000 if decoders else 4 + size // 20_000_000)
-        with tempfile.TemporaryFile() as printed:  # for what libraries print: see `undecodable`
+        with tempfile.TemporaryFile() as printed:  # for what libraries print: see `find_undecodable`
             os.dup2(printed.fileno(), 2)
         options = {"progress": lambda news: pipe.send(("progress", news))} if reports else {}
         pipe.send(("done", work(**options)))

@@ -212,13 +212,10 @@ def test_cameras_and_modalities_added_later_are_in_it_together_with_the_old_ones
 def test_a_picture_takes_less_than_3_kilobytes_of_memory(tmp_path):
     smc = synthetic_release.write_subject(tmp_path, "0018", performances=["s1_all"], frames=1, size=(64, 76))[0]
     pictures = {
-        kind: {
-            f"{camera:02d}": {
-                frame: (f"{kind}/cam_{camera:02d}/frame_{frame:06d}.{ending}", 2048, 2448) for frame in range(20)
-            }
-            for camera in range(60)
-        }
+        (kind, camera, frame): (f"{kind}/cam_{camera:02d}/frame_{frame:06d}.{ending}", (2048, 2448))
         for kind, ending in (("images", "jpg"), ("masks", "png"))
+        for camera in range(60)
+        for frame in range(20)
     }
     with SMCReader(smc) as reader:
         task = SimpleNamespace(

@@ -201,9 +201,9 @@ def test_a_full_disk_is_never_what_cannot_be_read(tmp_path):
             yield script.SMCReader.entries.__globals__["Entry"](0, lambda: b"picture")
 
     extraction = object.__new__(script.Extraction)
-    extraction.reader, extraction.unreadable = Reader(), {}
+    extraction.reader, extraction.cameras, extraction.unreadable = Reader(), {"images": [25]}, {}
     with pytest.raises(OSError, match="No space left"):
-        for _ in extraction.entries("images", 25):
+        for _ in extraction.entries("images"):
             raise OSError(28, "No space left on device")
     assert extraction.unreadable == {}
 
@@ -372,7 +372,7 @@ def test_a_modality_is_a_row_in_the_reader_and_a_line_in_the_script(tmp_path):
     }
     code = (
         "def write_hands(extraction, modality):\n"
-        "    for frame, points in extraction.entries(modality):\n"
+        "    for _, frame, points in extraction.entries(modality):\n"
         '        extraction.save(f"hands/{frame}.npz", npz_bytes(points=points))\n\n\n'
     )
     for name, lines in additions.items():
