@@ -1330,7 +1330,7 @@ def extract(job: Job, blocks: tuple | None) -> dict:
     that onto the disk. Return what is in its info.json. Raise SMCError where nothing can be read, or OSError."""
     remove(job.partial)
     job.partial.mkdir(parents=True)
-    sources = job.temp_paths
+    sources = list(job.temp_paths.values())
     if blocks is not None:
         sources = [SelectedFile(job.config, file, [], each) for file, each in zip(job.files, blocks)]
     with SMCReader(*sources) as reader:
@@ -1541,8 +1541,8 @@ class Job:
         return self.folder.with_name(f".{self.performance}.partial")
 
     @property
-    def temp_paths(self) -> list[Path]:
-        return [self.config.temp_dir / file.path for file in self.files]
+    def temp_paths(self) -> dict[RemoteFile, Path]:
+        return {file: self.config.temp_dir / file.path for file in self.files}
 
     @property
     def bytes(self) -> int:
@@ -1559,7 +1559,7 @@ class Job:
 
     def is_downloaded(self) -> bool:
         """Return whether its files are whole in temp_dir: rclone gives a file its name when all of it has come."""
-        return all(has_size(path, file.bytes) for path, file in zip(self.temp_paths, self.files))
+        return all(path.is_file() and path.stat().st_size == file.bytes for file, path in self.temp_paths.items())
 
     def __str__(self):
         return f"{self.subject} {self.performance}"
@@ -1696,12 +1696,6 @@ class Plan:
             sizes = f"{format_size(selected)} instead of {format_size(total)}"
             doubts.append(f"google_drive.download: selective would download about {sizes} for these choices")
         return doubts
-
-
-def has_size(path: Path, size: int) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return path.lstat().st_size == size
-    return False
 
 
 def measure_free(folder: Path) -> int:
@@ -1892,11 +1886,13 @@ def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job] = ()) -
     if nearest_path(config.temp_dir).stat().st_dev == nearest_path(config.output_dir).stat().st_dev:
         needs = {config.output_dir: coming + total}
     for folder, need in needs.items():
-        if need and measure_free(folder) - need < config.min_free_gb * GB:
-            disk = f"the disk of {folder} has {format_size(measure_free(folder))} free"
-            keeps = f"storage.min_free_gb keeps {config.min_free_gb:g} GB free"
+        free, keep = measure_free(folder), config.min_free_gb
+        if need and free - need < keep * GB:
+            lack = (
+                f"the disk of {folder} has {format_size(free)} free: {jobs[-1]} would need {format_size(need)} of them"
+            )
             advice = "Move finished subjects away, then run the same command again"
-            return f"{disk}: {jobs[-1]} would need {format_size(need)} of them, and {keeps}. {advice}"
+            return f"{lack}, and storage.min_free_gb keeps {keep:g} GB free. {advice}"
     return None
 
 
@@ -1933,23 +1929,21 @@ def copy_whole(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
     """Copy the files of some jobs with one call of rclone, but for those that an earlier run has left whole. A used-up
     quota ends it for all files: jobs that were not tried are left out then."""
     begin, found, errors = time.monotonic(), {}, {}
-    paths = {file: path for job in jobs for file, path in zip(job.files, job.temp_paths)}
-    missing = [file for file, path in paths.items() if not is_current(path, file)]
+    missing = [file for job in jobs for file, path in job.temp_paths.items() if not is_current(path, file)]
     if missing:
-        for file in missing:
-            remove(paths[file])
-        with remote.report.download([job for job in jobs if not job.is_downloaded()]) as progress:
+        with remote.report.download([job for job in jobs if {*missing} & {*job.files}]) as progress:
             errors = remote.copy(missing, progress)
     quota = {path for path, error in errors.items() if re.search(MESSAGES["quota"], error)}
     for job in jobs:
-        lacking = [f for f in job.files if errors.get(f.path) == CHANGED or not has_size(paths[f], f.bytes)]
+        lacking = [file for file, path in job.temp_paths.items() if not path.is_file()]
         lacking.sort(key=lambda file: file.path not in errors)
-        if not lacking:
+        changed = CHANGED in [errors.get(file.path) for file in job.files]
+        if job.is_downloaded() and not changed:
             came = sum(file.bytes for file in job.files if file in missing)
             seconds = (time.monotonic() - begin) * came / max(1, sum(file.bytes for file in missing))
             found[job] = Download(None, came, seconds)
-        elif paths[lacking[0]].is_file():
-            found[job] = Download(RemoteError(f"{lacking[0].name} {CHANGED}"))
+        elif changed or not lacking:
+            found[job] = Download(RemoteError(f"{job.files[0].name} {CHANGED}"))
         elif not quota or lacking[0].path in quota:
             reason = errors.get(lacking[0].path) or errors.get("") or "rclone did not bring it, and did not say why"
             found[job] = Download(remote.explain(lacking[0], reason))
@@ -1958,14 +1952,16 @@ def copy_whole(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
 
 
 def is_current(path: Path, file: RemoteFile) -> bool:
-    """Return whether a file that an earlier run has left is the one on the remote, as far as its md5 is known."""
-    if not has_size(path, file.bytes):
-        return False
+    """Return whether an earlier run has left a file as it is on the remote, as far as its md5 is known; else remove it."""
     md5 = hashlib.md5()
-    with open(path, "rb") as content:
-        while file.md5 and (block := content.read(1 << 20)):
-            md5.update(block)
-    return file.md5 in (None, md5.hexdigest())
+    if path.is_file() and path.stat().st_size == file.bytes:
+        with open(path, "rb") as content:
+            while file.md5 and (block := content.read(1 << 20)):
+                md5.update(block)
+        if file.md5 in (None, md5.hexdigest()):
+            return True
+    remove(path)
+    return False
 
 
 def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: dict, in_temp: set) -> Iterator:
@@ -2023,7 +2019,7 @@ def extract_job(job: Job, download: Download) -> tuple[dict, dict | None]:
 
 
 def delete_smc(job: Job):
-    for path in job.temp_paths:  # and what else begins with its name: see SelectedFile
+    for path in job.temp_paths.values():  # and what else begins with its name: see SelectedFile
         for each in list_paths(path.parent, f"{glob.escape(path.name)}*"):
             remove(each)
 
