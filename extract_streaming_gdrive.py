@@ -309,10 +309,6 @@ class Config:
         chosen = self.cameras.get(performance, self.cameras.get("default"))
         return None if chosen is None else frozenset(chosen)
 
-    def remote_folders(self, subject: str) -> list[str]:
-        """Return where the remote has the files of a subject, and temp_dir then too."""
-        return [subject] if self.layout == "single" else [f"raw/{subject}", f"anno/{subject}"]
-
     def folder_of(self, subject: str, performance: str) -> Path:
         return self.output_dir / subject / performance
 
@@ -515,7 +511,7 @@ def clean_up(manifest: Manifest, subject: str):
             remove(path)
         elif name:
             finish_replacing(output / name[1])
-    for folder in [config.temp_dir / name for name in config.remote_folders(subject)]:
+    for folder in [config.temp_dir / name for name in (subject, f"raw/{subject}", f"anno/{subject}")]:
         if folder.is_symlink():  # not followed: rclone will make a folder
             remove(folder)
         for path in list_paths(folder, "*.smc*"):
@@ -1427,6 +1423,7 @@ def format_numbers(numbers: Iterable[int]) -> str:
     return " ".join(str(number) for number in sorted(numbers))
 
 
+CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGXCPU)
 no_fork = threading.Lock()  # held while there is a lock on the manifest, which a child would inherit
 # Safe here, because what a child runs needs no lock that a thread of the run could hold.
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
@@ -1463,10 +1460,9 @@ def run_in_child(work: Callable, *arguments, name: str, size: int, decoders: int
             os.kill(pid, signal.SIGKILL)  # no harm where it has ended
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             receiver.close()
-        if code == -signal.SIGXCPU:
-            raise SMCError(f"{name}: reading it does not come to an end; the file is probably damaged")
-        if code in (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGBUS, -signal.SIGFPE, -signal.SIGILL):
-            raise SMCError(f"{name}: reading it crashed the HDF5 library; the file is probably damaged")
+        if -code in CRASHES:
+            how = "does not come to an end" if code == -signal.SIGXCPU else "crashed the HDF5 library"
+            raise SMCError(f"{name}: reading it {how}; the file is probably damaged")
         if code != -signal.SIGKILL:
             raise StopEarly(f"{name}: the process that read it ended with code {code} and without an answer")
         log.info("%s: the process that read it was killed from outside; it is started once more", name)
@@ -1659,7 +1655,7 @@ class Plan:
                 raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
 
     def announce(self) -> list[str]:
-        """Say what a run has before it, and return the warnings."""
+        """Say what a run has before it. Return as warnings what may not be meant, though it can be carried out."""
         config, waiting = self.manifest.config, self.jobs("to do")
         order = ["done", "to do", "absent", "failed", "refused"]
         counts = [f"{len(self.jobs(state))} {state}" for state in order if self.jobs(state)]
@@ -1673,14 +1669,7 @@ class Plan:
             fits = f"about {count_of(fits, 'subject')}" if fits < subjects else "all of it"
             free = [format_size(measure_free(folder)) for folder in (config.output_dir, config.temp_dir)]
             log.info("output_dir has %s free, room for %s; temp_dir has %s free", free[0], fits, free[1])
-        doubts = self.find_doubts()
-        for number, doubt in enumerate(doubts):
-            log.log(logging.WARNING if number < 10 else logging.DEBUG, "warning: %s", doubt)
-        return doubts
-
-    def find_doubts(self) -> list[str]:
-        """Return what may not be meant in a set-up that can be carried out."""
-        config, waiting, doubts = self.manifest.config, self.jobs("to do"), list(self.listing.oddities)
+        doubts = list(self.listing.oddities)
         for subject, jobs in self.subjects.items():
             if subject not in self.listing.subjects and {job.state for job in jobs} == {"absent"}:
                 doubts.append(f"subject {subject} has no folder on the remote")
@@ -1695,6 +1684,8 @@ class Plan:
         if config.download == "full" and selected < 0.8 * total:
             sizes = f"{format_size(selected)} instead of {format_size(total)}"
             doubts.append(f"google_drive.download: selective would download about {sizes} for these choices")
+        for number, doubt in enumerate(doubts):
+            log.log(logging.WARNING if number < 10 else logging.DEBUG, "warning: %s", doubt)
         return doubts
 
 
