@@ -620,17 +620,14 @@ def count_of(number: int, noun: str) -> str:
 
 
 class RemoteFile(NamedTuple):
-    """A file on the remote: path from its root, bytes, its md5 or else its modification time (as `id`), md5 in hex (or
-    None where it is not known without reading the file)."""
+    """A file on the remote: path from its root, the name in it, bytes, its md5 or else its modification time (as `id`),
+    md5 in hex (or None where it is not known without reading the file)."""
 
     path: str
+    name: str
     bytes: int
     id: str
     md5: str | None
-
-    @property
-    def name(self) -> str:
-        return self.path.rpartition("/")[2]
 
 
 class Listing(NamedTuple):
@@ -871,7 +868,7 @@ def parse_listing(entries: list[dict]) -> Listing:
             if taken.setdefault((half, subject, performance), path) != path:
                 continue
             files = listing.subjects.setdefault(subject, {})
-            file = RemoteFile(path, entry["Size"], md5 or entry["ModTime"], md5)
+            file = RemoteFile(path, name, entry["Size"], md5 or entry["ModTime"], md5)
             files[performance] = (*files.get(performance, ()), file)
         else:
             listing.oddities.append(f"the name of {printable(path)} is not understood; the file is left out")

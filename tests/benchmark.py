@@ -44,7 +44,9 @@ def ours(folder, verify="fast", cameras=None):
         "google_drive: {remote_name: none}\nextraction: {subjects: ['0018'], performances: [s3_all]}\n"
         f"storage: {{temp_dir: release, output_dir: subjects, min_free_gb: 0}}\nprocessing: {{verify: {verify}}}\n"
     )
-    files = (tool.RemoteFile("0018/0018_s3_all_raw.smc", (folder / SMC).stat().st_size, "", None),)
+    files = (
+        tool.RemoteFile("0018/0018_s3_all_raw.smc", "0018_s3_all_raw.smc", (folder / SMC).stat().st_size, "", None),
+    )
     config, modalities = tool.load_config(str(folder / "config.yaml")), tuple(tool.DEFAULT_MODALITIES)
     job = tool.Job(config, "0018", "s3_all", files, cameras, modalities)
     row, _ = tool.extract_job(job, tool.Download())
