@@ -106,14 +106,8 @@ class Entry(NamedTuple):
     """What a modality has of one frame or camera (None where it has no numbers); see `SMCReader.entries`."""
 
     number: int | None
-    get: Callable | None
-    fault: SMCError | None = None  # what its header says against it already
-
-    def read(self):
-        """Return its content. Raise SMCError where that cannot be read."""
-        if self.fault:
-            raise self.fault
-        return self.get()
+    read: Callable  # returns its content, or raises SMCError where that cannot be read
+    fault: SMCError | None = None  # what `read` will raise, where its header says that already
 
 
 class Picture(NamedTuple):
@@ -167,9 +161,6 @@ class SMCReader(contextlib.AbstractContextManager):
         self.sources = [source for source in (file_path, anno_path) if source is not None]
         self._files = [_File(source, self.oddities) for source in self.sources]
         self.smc, self.note = self._files[0].h5, self._files[0].note
-        self._read_header()
-
-    def _read_header(self):
         names = "actor_id", "performance_part", "capture_date"
         self.actor_id, self.performance_part, self.capture_date = (self._attribute("", name, str) for name in names)
         kinds = {"age": int, "color": str, "gender": str, "height": float, "weight": float}
@@ -205,11 +196,10 @@ class SMCReader(contextlib.AbstractContextManager):
         if row.numbered == "cameras":
             file, group = self._open(modality)
             return sorted(file.numbers_in(group, "cameras"))
-        parent, by_camera, below = row.path.partition("/{}")
+        parent, by_camera, _ = row.path.partition("/{}")
         for file in self._files[:: 1 if row.from_raw else -1] if by_camera else ():
             numbers = file.numbers_in(file.open_group(parent), "cameras")
-            found = [number for number in sorted(numbers) if file.has(f"{parent}/{number:02d}{below}")]
-            if found:
+            if found := [number for number in sorted(numbers) if self.has(modality, number)]:
                 return found
         return []
 
@@ -219,10 +209,14 @@ class SMCReader(contextlib.AbstractContextManager):
         file, group = self._open(modality, camera)
         return sorted(file.numbers_in(group, "frames")) if MODALITIES[modality].numbered == "frames" else []
 
-    def has(self, modality: str) -> bool:
-        """Return whether there is anything of a modality, be it damaged."""
-        path = MODALITIES[modality].path
-        return bool(self.cameras(modality)) if "{}" in path else any(file.has(path) for file in self._files)
+    def has(self, modality: str, camera: int | str | None = None) -> bool:
+        """Return whether there is anything of a modality (of a camera), be it damaged."""
+        if "{}" in MODALITIES[modality].path and camera is None:
+            return bool(self.cameras(modality))
+        try:
+            return self._open(modality, camera)[1] is not None
+        except SMCError:
+            return True
 
     def places(self, modality: str, camera=None, frames: Iterable[int] | None = None) -> list[tuple[object, int, int]]:
         """Return where the data of a modality (of a camera, of some frames) lies: (file as it was given to this reader,
@@ -285,8 +279,8 @@ class SMCReader(contextlib.AbstractContextManager):
         elif row.numbered:
             for number, name in sorted(file.numbers_in(group, row.numbered).items()):
                 where = (camera, number) if "{}" in row.path else (number,)
-                get = partial(getattr(self, row.method), *where) if row.method else None
-                yield Entry(number, get or partial(file.read_array, group, name, None))
+                read = partial(getattr(self, row.method), *where) if row.method else None
+                yield Entry(number, read or partial(file.read_array, group, name))
         elif group is not None:
             yield Entry(None, getattr(self, row.method))
 
@@ -317,7 +311,7 @@ class SMCReader(contextlib.AbstractContextManager):
         metres} of a camera, float64."""
         file, group, name = self._find("calibration", Camera_id)
         camera = file.group_in(group, name, needed=True)
-        shapes = {"K": (3, 3), "D": (None,), "RT": (4, 4)}
+        shapes = {"K": (3, 3), "D": (-1,), "RT": (4, 4)}
         matrices = {key: file.read_array(camera, key, shape).astype(np.float64) for key, shape in shapes.items()}
         if matrices["D"].size == 4:  # k3 is 0 then
             matrices["D"] = np.append(matrices["D"], 0)
@@ -341,7 +335,7 @@ class SMCReader(contextlib.AbstractContextManager):
         if info is None:
             return None
         file, group = self._open("audio")
-        audio = np.squeeze(file.read_array(group, "audio", None))
+        audio = np.squeeze(file.read_array(group, "audio"))
         audio = audio.T if audio.shape[:1] == (info["channels"],) else audio
         audio = audio.reshape(info["samples"], info["channels"]).astype(audio.dtype.str[1:], copy=False)
         return {"audio": audio, "sample_rate": info["sample_rate"]}
@@ -352,7 +346,7 @@ class SMCReader(contextlib.AbstractContextManager):
         file, group = self._open("audio")
         if group is None:
             return None
-        data, rate = file.dataset(group, "audio", None), file.read_array(group, "sample_rate", None)
+        data, rate = file.dataset(group, "audio"), file.read_array(group, "sample_rate")
         form, rate = f"{data.dtype} {data.shape}", rate.item() if rate.size == 1 else math.nan
         samples, channels = sorted([*(length for length in data.shape if length != 1), 1, 1])[:-3:-1]
         if data.dtype.str[1:] not in SOUND_TYPES or not samples * channels == math.prod(data.shape) > 0:
@@ -398,7 +392,7 @@ class SMCReader(contextlib.AbstractContextManager):
             frame = file.group_in(*self._find("flame", frame=Frame_id)[1:], needed=True)
             names = [name for name in file.links(frame) if PARAMETER_NAME.fullmatch(name)]
             file.note_left_out(frame, names)
-            return {name: file.read_array(frame, name, None) for name in names}
+            return {name: file.read_array(frame, name) for name in names}
         frames = [self.get_FLAME(frame) for frame in (self.frame_numbers("flame") if Frame_id is None else Frame_id)]
         if any(frame.keys() != frames[0].keys() for frame in frames):
             raise file.error("the frames of FLAME have different parameters")
@@ -416,10 +410,10 @@ class SMCReader(contextlib.AbstractContextManager):
         file, group = self._open("scan")
         if group is None:
             return None
-        indices = file.read_array(group, "vertex_indices", (None, 3))
+        indices = file.read_array(group, "vertex_indices", (-1, 3))
         if indices.dtype.kind not in "iu":
             raise file.error(f"Scan/vertex_indices holds {indices.dtype}, no whole numbers")
-        vertex = file.read_array(group, "vertex", (None, 3)).astype(np.float64, copy=False)
+        vertex = file.read_array(group, "vertex", (-1, 3)).astype(np.float64, copy=False)
         if indices.size and not 0 <= indices.min() <= indices.max() < len(vertex):
             raise file.error(f"Scan/vertex_indices goes beyond the {len(vertex)} vertices")
         return {"vertex": vertex, "vertex_indices": indices}
@@ -490,7 +484,7 @@ class _File:
     def __init__(self, source, oddities: list[str]):
         self.source, self.oddities = source, oddities
         self.name = os.path.basename(str(getattr(source, "name", source)))
-        self.h5, self.listed = None, (None, {})
+        self.listed = None, {}
         if not hasattr(source, "read") and not os.path.isfile(source):
             raise self.error("is a folder" if os.path.isdir(source) else "there is no such file")
         try:
@@ -506,9 +500,8 @@ class _File:
             self.bytes = self.h5.id.get_filesize()
 
     def close(self):
-        if self.h5 is not None:
-            with contextlib.suppress(Exception):  # damaged files can fail here too, with nothing left to lose
-                self.h5.close()
+        with contextlib.suppress(Exception):  # damaged files can fail here too, with nothing left to lose
+            self.h5.close()
 
     def error(self, what) -> SMCError:
         return SMCError(f"{self.name}: {what}")
@@ -539,13 +532,6 @@ class _File:
             name = self.name_of(group, int(name), "cameras") if name.isdigit() else name
             group = group and self.group_in(group, name)
         return group
-
-    def has(self, path: str) -> bool:
-        """Return whether there is a group at a path that is not empty, or something that can't be opened as one."""
-        try:
-            return bool(self.links(self.open_group(path), first=True))
-        except SMCError:
-            return True
 
     def group_in(self, parent, name: str, needed=False):
         """Return the group of that name in a group, or None. needed: raise SMCError then."""
@@ -648,71 +634,69 @@ class _File:
             self.note(str(error).partition(": ")[2])
             return None
 
-    def read_array(self, group, name: str, shape: tuple | None) -> np.ndarray:
-        """Return a numeric data set, whole, in its stored type; see `dataset`."""
-        data = self.dataset(group, name, shape)
+    def read_array(self, group, name: str, shape: tuple | None = None) -> np.ndarray:
+        """Return a numeric data set, whole, in its stored type. With a shape, in which -1 stands for any length, it has
+        that one, but for axes of length one in the file."""
+        data = self.dataset(group, name)
         with self.reading(group, name):
             array = np.empty(data.shape, data.dtype)
             data.read(h5s.ALL, h5s.ALL, array)
-        return array if shape is None else array.reshape(_fit(array.shape, shape))
+            shaped = array if shape is None else array.reshape(shape)
+            if np.squeeze(shaped).shape != np.squeeze(array).shape:
+                raise ValueError(f"its shape is {array.shape}, not {shape}")
+        return shaped
 
-    def dataset(self, group, name: str, shape: tuple | None):
-        """Return a numeric data set of a shape, but for axes of length one. In the shape None stands for any length;
-        shape None: of any."""
+    def dataset(self, group, name: str):
+        """Return a numeric data set that is not too large to be read."""
         data = self.entry(group, name)
         if not isinstance(data, h5d.DatasetID):
             raise self.error(f"there is no data set {self.where(group, name)}")
         with self.reading(group, name):
-            _refuse_elsewhere(data)
-            found, dtype = data.shape, data.dtype
-            if dtype.kind not in "fiub" or found is None or shape is not None and _fit(found, shape) is None:
-                raise ValueError(f"it holds {dtype} {found}, not numbers {shape or ''}".replace("None", "n"))
-            _check_size(data, math.prod(found) * dtype.itemsize, MAX_ARRAY_BYTES)
+            _check_storage(data, MAX_ARRAY_BYTES)
+            if data.dtype.kind not in "fiub":
+                raise ValueError(f"it holds {data.dtype}, not numbers")
         return data
 
     # ---- encoded pictures
 
     def pictures(self, group, kind: str) -> Iterator[Entry]:
         """Yield the pictures of a group, in the order in which they lie in the file."""
-        found: list[tuple] = []  # (offset or 0, number, bytes in the file, what read_extent needs)
+        found: list[tuple] = []  # (offset or 0, number, bytes, function that reads them)
         links = self.links(group)
         for number, name in self.numbers_in(group, kind).items():
             try:
-                offset, size, stored = self._extent(group, name, links[name])
-                found.append((offset or 0, number, stored, name, offset, size))
+                offset, size = self._extent(group, name, links[name])
+                found.append((offset or 0, number, size, partial(self._read_extent, group, name, offset, size)))
             except SMCError as fault:
-                yield Entry(number, None, fault)
-        claimed, stored = sum(extent[-1] for extent in found), sum(extent[2] for extent in found)
-        if stored > self.bytes or claimed > MAX_EXPANSION * self.bytes:
-            said = f"claim {claimed} bytes, which cannot be in {self.bytes}"
-            raise self.error(f"the pictures of {self.where(group)} {said}")
-        for _, number, _, *extent in sorted(found):
-            yield Entry(number, partial(self._read_extent, group, *extent))
+                yield Entry(number, partial(self._extent, group, name, links[name]), fault)
+        claimed = sum(size for _, _, size, _ in found)
+        if claimed > MAX_EXPANSION * self.bytes:
+            raise self.error(
+                f"the pictures of {self.where(group)} claim {claimed} bytes, which a file of {self.bytes} cannot have"
+            )
+        for _, number, _, read in sorted(found):
+            yield Entry(number, read)
 
-    def _extent(self, group, name: str, link: int) -> tuple[int | None, int, int]:
-        """Return where the bytes of a picture are, None where HDF5 has to put them together, how many they are, and how
-        many they are in the file."""
+    def _extent(self, group, name: str, link: int) -> tuple[int | None, int]:
+        """Return where the bytes of a picture are, None where HDF5 has to put them together, and how many they are."""
         with self.reading(group, name):
             _refuse_soft(link)
             data = h5d.open(group, name.encode())
             offset = data.get_offset()
-            if offset is None:
-                _refuse_elsewhere(data)
-            shape, stored = data.shape or (), data.get_storage_size()
-            size = max(shape, default=-1)
-            if offset is None or size != stored:  # else bytes in one piece: there is no more to ask
-                offset = None
-                if data.dtype.itemsize != 1 or math.prod(shape) != size:
-                    raise ValueError(f"it holds {data.dtype} {shape}, no list of bytes")
-            _check_size(data, size, MAX_PICTURE_BYTES)
-            if offset is not None and offset + size > self.bytes:
-                raise ValueError("its place contradicts its size")
-            return offset, size, stored
+            if offset is not None:
+                size = data.get_storage_size()
+                if max(data.shape or (-1,)) == size <= MAX_PICTURE_BYTES:
+                    return offset, size  # bytes in one piece: there is no more to ask
+            _check_storage(data, MAX_PICTURE_BYTES)
+            size = max(data.shape, default=1)
+            if data.dtype.itemsize != 1 or math.prod(data.shape) != size:
+                raise ValueError(f"it holds {data.dtype} {data.shape}, no list of bytes")
+            return None, size
 
     def _read_extent(self, group, name: str, offset: int | None, size: int) -> bytes:
         """Return the bytes of one picture."""
         if offset is None:
-            return self.read_array(group, name, None).tobytes()
+            return self.read_array(group, name).tobytes()
         if self.descriptor is None:
             self.source.seek(offset)
             data = self.source.read(size)
@@ -726,7 +710,7 @@ class _File:
         """Return the bytes of the picture of that name."""
         if self.entry(group, name) is None:
             raise self.error(f"there is no {self.where(group, name)}")
-        return self._read_extent(group, name, *self._extent(group, name, h5l.TYPE_HARD)[:2])
+        return self._read_extent(group, name, *self._extent(group, name, h5l.TYPE_HARD))
 
 
 def _refuse_soft(link: int):
@@ -734,27 +718,16 @@ def _refuse_soft(link: int):
         raise ValueError("it is a link to another place; such links are not followed")
 
 
-def _refuse_elsewhere(data):
-    """Refuse data outside the file, before anything is asked that would make HDF5 look there."""
+def _check_storage(data, limit: int):
+    """Refuse a data set outside the file, before anything is asked that would make HDF5 look there, and one that claims
+    more bytes than the limit, or that has none."""
     properties = data.get_create_plist()
     layout = properties.get_layout()
     if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and properties.get_external_count()):
         raise ValueError("its data lies in another file")
-
-
-def _check_size(data, size: int, limit: int):
-    """Refuse data that claims more than it has or than anybody needs."""
-    if size > limit or size and not data.get_storage_size():
-        raise ValueError(f"it claims {size} bytes and has {data.get_storage_size()}")
-
-
-def _fit(found: tuple, shape: tuple) -> tuple | None:
-    """Return a shape that was found, or that without axes of length one, whichever is of the form of another shape, in
-    which None stands for any length; None if neither is."""
-    for each in (found, tuple(length for length in found if length != 1)):
-        if len(each) == len(shape) and all(wanted in (None, length) for wanted, length in zip(shape, each)):
-            return each
-    return None
+    size, stored = math.prod(data.shape) * data.dtype.itemsize, data.get_storage_size()
+    if size > limit or size and not stored:
+        raise ValueError(f"it claims {size} bytes and has {stored}")
 
 
 def _open_hdf5(source) -> h5py.File:
