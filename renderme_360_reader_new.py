@@ -173,8 +173,7 @@ class SMCReader(contextlib.AbstractContextManager):
                 self.note(f"it says that it is of {printable(stated)!r}")
 
     def _attribute(self, group, name, kind):
-        values = [file.attribute(group, name, kind) for file in self._files]
-        values = [value for value in values if value is not None]
+        values = [value for file in self._files if (value := file.attribute(group, name, kind)) is not None]
         if len({str(value) for value in values}) > 1:
             said = " and ".join(printable(str(value)) for value in values)
             self.note(f"{name} is {said} in the two files of the performance")
@@ -310,7 +309,7 @@ class SMCReader(contextlib.AbstractContextManager):
         """Return {"K" (3, 3) intrinsics in pixels, "D" (5,) distortion k1 k2 p1 p2 k3, "RT" (4, 4) camera to world,
         metres} of a camera, float64."""
         file, group, name = self._find("calibration", Camera_id)
-        camera = file.group_in(group, name, needed=True)
+        camera = file.entry(group, name, h5g.GroupID)
         shapes = {"K": (3, 3), "D": (-1,), "RT": (4, 4)}
         matrices = {key: file.read_array(camera, key, shape).astype(np.float64) for key, shape in shapes.items()}
         if matrices["D"].size == 4:  # k3 is 0 then
@@ -346,13 +345,12 @@ class SMCReader(contextlib.AbstractContextManager):
         file, group = self._open("audio")
         if group is None:
             return None
-        data, rate = file.dataset(group, "audio"), file.read_array(group, "sample_rate")
-        form, rate = f"{data.dtype} {data.shape}", rate.item() if rate.size == 1 else math.nan
+        data, rate = file.dataset(group, "audio"), file.read_array(group, "sample_rate", ()).item()
         samples, channels = sorted([*(length for length in data.shape if length != 1), 1, 1])[:-3:-1]
-        if data.dtype.str[1:] not in SOUND_TYPES or not samples * channels == math.prod(data.shape) > 0:
-            raise file.error(f"{file.where(group)} holds {form}, which is no known form of sound")
-        if channels > MAX_CHANNELS or not 0 < rate <= 10**6 or rate != int(rate):
-            raise file.error(f"{file.where(group)} has {channels} channels and the sample rate {rate}")
+        form = f"{data.dtype} {data.shape}"
+        is_sound = data.dtype.str[1:] in SOUND_TYPES and samples * channels == math.prod(data.shape) > 0
+        if not is_sound or channels > MAX_CHANNELS or not 0 < rate <= 10**6 or rate != int(rate):
+            raise file.error(f"{file.where(group)} holds {form} at {rate} Hz, which is no known form of sound")
         if data.dtype != np.float32 or data.shape != (samples, channels):
             file.note(f"{file.where(group)}/audio is stored as {form}, and not as float32 (n, 2)".replace(",)", ")"))
         rate = int(rate)
@@ -389,14 +387,15 @@ class SMCReader(contextlib.AbstractContextManager):
         if group is None:
             return None
         if isinstance(Frame_id, (int, str, np.integer)):
-            frame = file.group_in(*self._find("flame", frame=Frame_id)[1:], needed=True)
+            frame = file.entry(*self._find("flame", frame=Frame_id)[1:], h5g.GroupID)
             names = [name for name in file.links(frame) if PARAMETER_NAME.fullmatch(name)]
             file.note_left_out(frame, names)
             return {name: file.read_array(frame, name) for name in names}
         frames = [self.get_FLAME(frame) for frame in (self.frame_numbers("flame") if Frame_id is None else Frame_id)]
         if any(frame.keys() != frames[0].keys() for frame in frames):
             raise file.error("the frames of FLAME have different parameters")
-        return {name: self._stack([frame[name] for frame in frames], "flame") for name in (frames[0] if frames else ())}
+        with file.reading(group, what="cannot be stacked"):
+            return {name: np.stack([frame[name] for frame in frames]) for name in (frames[0] if frames else ())}
 
     def get_uv(self, Frame_id=None, disable_tqdm=True) -> np.ndarray | None:
         """Return the decoded UV texture (256, 256, 3) uint8 BGR of a frame; a list of frames or None stacks them. None
@@ -411,11 +410,9 @@ class SMCReader(contextlib.AbstractContextManager):
         if group is None:
             return None
         indices = file.read_array(group, "vertex_indices", (-1, 3))
-        if indices.dtype.kind not in "iu":
-            raise file.error(f"Scan/vertex_indices holds {indices.dtype}, no whole numbers")
         vertex = file.read_array(group, "vertex", (-1, 3)).astype(np.float64, copy=False)
-        if indices.size and not 0 <= indices.min() <= indices.max() < len(vertex):
-            raise file.error(f"Scan/vertex_indices goes beyond the {len(vertex)} vertices")
+        if indices.dtype.kind not in "iu" or indices.size and not 0 <= indices.min() <= indices.max() < len(vertex):
+            raise file.error(f"Scan/vertex_indices holds {indices.dtype} that do not number the {len(vertex)} vertices")
         return {"vertex": vertex, "vertex_indices": indices}
 
     def get_scanmask(self, Camera_id=None) -> np.ndarray | None:
@@ -451,15 +448,10 @@ class SMCReader(contextlib.AbstractContextManager):
         """Return one(frame), or the stack of it for a list of frames or None, without those for which it is None."""
         if isinstance(frame, (int, str, np.integer)):
             return one(frame)
-        arrays = map(one, self.frame_numbers(modality, camera) if frame is None else frame)
-        return self._stack([array for array in arrays if array is not None], modality, camera)
-
-    def _stack(self, arrays, modality, camera=None) -> np.ndarray:
         file, group = self._open(modality, camera, needed=True)
-        if len({array.shape for array in arrays}) != 1:
-            what = "entries of different shapes" if arrays else "no entry to be read"
-            raise file.error(f"{file.where(group)} has {what}")
-        return np.stack(arrays)
+        arrays = [one(number) for number in (self.frame_numbers(modality, camera) if frame is None else frame)]
+        with file.reading(group, what="cannot be stacked"):
+            return np.stack([array for array in arrays if array is not None])
 
     def _decoded(self, modality, camera=None, frame=None) -> np.ndarray:
         """Return the pixels (H, W, 3) uint8 BGR of a picture; of a mask (H, W), the maximum over channels."""
@@ -530,26 +522,23 @@ class _File:
             group = h5g.open(self.h5.id, b"/")
         for name in path.split("/") if path else ():
             name = self.name_of(group, int(name), "cameras") if name.isdigit() else name
-            group = group and self.group_in(group, name)
+            group = group and self.entry(group, name)
+            if group is not None and not isinstance(group, h5g.GroupID):
+                raise self.error(f"{self.where(group)} is no group")
         return group
 
-    def group_in(self, parent, name: str, needed=False):
-        """Return the group of that name in a group, or None. needed: raise SMCError then."""
-        found = self.entry(parent, name)
-        if found is None and needed:
-            raise self.error(f"there is no {self.where(parent, name)}")
-        if found is not None and not isinstance(found, h5g.GroupID):
-            raise self.error(f"{self.where(parent, name)} is no group")
-        return found
-
-    def entry(self, parent, name: str):
-        """Return what the hard link of that name points to, or None."""
+    def entry(self, parent, name: str, needed: type | None = None):
+        """Return what the hard link of that name points to, or None. needed: raise SMCError unless it is of that kind,
+        h5g.GroupID or h5d.DatasetID."""
+        found, key = None, name.encode()
         with self.reading(parent, name):
-            key = name.encode()
-            if not parent.links.exists(key):
-                return None
-            _refuse_soft(parent.links.get_info(key).type)
-            return h5o.open(parent, key)
+            if parent.links.exists(key):
+                _refuse_soft(parent.links.get_info(key).type)
+                found = h5o.open(parent, key)
+        if needed and not isinstance(found, needed):
+            kind = "" if found is None else "group " if needed is h5g.GroupID else "data set "
+            raise self.error(f"there is no {kind}{self.where(parent, name)}")
+        return found
 
     def where(self, parent, name: str = "") -> str:
         """Return the path of something in the file, fit for a message."""
@@ -648,9 +637,7 @@ class _File:
 
     def dataset(self, group, name: str):
         """Return a numeric data set that is not too large to be read."""
-        data = self.entry(group, name)
-        if not isinstance(data, h5d.DatasetID):
-            raise self.error(f"there is no data set {self.where(group, name)}")
+        data = self.entry(group, name, h5d.DatasetID)
         with self.reading(group, name):
             _check_storage(data, MAX_ARRAY_BYTES)
             if data.dtype.kind not in "fiub":
@@ -671,9 +658,7 @@ class _File:
                 yield Entry(number, partial(self._extent, group, name, links[name]), fault)
         claimed = sum(size for _, _, size, _ in found)
         if claimed > MAX_EXPANSION * self.bytes:
-            raise self.error(
-                f"the pictures of {self.where(group)} claim {claimed} bytes, which a file of {self.bytes} cannot have"
-            )
+            raise self.error(f"the pictures of {self.where(group)} claim {claimed} bytes, in a file of {self.bytes}")
         for _, number, _, read in sorted(found):
             yield Entry(number, read)
 
@@ -683,10 +668,11 @@ class _File:
             _refuse_soft(link)
             data = h5d.open(group, name.encode())
             offset = data.get_offset()
-            if offset is not None:
-                size = data.get_storage_size()
-                if max(data.shape or (-1,)) == size <= MAX_PICTURE_BYTES:
-                    return offset, size  # bytes in one piece: there is no more to ask
+            if (
+                offset is not None
+                and max(data.shape or (-1,)) == (size := data.get_storage_size()) <= MAX_PICTURE_BYTES
+            ):
+                return offset, size  # bytes in one piece: there is no more to ask
             _check_storage(data, MAX_PICTURE_BYTES)
             size = max(data.shape, default=1)
             if data.dtype.itemsize != 1 or math.prod(data.shape) != size:
@@ -708,8 +694,7 @@ class _File:
 
     def encoded(self, group, name: str) -> bytes:
         """Return the bytes of the picture of that name."""
-        if self.entry(group, name) is None:
-            raise self.error(f"there is no {self.where(group, name)}")
+        self.entry(group, name, h5d.DatasetID)
         return self._read_extent(group, name, *self._extent(group, name, h5l.TYPE_HARD))
 
 
@@ -744,8 +729,7 @@ def _open_hdf5(source) -> h5py.File:
 def _what_is_wrong(source, error: Exception) -> str:
     """Return in plain words why a file cannot be opened as HDF5."""
     if cut := re.search(r"truncated file: eof = ([0-9]+),.* stored_eof = ([0-9]+)", str(error)):
-        scale, unit = (1e9, "GB") if len(cut[2]) > 9 else (1e6, "MB") if len(cut[2]) > 6 else (1e3, "kB")
-        return f"is cut short: {int(cut[1]) / scale:.2f} of {int(cut[2]) / scale:.2f} {unit}"
+        return f"is cut short: {int(cut[1]) / 1e6:.2f} of {int(cut[2]) / 1e6:.2f} MB"
     if "signature not found" in str(error) and not hasattr(source, "read"):
         with open(source, "rb") as file:
             head = file.read(12)
