@@ -192,13 +192,10 @@ class SMCReader(contextlib.AbstractContextManager):
         """Return the numbers of the cameras that have data of a modality, ascending; [] for one without cameras. A
         camera with an empty group doesn't count, one with a damaged group does."""
         row = MODALITIES[modality]
-        if row.numbered == "cameras":
-            file, group = self._open(modality)
-            return sorted(file.numbers_in(group, "cameras"))
         parent, by_camera, _ = row.path.partition("/{}")
-        for file in self._files[:: 1 if row.from_raw else -1] if by_camera else ():
-            numbers = file.numbers_in(file.open_group(parent), "cameras")
-            if found := [number for number in sorted(numbers) if self.has(modality, number)]:
+        for file in self._files[:: 1 if row.from_raw else -1] if by_camera or row.numbered == "cameras" else ():
+            numbers = sorted(file.numbers_in(file.open_group(parent), "cameras"))
+            if found := [number for number in numbers if not by_camera or self.has(modality, number)]:
                 return found
         return []
 
@@ -303,6 +300,7 @@ class SMCReader(contextlib.AbstractContextManager):
         modality = {"color": "images", "mask": "masks"}.get(Image_type)
         if modality is None:
             raise ValueError(f"no Image_type {Image_type!r}: there are 'color' and 'mask'")
+        self._open(modality, Camera_id, needed=True)
         return self._frames(lambda frame: self._decoded(modality, Camera_id, frame), Frame_id, modality, Camera_id)
 
     def get_Calibration(self, Camera_id) -> dict:
@@ -376,7 +374,7 @@ class SMCReader(contextlib.AbstractContextManager):
             found = file.entry(group, name)
             return found and file.read_array(group, name, shape).astype(np.float64, copy=False)
 
-        return None if group is None else self._frames(points_of, frame, modality, camera)
+        return self._frames(points_of, frame, modality, camera)
 
     def get_FLAME(self, Frame_id=None) -> dict | None:
         """Return {name: array} of the FLAME parameters of a frame: global_pose, neck_pose, jaw_pose, left_eye_pose,
@@ -400,8 +398,6 @@ class SMCReader(contextlib.AbstractContextManager):
     def get_uv(self, Frame_id=None, disable_tqdm=True) -> np.ndarray | None:
         """Return the decoded UV texture (256, 256, 3) uint8 BGR of a frame; a list of frames or None stacks them. None
         where the performance has no textures."""
-        if not self.has("uv_textures"):
-            return None
         return self._frames(lambda frame: self._decoded("uv_textures", frame=frame), Frame_id, "uv_textures")
 
     def get_scanmesh(self) -> dict | None:
@@ -418,10 +414,7 @@ class SMCReader(contextlib.AbstractContextManager):
     def get_scanmask(self, Camera_id=None) -> np.ndarray | None:
         """Return the decoded mask of the scan (H, W) uint8 from a camera; None stacks those of all cameras. None where
         the performance has no scan."""
-        if not self.has("scan_masks"):
-            return None
-        cameras = self.cameras("scan_masks") if Camera_id is None else Camera_id
-        return self._frames(lambda camera: self._decoded("scan_masks", camera), cameras, "scan_masks")
+        return self._frames(lambda camera: self._decoded("scan_masks", camera), Camera_id, "scan_masks")
 
     # ---- shared by the methods above
 
@@ -444,12 +437,16 @@ class SMCReader(contextlib.AbstractContextManager):
         file, group = self._open(modality, camera, needed=True)
         return file, group, file.name_of(group, int(camera_name(camera) if numbered == "cameras" else frame), numbered)
 
-    def _frames(self, one, frame, modality, camera=None) -> np.ndarray:
-        """Return one(frame), or the stack of it for a list of frames or None, without those for which it is None."""
+    def _frames(self, one, frame, modality, camera=None) -> np.ndarray | None:
+        """Return one(frame), or the stack of it for a list of frames or None, without those for which it is None; None
+        where the performance has nothing of the modality. (For a modality that has them, cameras stand for frames.)"""
+        file, group = self._open(modality, camera)
+        if group is None:
+            return None
         if isinstance(frame, (int, str, np.integer)):
             return one(frame)
-        file, group = self._open(modality, camera, needed=True)
-        arrays = [one(number) for number in (self.frame_numbers(modality, camera) if frame is None else frame)]
+        wanted = sorted(file.numbers_in(group, MODALITIES[modality].numbered)) if frame is None else frame
+        arrays = [one(number) for number in wanted]
         with file.reading(group, what="cannot be stacked"):
             return np.stack([array for array in arrays if array is not None])
 
@@ -707,8 +704,7 @@ def _check_storage(data, limit: int):
     """Refuse a data set outside the file, before anything is asked that would make HDF5 look there, and one that claims
     more bytes than the limit, or that has none."""
     properties = data.get_create_plist()
-    layout = properties.get_layout()
-    if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and properties.get_external_count()):
+    if properties.get_layout() == h5d.VIRTUAL or properties.get_external_count():
         raise ValueError("its data lies in another file")
     size, stored = math.prod(data.shape) * data.dtype.itemsize, data.get_storage_size()
     if size > limit or size and not stored:
