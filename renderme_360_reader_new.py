@@ -181,7 +181,8 @@ class SMCReader(contextlib.AbstractContextManager):
 
     def close(self):
         for file in self._files:
-            file.close()
+            with contextlib.suppress(Exception):  # damaged files can fail here too, with nothing left to lose
+                file.h5.close()
 
     def __exit__(self, *error):
         self.close()
@@ -307,7 +308,7 @@ class SMCReader(contextlib.AbstractContextManager):
         """Return {"K" (3, 3) intrinsics in pixels, "D" (5,) distortion k1 k2 p1 p2 k3, "RT" (4, 4) camera to world,
         metres} of a camera, float64."""
         file, group, name = self._find("calibration", Camera_id)
-        camera = file.entry(group, name, h5g.GroupID)
+        camera = file.entry(group, name, "group")
         shapes = {"K": (3, 3), "D": (-1,), "RT": (4, 4)}
         matrices = {key: file.read_array(camera, key, shape).astype(np.float64) for key, shape in shapes.items()}
         if matrices["D"].size == 4:  # k3 is 0 then
@@ -385,7 +386,7 @@ class SMCReader(contextlib.AbstractContextManager):
         if group is None:
             return None
         if isinstance(Frame_id, (int, str, np.integer)):
-            frame = file.entry(*self._find("flame", frame=Frame_id)[1:], h5g.GroupID)
+            frame = file.entry(*self._find("flame", frame=Frame_id)[1:], "group")
             names = [name for name in file.links(frame) if PARAMETER_NAME.fullmatch(name)]
             file.note_left_out(frame, names)
             return {name: file.read_array(frame, name) for name in names}
@@ -488,10 +489,6 @@ class _File:
             self.descriptor = None if hasattr(source, "read") else self.h5.id.get_vfd_handle()
             self.bytes = self.h5.id.get_filesize()
 
-    def close(self):
-        with contextlib.suppress(Exception):  # damaged files can fail here too, with nothing left to lose
-            self.h5.close()
-
     def error(self, what) -> SMCError:
         return SMCError(f"{self.name}: {what}")
 
@@ -524,17 +521,17 @@ class _File:
                 raise self.error(f"{self.where(group)} is no group")
         return group
 
-    def entry(self, parent, name: str, needed: type | None = None):
+    def entry(self, parent, name: str, needed: str = ""):
         """Return what the hard link of that name points to, or None. needed: raise SMCError unless it is of that kind,
-        h5g.GroupID or h5d.DatasetID."""
+        "group" or "data set"."""
         found, key = None, name.encode()
         with self.reading(parent, name):
             if parent.links.exists(key):
-                _refuse_soft(parent.links.get_info(key).type)
+                if parent.links.get_info(key).type != h5l.TYPE_HARD:
+                    raise ValueError("it is a link to another place; such links are not followed")
                 found = h5o.open(parent, key)
-        if needed and not isinstance(found, needed):
-            kind = "" if found is None else "group " if needed is h5g.GroupID else "data set "
-            raise self.error(f"there is no {kind}{self.where(parent, name)}")
+        if needed and not isinstance(found, {"group": h5g.GroupID, "data set": h5d.DatasetID}[needed]):
+            raise self.error(f"there is no {needed + ' ' if found else ''}{self.where(parent, name)}")
         return found
 
     def where(self, parent, name: str = "") -> str:
@@ -634,7 +631,7 @@ class _File:
 
     def dataset(self, group, name: str):
         """Return a numeric data set that is not too large to be read."""
-        data = self.entry(group, name, h5d.DatasetID)
+        data = self.entry(group, name, "data set")
         with self.reading(group, name):
             _check_storage(data, MAX_ARRAY_BYTES)
             if data.dtype.kind not in "fiub":
@@ -659,11 +656,12 @@ class _File:
         for _, number, _, read in sorted(found):
             yield Entry(number, read)
 
-    def _extent(self, group, name: str, link: int) -> tuple[int | None, int]:
-        """Return where the bytes of a picture are, None where HDF5 has to put them together, and how many they are."""
+    def _extent(self, group, name: str, link: int | None = None) -> tuple[int | None, int]:
+        """Return where the bytes of a picture are, None where HDF5 has to put them together, and how many they are.
+        link: the kind of its link, if that is known: who has it from `links` saves `entry` asking for each picture."""
         with self.reading(group, name):
-            _refuse_soft(link)
-            data = h5d.open(group, name.encode())
+            is_safe = link == h5l.TYPE_HARD
+            data = h5d.open(group, name.encode()) if is_safe else self.entry(group, name, "data set")
             offset = data.get_offset()
             if (
                 offset is not None
@@ -691,13 +689,7 @@ class _File:
 
     def encoded(self, group, name: str) -> bytes:
         """Return the bytes of the picture of that name."""
-        self.entry(group, name, h5d.DatasetID)
-        return self._read_extent(group, name, *self._extent(group, name, h5l.TYPE_HARD))
-
-
-def _refuse_soft(link: int):
-    if link != h5l.TYPE_HARD:
-        raise ValueError("it is a link to another place; such links are not followed")
+        return self._read_extent(group, name, *self._extent(group, name))
 
 
 def _check_storage(data, limit: int):
