@@ -1063,15 +1063,15 @@ class Selection:
         self.missed: list[tuple[SelectedFile, int, int]] = []
         self.files = [SelectedFile(job.config, file, address=address, missed=self.missed) for file in job.files]
         with ThreadPoolExecutor(FETCHERS) as self.threads, self.answer(SMCReader, [tuple(self.files)])[0] as reader:
-            # Which cameras have anything: so far no frames are asked for.
-            self.answer(partial(reader.places, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS)))
+            # Which cameras have anything, so that this is there when it is asked one by one.
+            self.answer(reader.has, itertools.product(BY_CAMERA, range(NUM_CAMERAS)))
 
             def list_wanted() -> list[tuple]:
                 """Return (modality, camera) of what is asked for."""
                 return [(each, n) for each in job.modalities for n in cameras_to_extract(reader, each, job.cameras)]
 
             wanted = self.answer(list_wanted, [()])[0]
-            for find in (partial(find_range, reader), reader.places):
+            for find in (reader.frame_range, reader.places):
                 self.fetch(itertools.chain(*self.answer(find, wanted)))
             self.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))), [()])
 
@@ -1098,14 +1098,6 @@ class Selection:
         for count in self.threads.map(lambda piece: SelectedFile.fetch(*piece), pieces):
             self.fetched += count
             self.progress(self.fetched)
-
-
-def find_range(reader: SMCReader, modality: str, camera: int | None) -> list[tuple]:
-    """Return the range from the first to the last frame, [] where it is much longer than the frames can be."""
-    ends = reader.places(modality, camera, [0, reader.num_frame - 1])
-    first, last = min((start for _, start, _ in ends), default=0), max((end for *_, end in ends), default=0)
-    likely = reader.num_frame / 2 * sum(end - start for _, start, end in ends)
-    return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
 
 
 def fetch_selection(job: Job, address: tuple[int, str], progress: Callable) -> tuple[tuple[bytes, ...], int]:
@@ -1472,7 +1464,7 @@ def info(extraction: Extraction, written: list[str]) -> dict:
             available.update(reader.cameras(modality))
     tables = itertools.chain(*(cameras.values() for cameras in extraction.pictures.values()))
     sizes = collections.Counter((height, width) for table in tables for _, height, width in table.values() if height)
-    note_sizes(reader, sizes)
+    reader.note_sizes(sizes)
     images = extraction.pictures.get("images", {})
     asked = available if job.cameras is None else available & job.cameras
     return {
@@ -1501,17 +1493,6 @@ def info(extraction: Extraction, written: list[str]) -> dict:
         "source": [{"name": f.name, "bytes": f.bytes, **({"md5": f.md5} if f.md5 else {})} for f in job.files],
         "extracted_at": utc_now(),
     }
-
-
-def note_sizes(reader: SMCReader, sizes: Iterable[tuple[int, int]]):
-    """Note as an oddity pictures of more than one (height, width), or of another than the attribute `resolution`."""
-    stated = reader.Camera_info["resolution"]
-    stated = [] if stated is None else [tuple(stated.tolist())]
-    if sizes and len({*sizes, *stated}) > 1:
-        texts = [
-            " and ".join(f"{width} x {height}" for height, width in dict.fromkeys(each)) for each in (sizes, stated)
-        ]
-        reader.note(f"pictures have {texts[0]} pixels; the attribute resolution says {texts[1] or 'nothing'}")
 
 
 def notes(extraction: Extraction, content: dict) -> list[str]:
@@ -2296,7 +2277,7 @@ def show_content(file: Path, progress: Callable) -> bool:
             with collecting_damage(damage, modality):
                 if reader.has(modality):
                     lines += [(modality, line) for line in modality_lines(reader, modality, damage, sizes)]
-        note_sizes(reader, sizes)
+        reader.note_sizes(sizes)
         lines += [("unknown", printable(name)) for name in reader.unknown_groups()]
         lines += [("warning", oddity) for oddity in reader.oddities]
         lines += [("damaged", reason) for reason in dict.fromkeys(damage.values())]

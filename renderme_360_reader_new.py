@@ -224,6 +224,14 @@ class SMCReader(contextlib.AbstractContextManager):
             return [(file.source, *place) for place in file.places(group, names)]
         return []
 
+    def frame_range(self, modality: str, camera: int | str | None = None) -> list[tuple[object, int, int]]:
+        """Return the bytes from the first frame of a modality (of a camera) to the last, as a list of one of `places`.
+        Return [] where they are much more than the frames can have: then other data lies in between."""
+        ends = self.places(modality, camera, [0, self.num_frame - 1])
+        first, last = min((start for _, start, _ in ends), default=0), max((end for *_, end in ends), default=0)
+        likely = self.num_frame / 2 * sum(end - start for _, start, end in ends)
+        return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
+
     def unknown_groups(self) -> list[str]:
         """Return the groups at the top of the file(s) of which this reader knows nothing: formats change."""
         known = {row.path.split("/")[0] for row in MODALITIES.values()}
@@ -262,6 +270,16 @@ class SMCReader(contextlib.AbstractContextManager):
         they had in the whole recording: then a frame is expected if any camera has it."""
         there = set().union(*of_cameras)
         return set(range(self.num_frame)) if max(there, default=0) < self.num_frame else there
+
+    def note_sizes(self, sizes: Iterable[tuple[int, int]]):
+        """Note as an oddity pictures of more than one (height, width), or of another than the attribute `resolution`."""
+        resolution = self.Camera_info["resolution"]
+        stated = "" if resolution is None else f"{resolution[1]} x {resolution[0]}"
+        found = list(dict.fromkeys(f"{width} x {height}" for height, width in sizes))
+        if found and found != [stated or found[0]]:
+            self.note(
+                f"pictures have {' and '.join(found)} pixels; the attribute resolution says {stated or 'nothing'}"
+            )
 
     # ---- entries, one by one
 

@@ -199,6 +199,7 @@ def test_cameras_are_those_with_data_whatever_num_device_says(copy):
         assert reader.Camera_info["num_device"] == 7
         assert reader.cameras() == reader.cameras("masks") == [3, 25]
         assert reader.cameras("keypoints2d") == [25, 30] and reader.cameras("scan_masks") == [0, 25]
+        assert reader.has("images", 25) and not reader.has("images", 40) and not reader.has("images", 41)
         assert reader.frame_numbers("images", 40) == reader.frame_numbers("images", 0) == []
         assert list(iter_encoded(reader, "images", 40)) == []
 
