@@ -1024,19 +1024,11 @@ def fetch_selection(job: Job, server: tuple[int, str], progress: Callable) -> Do
         wanted = selection.answer(
             lambda: [(each, n) for each in job.modalities for n in cameras_to_extract(reader, each, job.cameras)], [()]
         )[0]
-        for find in (partial(find_range, reader), reader.places):
+        for find in (reader.frame_range, reader.places):
             selection.fetch(itertools.chain(*selection.answer(find, wanted)))
         selection.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))), [()])
     blocks = tuple(bytes(file.fetched_blocks) for file in selection.files)
     return Download(bytes=selection.fetched, blocks=blocks)
-
-
-def find_range(reader: SMCReader, modality: str, camera: int | None) -> list[tuple]:
-    """Return the range from the first to the last frame, [] where it is much longer than the frames can be."""
-    ends = reader.places(modality, camera, [0, reader.num_frame - 1])
-    first, last = min((start for _, start, _ in ends), default=0), max((end for *_, end in ends), default=0)
-    likely = reader.num_frame / 2 * sum(end - start for _, start, end in ends)
-    return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
 
 
 def fetch_selected(remote: Remote, job: Job) -> Download:
@@ -1355,7 +1347,7 @@ def collect_info(extraction: Extraction) -> dict:
             available.update(reader.cameras(modality))
     asked = available if job.cameras is None else available & job.cameras
     sizes = collections.Counter(size for place, (_, size) in extraction.pictures.items() if None not in place)
-    note_sizes(reader, sizes)
+    reader.note_sizes(sizes)
     images = [place for place in [*extraction.pictures, *extraction.damaged] if place[0] == "images"]
     info = {"subject": job.subject, "performance": job.performance, "capture_date": reader.capture_date}
     units, stated = {"height": "_cm", "weight": "_kg"}, reader.Camera_info["resolution"]
@@ -1384,15 +1376,6 @@ def group_places(places: Iterable[tuple[str, int | None, int | None]]) -> dict[s
         else:
             found.setdefault(modality, {}).setdefault(f"{camera:02d}", []).append(frame)
     return found
-
-
-def note_sizes(reader: SMCReader, sizes: Iterable[tuple[int, int]]):
-    """Note as an oddity pictures of more than one (height, width), or of another than the attribute `resolution`."""
-    stated = reader.Camera_info["resolution"]
-    said = "nothing" if stated is None else f"{stated[1]} x {stated[0]}"
-    found = list(dict.fromkeys(f"{width} x {height}" for height, width in sizes))
-    if len(found) > 1 or found not in ([], [said]) and stated is not None:
-        reader.note(f"pictures have {' and '.join(found)} pixels; the attribute resolution says {said}")
 
 
 def describe_losses(extraction: Extraction, info: dict) -> Iterator[str]:
@@ -2151,7 +2134,7 @@ def show_content(file: Path, progress: Callable) -> bool:
             with collecting_damage(damage, modality):
                 if reader.has(modality):
                     lines += [(modality, line) for line in modality_lines(reader, modality, damage, sizes)]
-        note_sizes(reader, sizes)
+        reader.note_sizes(sizes)
         lines += [("unknown", printable(name)) for name in reader.unknown_groups()]
         lines += [("warning", oddity) for oddity in reader.oddities]
         lines += [("damaged", reason) for reason in dict.fromkeys(damage.values())]

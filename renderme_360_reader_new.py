@@ -106,14 +106,8 @@ class Entry(NamedTuple):
     """What a modality has of one frame or camera (None where it has no numbers); see `SMCReader.entries`."""
 
     number: int | None
-    get: Callable | None
-    fault: SMCError | None = None  # what its header says against it already
-
-    def read(self):
-        """Return its content. Raise SMCError where that cannot be read."""
-        if self.fault:
-            raise self.fault
-        return self.get()
+    read: Callable  # returns its content, or raises SMCError where that cannot be read
+    fault: SMCError | None = None  # what `read` will raise, where its header says that already
 
 
 class Picture(NamedTuple):
@@ -167,9 +161,6 @@ class SMCReader(contextlib.AbstractContextManager):
         self.sources = [source for source in (file_path, anno_path) if source is not None]
         self._files = [_File(source, self.oddities) for source in self.sources]
         self.smc, self.note = self._files[0].h5, self._files[0].note
-        self._read_header()
-
-    def _read_header(self):
         names = "actor_id", "performance_part", "capture_date"
         self.actor_id, self.performance_part, self.capture_date = (self._attribute("", name, str) for name in names)
         kinds = {"age": int, "color": str, "gender": str, "height": float, "weight": float}
@@ -182,8 +173,7 @@ class SMCReader(contextlib.AbstractContextManager):
                 self.note(f"it says that it is of {printable(stated)!r}")
 
     def _attribute(self, group, name, kind):
-        values = [file.attribute(group, name, kind) for file in self._files]
-        values = [value for value in values if value is not None]
+        values = [value for file in self._files if (value := file.attribute(group, name, kind)) is not None]
         if len({str(value) for value in values}) > 1:
             said = " and ".join(printable(str(value)) for value in values)
             self.note(f"{name} is {said} in the two files of the performance")
@@ -191,7 +181,8 @@ class SMCReader(contextlib.AbstractContextManager):
 
     def close(self):
         for file in self._files:
-            file.close()
+            with contextlib.suppress(Exception):  # damaged files can fail here too, with nothing left to lose
+                file.h5.close()
 
     def __exit__(self, *error):
         self.close()
@@ -202,14 +193,10 @@ class SMCReader(contextlib.AbstractContextManager):
         """Return the numbers of the cameras that have data of a modality, ascending; [] for one without cameras. A
         camera with an empty group doesn't count, one with a damaged group does."""
         row = MODALITIES[modality]
-        if row.numbered == "cameras":
-            file, group = self._open(modality)
-            return sorted(file.numbers_in(group, "cameras"))
-        parent, by_camera, below = row.path.partition("/{}")
-        for file in self._files[:: 1 if row.from_raw else -1] if by_camera else ():
-            numbers = file.numbers_in(file.open_group(parent), "cameras")
-            found = [number for number in sorted(numbers) if file.has(f"{parent}/{number:02d}{below}")]
-            if found:
+        parent, by_camera, _ = row.path.partition("/{}")
+        for file in self._files[:: 1 if row.from_raw else -1] if by_camera or row.numbered == "cameras" else ():
+            numbers = sorted(file.numbers_in(file.open_group(parent), "cameras"))
+            if found := [number for number in numbers if not by_camera or self.has(modality, number)]:
                 return found
         return []
 
@@ -219,10 +206,14 @@ class SMCReader(contextlib.AbstractContextManager):
         file, group = self._open(modality, camera)
         return sorted(file.numbers_in(group, "frames")) if MODALITIES[modality].numbered == "frames" else []
 
-    def has(self, modality: str) -> bool:
-        """Return whether there is anything of a modality, be it damaged."""
-        path = MODALITIES[modality].path
-        return bool(self.cameras(modality)) if "{}" in path else any(file.has(path) for file in self._files)
+    def has(self, modality: str, camera: int | str | None = None) -> bool:
+        """Return whether there is anything of a modality (of a camera), be it damaged."""
+        if "{}" in MODALITIES[modality].path and camera is None:
+            return bool(self.cameras(modality))
+        try:
+            return self._open(modality, camera)[1] is not None
+        except SMCError:
+            return True
 
     def places(self, modality: str, camera=None, frames: Iterable[int] | None = None) -> list[tuple[object, int, int]]:
         """Return where the data of a modality (of a camera, of some frames) lies: (file as it was given to this reader,
@@ -232,6 +223,14 @@ class SMCReader(contextlib.AbstractContextManager):
             names = None if frames is None else [file.name_of(group, frame, "frames") for frame in frames]
             return [(file.source, *place) for place in file.places(group, names)]
         return []
+
+    def frame_range(self, modality: str, camera: int | str | None = None) -> list[tuple[object, int, int]]:
+        """Return the bytes from the first frame of a modality (of a camera) to the last, as a list of one of `places`.
+        Return [] where they are much more than the frames can have: then other data lies in between."""
+        ends = self.places(modality, camera, [0, self.num_frame - 1])
+        first, last = min((start for _, start, _ in ends), default=0), max((end for *_, end in ends), default=0)
+        likely = self.num_frame / 2 * sum(end - start for _, start, end in ends)
+        return [(ends[0][0], first, last)] if ends and last - first <= 1.5 * likely + (1 << 20) else []
 
     def unknown_groups(self) -> list[str]:
         """Return the groups at the top of the file(s) of which this reader knows nothing: formats change."""
@@ -272,6 +271,16 @@ class SMCReader(contextlib.AbstractContextManager):
         there = set().union(*of_cameras)
         return set(range(self.num_frame)) if max(there, default=0) < self.num_frame else there
 
+    def note_sizes(self, sizes: Iterable[tuple[int, int]]):
+        """Note as an oddity pictures of more than one (height, width), or of another than the attribute `resolution`."""
+        resolution = self.Camera_info["resolution"]
+        stated = "" if resolution is None else f"{resolution[1]} x {resolution[0]}"
+        found = list(dict.fromkeys(f"{width} x {height}" for height, width in sizes))
+        if found and found != [stated or found[0]]:
+            self.note(
+                f"pictures have {' and '.join(found)} pixels; the attribute resolution says {stated or 'nothing'}"
+            )
+
     # ---- entries, one by one
 
     def entries(self, modality: str, camera: int | str | None = None) -> Iterator[Entry]:
@@ -285,8 +294,8 @@ class SMCReader(contextlib.AbstractContextManager):
         elif row.numbered:
             for number, name in sorted(file.numbers_in(group, row.numbered).items()):
                 where = (camera, number) if "{}" in row.path else (number,)
-                get = partial(getattr(self, row.method), *where) if row.method else None
-                yield Entry(number, get or partial(file.read_array, group, name, None))
+                read = partial(getattr(self, row.method), *where) if row.method else None
+                yield Entry(number, read or partial(file.read_array, group, name))
         elif group is not None:
             yield Entry(None, getattr(self, row.method))
 
@@ -310,14 +319,15 @@ class SMCReader(contextlib.AbstractContextManager):
         modality = {"color": "images", "mask": "masks"}.get(Image_type)
         if modality is None:
             raise ValueError(f"no Image_type {Image_type!r}: there are 'color' and 'mask'")
+        self._open(modality, Camera_id, needed=True)
         return self._frames(lambda frame: self._decoded(modality, Camera_id, frame), Frame_id, modality, Camera_id)
 
     def get_Calibration(self, Camera_id) -> dict:
         """Return {"K" (3, 3) intrinsics in pixels, "D" (5,) distortion k1 k2 p1 p2 k3, "RT" (4, 4) camera to world,
         metres} of a camera, float64."""
         file, group, name = self._find("calibration", Camera_id)
-        camera = file.group_in(group, name, needed=True)
-        shapes = {"K": (3, 3), "D": (None,), "RT": (4, 4)}
+        camera = file.entry(group, name, "group")
+        shapes = {"K": (3, 3), "D": (-1,), "RT": (4, 4)}
         matrices = {key: file.read_array(camera, key, shape).astype(np.float64) for key, shape in shapes.items()}
         if matrices["D"].size == 4:  # k3 is 0 then
             matrices["D"] = np.append(matrices["D"], 0)
@@ -341,7 +351,7 @@ class SMCReader(contextlib.AbstractContextManager):
         if info is None:
             return None
         file, group = self._open("audio")
-        audio = np.squeeze(file.read_array(group, "audio", None))
+        audio = np.squeeze(file.read_array(group, "audio"))
         audio = audio.T if audio.shape[:1] == (info["channels"],) else audio
         audio = audio.reshape(info["samples"], info["channels"]).astype(audio.dtype.str[1:], copy=False)
         return {"audio": audio, "sample_rate": info["sample_rate"]}
@@ -352,13 +362,12 @@ class SMCReader(contextlib.AbstractContextManager):
         file, group = self._open("audio")
         if group is None:
             return None
-        data, rate = file.dataset(group, "audio", None), file.read_array(group, "sample_rate", None)
-        form, rate = f"{data.dtype} {data.shape}", rate.item() if rate.size == 1 else math.nan
+        data, rate = file.dataset(group, "audio"), file.read_array(group, "sample_rate", ()).item()
         samples, channels = sorted([*(length for length in data.shape if length != 1), 1, 1])[:-3:-1]
-        if data.dtype.str[1:] not in SOUND_TYPES or not samples * channels == math.prod(data.shape) > 0:
-            raise file.error(f"{file.where(group)} holds {form}, which is no known form of sound")
-        if channels > MAX_CHANNELS or not 0 < rate <= 10**6 or rate != int(rate):
-            raise file.error(f"{file.where(group)} has {channels} channels and the sample rate {rate}")
+        form = f"{data.dtype} {data.shape}"
+        is_sound = data.dtype.str[1:] in SOUND_TYPES and samples * channels == math.prod(data.shape) > 0
+        if not is_sound or channels > MAX_CHANNELS or not 0 < rate <= 10**6 or rate != int(rate):
+            raise file.error(f"{file.where(group)} holds {form} at {rate} Hz, which is no known form of sound")
         if data.dtype != np.float32 or data.shape != (samples, channels):
             file.note(f"{file.where(group)}/audio is stored as {form}, and not as float32 (n, 2)".replace(",)", ")"))
         rate = int(rate)
@@ -384,7 +393,7 @@ class SMCReader(contextlib.AbstractContextManager):
             found = file.entry(group, name)
             return found and file.read_array(group, name, shape).astype(np.float64, copy=False)
 
-        return None if group is None else self._frames(points_of, frame, modality, camera)
+        return self._frames(points_of, frame, modality, camera)
 
     def get_FLAME(self, Frame_id=None) -> dict | None:
         """Return {name: array} of the FLAME parameters of a frame: global_pose, neck_pose, jaw_pose, left_eye_pose,
@@ -395,20 +404,19 @@ class SMCReader(contextlib.AbstractContextManager):
         if group is None:
             return None
         if isinstance(Frame_id, (int, str, np.integer)):
-            frame = file.group_in(*self._find("flame", frame=Frame_id)[1:], needed=True)
+            frame = file.entry(*self._find("flame", frame=Frame_id)[1:], "group")
             names = [name for name in file.links(frame) if PARAMETER_NAME.fullmatch(name)]
             file.note_left_out(frame, names)
-            return {name: file.read_array(frame, name, None) for name in names}
+            return {name: file.read_array(frame, name) for name in names}
         frames = [self.get_FLAME(frame) for frame in (self.frame_numbers("flame") if Frame_id is None else Frame_id)]
         if any(frame.keys() != frames[0].keys() for frame in frames):
             raise file.error("the frames of FLAME have different parameters")
-        return {name: self._stack([frame[name] for frame in frames], "flame") for name in (frames[0] if frames else ())}
+        with file.reading(group, what="cannot be stacked"):
+            return {name: np.stack([frame[name] for frame in frames]) for name in (frames[0] if frames else ())}
 
     def get_uv(self, Frame_id=None, disable_tqdm=True) -> np.ndarray | None:
         """Return the decoded UV texture (256, 256, 3) uint8 BGR of a frame; a list of frames or None stacks them. None
         where the performance has no textures."""
-        if not self.has("uv_textures"):
-            return None
         return self._frames(lambda frame: self._decoded("uv_textures", frame=frame), Frame_id, "uv_textures")
 
     def get_scanmesh(self) -> dict | None:
@@ -416,21 +424,16 @@ class SMCReader(contextlib.AbstractContextManager):
         file, group = self._open("scan")
         if group is None:
             return None
-        indices = file.read_array(group, "vertex_indices", (None, 3))
-        if indices.dtype.kind not in "iu":
-            raise file.error(f"Scan/vertex_indices holds {indices.dtype}, no whole numbers")
-        vertex = file.read_array(group, "vertex", (None, 3)).astype(np.float64, copy=False)
-        if indices.size and not 0 <= indices.min() <= indices.max() < len(vertex):
-            raise file.error(f"Scan/vertex_indices goes beyond the {len(vertex)} vertices")
+        indices = file.read_array(group, "vertex_indices", (-1, 3))
+        vertex = file.read_array(group, "vertex", (-1, 3)).astype(np.float64, copy=False)
+        if indices.dtype.kind not in "iu" or indices.size and not 0 <= indices.min() <= indices.max() < len(vertex):
+            raise file.error(f"Scan/vertex_indices holds {indices.dtype} that do not number the {len(vertex)} vertices")
         return {"vertex": vertex, "vertex_indices": indices}
 
     def get_scanmask(self, Camera_id=None) -> np.ndarray | None:
         """Return the decoded mask of the scan (H, W) uint8 from a camera; None stacks those of all cameras. None where
         the performance has no scan."""
-        if not self.has("scan_masks"):
-            return None
-        cameras = self.cameras("scan_masks") if Camera_id is None else Camera_id
-        return self._frames(lambda camera: self._decoded("scan_masks", camera), cameras, "scan_masks")
+        return self._frames(lambda camera: self._decoded("scan_masks", camera), Camera_id, "scan_masks")
 
     # ---- shared by the methods above
 
@@ -453,19 +456,18 @@ class SMCReader(contextlib.AbstractContextManager):
         file, group = self._open(modality, camera, needed=True)
         return file, group, file.name_of(group, int(camera_name(camera) if numbered == "cameras" else frame), numbered)
 
-    def _frames(self, one, frame, modality, camera=None) -> np.ndarray:
-        """Return one(frame), or the stack of it for a list of frames or None, without those for which it is None."""
+    def _frames(self, one, frame, modality, camera=None) -> np.ndarray | None:
+        """Return one(frame), or the stack of it for a list of frames or None, without those for which it is None; None
+        where the performance has nothing of the modality. (For a modality that has them, cameras stand for frames.)"""
+        file, group = self._open(modality, camera)
+        if group is None:
+            return None
         if isinstance(frame, (int, str, np.integer)):
             return one(frame)
-        arrays = map(one, self.frame_numbers(modality, camera) if frame is None else frame)
-        return self._stack([array for array in arrays if array is not None], modality, camera)
-
-    def _stack(self, arrays, modality, camera=None) -> np.ndarray:
-        file, group = self._open(modality, camera, needed=True)
-        if len({array.shape for array in arrays}) != 1:
-            what = "entries of different shapes" if arrays else "no entry to be read"
-            raise file.error(f"{file.where(group)} has {what}")
-        return np.stack(arrays)
+        wanted = sorted(file.numbers_in(group, MODALITIES[modality].numbered)) if frame is None else frame
+        arrays = [one(number) for number in wanted]
+        with file.reading(group, what="cannot be stacked"):
+            return np.stack([array for array in arrays if array is not None])
 
     def _decoded(self, modality, camera=None, frame=None) -> np.ndarray:
         """Return the pixels (H, W, 3) uint8 BGR of a picture; of a mask (H, W), the maximum over channels."""
@@ -490,7 +492,7 @@ class _File:
     def __init__(self, source, oddities: list[str]):
         self.source, self.oddities = source, oddities
         self.name = os.path.basename(str(getattr(source, "name", source)))
-        self.h5, self.listed = None, (None, {})
+        self.listed = None, {}
         if not hasattr(source, "read") and not os.path.isfile(source):
             raise self.error("is a folder" if os.path.isdir(source) else "there is no such file")
         try:
@@ -504,11 +506,6 @@ class _File:
             self.h5.id.set_mdc_config(cache)
             self.descriptor = None if hasattr(source, "read") else self.h5.id.get_vfd_handle()
             self.bytes = self.h5.id.get_filesize()
-
-    def close(self):
-        if self.h5 is not None:
-            with contextlib.suppress(Exception):  # damaged files can fail here too, with nothing left to lose
-                self.h5.close()
 
     def error(self, what) -> SMCError:
         return SMCError(f"{self.name}: {what}")
@@ -537,33 +534,23 @@ class _File:
             group = h5g.open(self.h5.id, b"/")
         for name in path.split("/") if path else ():
             name = self.name_of(group, int(name), "cameras") if name.isdigit() else name
-            group = group and self.group_in(group, name)
+            group = group and self.entry(group, name)
+            if group is not None and not isinstance(group, h5g.GroupID):
+                raise self.error(f"{self.where(group)} is no group")
         return group
 
-    def has(self, path: str) -> bool:
-        """Return whether there is a group at a path that is not empty, or something that can't be opened as one."""
-        try:
-            return bool(self.links(self.open_group(path), first=True))
-        except SMCError:
-            return True
-
-    def group_in(self, parent, name: str, needed=False):
-        """Return the group of that name in a group, or None. needed: raise SMCError then."""
-        found = self.entry(parent, name)
-        if found is None and needed:
-            raise self.error(f"there is no {self.where(parent, name)}")
-        if found is not None and not isinstance(found, h5g.GroupID):
-            raise self.error(f"{self.where(parent, name)} is no group")
-        return found
-
-    def entry(self, parent, name: str):
-        """Return what the hard link of that name points to, or None."""
+    def entry(self, parent, name: str, needed: str = ""):
+        """Return what the hard link of that name points to, or None. needed: raise SMCError unless it is of that kind,
+        "group" or "data set"."""
+        found, key = None, name.encode()
         with self.reading(parent, name):
-            key = name.encode()
-            if not parent.links.exists(key):
-                return None
-            _refuse_soft(parent.links.get_info(key).type)
-            return h5o.open(parent, key)
+            if parent.links.exists(key):
+                if parent.links.get_info(key).type != h5l.TYPE_HARD:
+                    raise ValueError("it is a link to another place; such links are not followed")
+                found = h5o.open(parent, key)
+        if needed and not isinstance(found, {"group": h5g.GroupID, "data set": h5d.DatasetID}[needed]):
+            raise self.error(f"there is no {needed + ' ' if found else ''}{self.where(parent, name)}")
+        return found
 
     def where(self, parent, name: str = "") -> str:
         """Return the path of something in the file, fit for a message."""
@@ -648,71 +635,67 @@ class _File:
             self.note(str(error).partition(": ")[2])
             return None
 
-    def read_array(self, group, name: str, shape: tuple | None) -> np.ndarray:
-        """Return a numeric data set, whole, in its stored type; see `dataset`."""
-        data = self.dataset(group, name, shape)
+    def read_array(self, group, name: str, shape: tuple | None = None) -> np.ndarray:
+        """Return a numeric data set, whole, in its stored type. With a shape, in which -1 stands for any length, it has
+        that one, but for axes of length one in the file."""
+        data = self.dataset(group, name)
         with self.reading(group, name):
             array = np.empty(data.shape, data.dtype)
             data.read(h5s.ALL, h5s.ALL, array)
-        return array if shape is None else array.reshape(_fit(array.shape, shape))
+            shaped = array if shape is None else array.reshape(shape)
+            if np.squeeze(shaped).shape != np.squeeze(array).shape:
+                raise ValueError(f"its shape is {array.shape}, not {shape}")
+        return shaped
 
-    def dataset(self, group, name: str, shape: tuple | None):
-        """Return a numeric data set of a shape, but for axes of length one. In the shape None stands for any length;
-        shape None: of any."""
-        data = self.entry(group, name)
-        if not isinstance(data, h5d.DatasetID):
-            raise self.error(f"there is no data set {self.where(group, name)}")
+    def dataset(self, group, name: str):
+        """Return a numeric data set that is not too large to be read."""
+        data = self.entry(group, name, "data set")
         with self.reading(group, name):
-            _refuse_elsewhere(data)
-            found, dtype = data.shape, data.dtype
-            if dtype.kind not in "fiub" or found is None or shape is not None and _fit(found, shape) is None:
-                raise ValueError(f"it holds {dtype} {found}, not numbers {shape or ''}".replace("None", "n"))
-            _check_size(data, math.prod(found) * dtype.itemsize, MAX_ARRAY_BYTES)
+            _check_storage(data, MAX_ARRAY_BYTES)
+            if data.dtype.kind not in "fiub":
+                raise ValueError(f"it holds {data.dtype}, not numbers")
         return data
 
     # ---- encoded pictures
 
     def pictures(self, group, kind: str) -> Iterator[Entry]:
         """Yield the pictures of a group, in the order in which they lie in the file."""
-        found: list[tuple] = []  # (offset or 0, number, bytes in the file, what read_extent needs)
+        found: list[tuple] = []  # (offset or 0, number, bytes, function that reads them)
         links = self.links(group)
         for number, name in self.numbers_in(group, kind).items():
             try:
-                offset, size, stored = self._extent(group, name, links[name])
-                found.append((offset or 0, number, stored, name, offset, size))
+                offset, size = self._extent(group, name, links[name])
+                found.append((offset or 0, number, size, partial(self._read_extent, group, name, offset, size)))
             except SMCError as fault:
-                yield Entry(number, None, fault)
-        claimed, stored = sum(extent[-1] for extent in found), sum(extent[2] for extent in found)
-        if stored > self.bytes or claimed > MAX_EXPANSION * self.bytes:
-            said = f"claim {claimed} bytes, which cannot be in {self.bytes}"
-            raise self.error(f"the pictures of {self.where(group)} {said}")
-        for _, number, _, *extent in sorted(found):
-            yield Entry(number, partial(self._read_extent, group, *extent))
+                yield Entry(number, partial(self._extent, group, name, links[name]), fault)
+        claimed = sum(size for _, _, size, _ in found)
+        if claimed > MAX_EXPANSION * self.bytes:
+            raise self.error(f"the pictures of {self.where(group)} claim {claimed} bytes, in a file of {self.bytes}")
+        for _, number, _, read in sorted(found):
+            yield Entry(number, read)
 
-    def _extent(self, group, name: str, link: int) -> tuple[int | None, int, int]:
-        """Return where the bytes of a picture are, None where HDF5 has to put them together, how many they are, and how
-        many they are in the file."""
+    def _extent(self, group, name: str, link: int | None = None) -> tuple[int | None, int]:
+        """Return where the bytes of a picture are, None where HDF5 has to put them together, and how many they are.
+        link: the kind of its link, if that is known: who has it from `links` saves `entry` asking for each picture."""
         with self.reading(group, name):
-            _refuse_soft(link)
-            data = h5d.open(group, name.encode())
+            is_safe = link == h5l.TYPE_HARD
+            data = h5d.open(group, name.encode()) if is_safe else self.entry(group, name, "data set")
             offset = data.get_offset()
-            if offset is None:
-                _refuse_elsewhere(data)
-            shape, stored = data.shape or (), data.get_storage_size()
-            size = max(shape, default=-1)
-            if offset is None or size != stored:  # else bytes in one piece: there is no more to ask
-                offset = None
-                if data.dtype.itemsize != 1 or math.prod(shape) != size:
-                    raise ValueError(f"it holds {data.dtype} {shape}, no list of bytes")
-            _check_size(data, size, MAX_PICTURE_BYTES)
-            if offset is not None and offset + size > self.bytes:
-                raise ValueError("its place contradicts its size")
-            return offset, size, stored
+            if (
+                offset is not None
+                and max(data.shape or (-1,)) == (size := data.get_storage_size()) <= MAX_PICTURE_BYTES
+            ):
+                return offset, size  # bytes in one piece: there is no more to ask
+            _check_storage(data, MAX_PICTURE_BYTES)
+            size = max(data.shape, default=1)
+            if data.dtype.itemsize != 1 or math.prod(data.shape) != size:
+                raise ValueError(f"it holds {data.dtype} {data.shape}, no list of bytes")
+            return None, size
 
     def _read_extent(self, group, name: str, offset: int | None, size: int) -> bytes:
         """Return the bytes of one picture."""
         if offset is None:
-            return self.read_array(group, name, None).tobytes()
+            return self.read_array(group, name).tobytes()
         if self.descriptor is None:
             self.source.seek(offset)
             data = self.source.read(size)
@@ -724,37 +707,18 @@ class _File:
 
     def encoded(self, group, name: str) -> bytes:
         """Return the bytes of the picture of that name."""
-        if self.entry(group, name) is None:
-            raise self.error(f"there is no {self.where(group, name)}")
-        return self._read_extent(group, name, *self._extent(group, name, h5l.TYPE_HARD)[:2])
+        return self._read_extent(group, name, *self._extent(group, name))
 
 
-def _refuse_soft(link: int):
-    if link != h5l.TYPE_HARD:
-        raise ValueError("it is a link to another place; such links are not followed")
-
-
-def _refuse_elsewhere(data):
-    """Refuse data outside the file, before anything is asked that would make HDF5 look there."""
+def _check_storage(data, limit: int):
+    """Refuse a data set outside the file, before anything is asked that would make HDF5 look there, and one that claims
+    more bytes than the limit, or that has none."""
     properties = data.get_create_plist()
-    layout = properties.get_layout()
-    if layout == h5d.VIRTUAL or (layout == h5d.CONTIGUOUS and properties.get_external_count()):
+    if properties.get_layout() == h5d.VIRTUAL or properties.get_external_count():
         raise ValueError("its data lies in another file")
-
-
-def _check_size(data, size: int, limit: int):
-    """Refuse data that claims more than it has or than anybody needs."""
-    if size > limit or size and not data.get_storage_size():
-        raise ValueError(f"it claims {size} bytes and has {data.get_storage_size()}")
-
-
-def _fit(found: tuple, shape: tuple) -> tuple | None:
-    """Return a shape that was found, or that without axes of length one, whichever is of the form of another shape, in
-    which None stands for any length; None if neither is."""
-    for each in (found, tuple(length for length in found if length != 1)):
-        if len(each) == len(shape) and all(wanted in (None, length) for wanted, length in zip(shape, each)):
-            return each
-    return None
+    size, stored = math.prod(data.shape) * data.dtype.itemsize, data.get_storage_size()
+    if size > limit or size and not stored:
+        raise ValueError(f"it claims {size} bytes and has {stored}")
 
 
 def _open_hdf5(source) -> h5py.File:
@@ -771,8 +735,7 @@ def _open_hdf5(source) -> h5py.File:
 def _what_is_wrong(source, error: Exception) -> str:
     """Return in plain words why a file cannot be opened as HDF5."""
     if cut := re.search(r"truncated file: eof = ([0-9]+),.* stored_eof = ([0-9]+)", str(error)):
-        scale, unit = (1e9, "GB") if len(cut[2]) > 9 else (1e6, "MB") if len(cut[2]) > 6 else (1e3, "kB")
-        return f"is cut short: {int(cut[1]) / scale:.2f} of {int(cut[2]) / scale:.2f} {unit}"
+        return f"is cut short: {int(cut[1]) / 1e6:.2f} of {int(cut[2]) / 1e6:.2f} MB"
     if "signature not found" in str(error) and not hasattr(source, "read"):
         with open(source, "rb") as file:
             head = file.read(12)

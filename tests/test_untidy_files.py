@@ -351,7 +351,7 @@ def test_what_is_no_smc_file_is_named_alike_by_a_run_and_by_inspect(tmp_path):
         workspace.smc("0018", performance).write_bytes(content)
     workspace.run("--performance", *contents, expect=1)
     said = inspect(*[workspace.smc("0018", performance) for performance in contents], tmp_path, expect=1).stderr
-    cut = f"is cut short: 200.00 of {whole.stat().st_size / 1e3:.2f} kB"
+    cut = f"is cut short: 0.20 of {whole.stat().st_size / 1e6:.2f} MB"
     for performance, message in zip(contents, ("is empty", "is no HDF5 file (it begins with '<!DOCTYPE ht')", cut)):
         line = f"0018_{performance}_raw.smc: {message}"
         assert workspace.row("0018", performance)["error"] == line and line in said.splitlines()
