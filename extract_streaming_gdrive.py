@@ -675,7 +675,6 @@ ADVICE = {
     "network": "the remote {0} does not answer. Nothing is lost; run the same command again when it does",
     "disk": "rclone cannot write to temp_dir. Make room or make it writable there, then run the same command again",
 }
-ERROR_LEVELS = ("error", "critical", "fatal")  # of rclone's messages
 
 
 class Remote:
@@ -718,9 +717,9 @@ class Remote:
             process.kill()
         return process
 
-    def run_rclone(self, verb: str, *options: str, stdin: str = "", handle: Callable = bool) -> tuple[bytes, int, str]:
+    def run_rclone(self, verb: str, *options: str, stdin: str = "", handle: Callable = bool) -> tuple[bytes, str]:
         """Run an rclone to its end, and call `handle` with each of its messages, as parse_message returns them. Return
-        what it has printed, its exit code and its last error. What it tries again goes to the minute line."""
+        what it has printed and its last error. What it tries again goes to the minute line."""
         error = ""
         with tempfile.TemporaryFile() as printed, self.start_rclone(verb, *options, stdout=printed) as process:
             try:
@@ -731,7 +730,7 @@ class Remote:
                         self.report.trouble = clean_rclone_message(message["msg"])
                     elif message["level"] != "debug" and "stats" not in message:
                         log.debug("rclone: %s %s", message["object"], message["msg"].strip())
-                    error = message["msg"] if message["level"] in ERROR_LEVELS else error
+                    error = message["msg"] if message["failed"] else error
                     handle(message)
                 code = process.wait()
             finally:
@@ -739,7 +738,7 @@ class Remote:
             if not 0 <= code <= 10:  # rclone's own codes
                 raise StopEarly(f"rclone was ended from outside (code {code}); run the same command again")
             printed.seek(0)
-            return printed.read(), code, error
+            return printed.read(), error
 
     def interpret(self, message: str) -> Exception:
         """Return the exception that a message of rclone stands for: a RemoteError is the answer for a file, the others
@@ -760,7 +759,7 @@ class Remote:
         cannot be listed: then the answer is not whole, whatever rclone's exit code says."""
 
         def stop_at_error(message: dict):
-            if message["level"] not in ERROR_LEVELS:
+            if not message["failed"]:
                 return
             error, folder = self.interpret(message["msg"]), message["object"]
             if not isinstance(error, RemoteError):
@@ -771,9 +770,7 @@ class Remote:
             failed = f"{self.root}{folder} cannot be listed: {error}"  # rclone would go on with the other folders
             raise StopEarly(f"{failed}. Nothing is lost; run the same command again later")
 
-        printed, code, _ = self.run_rclone(verb, self.root, *RCLONE_LISTING, *options, handle=stop_at_error)
-        if code:
-            raise StopEarly(f"rclone cannot list {self.root}, and does not say why; run the same command again later")
+        printed, _ = self.run_rclone(verb, self.root, *RCLONE_LISTING, *options, handle=stop_at_error)
         return json.loads(printed)
 
     def list_release(self, subjects: list[str] | None) -> Listing:
@@ -809,7 +806,7 @@ class Remote:
                 keep_free(self.config.temp_dir, self.config)
             elif came := re.fullmatch("md5 = ([0-9a-f]{32}) OK", text):
                 md5s[path] = came[1]
-            elif message["level"] in ERROR_LEVELS:
+            elif message["failed"]:
                 error, errors[path] = self.interpret(text), text
                 if not isinstance(error, RemoteError) and not re.search(MESSAGES["network"], text):
                     raise error
@@ -823,7 +820,7 @@ class Remote:
         the remote is asked for the file's first byte. Raise StopEarly where it does not answer."""
         error = self.interpret(message)
         if getattr(error, "status", "") != "quota_exceeded" and "dial tcp" not in message:
-            *_, answer = self.run_rclone("cat", self.root + file.path, "--count", "1", *RCLONE_AT_ONCE)
+            _, answer = self.run_rclone("cat", self.root + file.path, "--count", "1", *RCLONE_AT_ONCE)
             error = self.interpret(answer) if answer else RemoteError(clean_rclone_message(message))
         if not isinstance(error, RemoteError):
             raise error
@@ -897,14 +894,16 @@ def parse_listing(entries: list[dict]) -> Listing:
 
 
 def parse_message(line: bytes) -> dict:
-    """Return a line of rclone's log as a dict. What is no JSON (a wrong flag, a crash) counts as an error, but for what
-    it says before its log begins."""
+    """Return a line of rclone's log as a dict, with whether it says that something failed. What is no JSON (a wrong
+    flag, a crash) does, but for what rclone says before its log begins."""
     try:
-        return {"msg": "", "level": "error", "object": "", **json.loads(line)}
+        message = {"msg": "", "level": "error", "object": "", **json.loads(line)}
     except (ValueError, TypeError):  # no JSON, or no object
         text = line.decode("utf-8", "replace")
-        level = "debug" if re.match(r"\S+ \S+ (DEBUG|INFO|NOTICE) *:", text) else "error"
-        return {"msg": text, "level": level, "object": ""}
+        early = re.match(r"\S+ \S+ (DEBUG|INFO|NOTICE) *:", text)
+        message = {"msg": text, "level": "debug" if early else "error", "object": ""}
+    last_word = message["msg"].startswith("Failed to ")  # of an rclone that failed; it has the level of a notice
+    return {**message, "failed": last_word or message["level"] in ("error", "critical", "fatal")}
 
 
 def clean_rclone_message(message: str) -> str:
@@ -1009,7 +1008,6 @@ class Selection:
             tries += 1
             headers = {"Range": f"bytes={at}-{end - 1}", "Authorization": authorization}
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=FETCH_TIMEOUT_S)
-            # Where rclone has ended, the ConnectionRefusedError ends the run.
             cut = http.client.HTTPException, ConnectionResetError, BrokenPipeError, socket.timeout
             with contextlib.closing(connection), contextlib.suppress(*cut):
                 connection.request("GET", "/" + urllib.parse.quote(file.path), headers=headers)
@@ -1062,6 +1060,8 @@ def fetch_selected(remote: Remote, job: Job) -> Download:
     except RemoteError as failure:  # rclone answers with a mere 404, but says why when it is asked for a byte
         file = next(file for file in job.files if str(failure).startswith(file.path))
         download = Download(job.files, remote.explain(file, str(failure)))
+    except ConnectionRefusedError:
+        raise StopEarly("rclone was ended from outside; run the same command again") from None
     except SMCError as failure:
         download = Download(job.files, failure)
     if remote.list_release([job.subject]).subjects.get(job.subject, {}).get(job.performance) != job.files:
