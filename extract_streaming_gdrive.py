@@ -964,30 +964,26 @@ class SelectedFile(io.RawIOBase):
 class Selection:
     """What is fetched of a job's files to temp_dir.
 
-    To find out what a file has takes hundreds of small reads, each of which says where the next one is. So a question
-    is asked for all cameras at once: what the answers lack is fetched together, and then these are asked for again."""
+    To find out what a file has takes hundreds of small reads, each of which says where the next one is. So questions
+    are asked for all cameras at once: what an answer lacks is fetched together, and then the question asked again."""
 
     def __init__(self, job: Job, server: tuple[int, str], progress: Callable):
         self.config, self.server, self.progress, self.fetched = job.config, server, progress, 0
         self.missed: list[tuple[SelectedFile, int, int]] = []
         self.files = [SelectedFile(job.config, file, self.missed) for file in job.files]
 
-    def answer(self, question: Callable, cases: Iterable[tuple]) -> list:
-        """Return question(*case) of each case, once all that it reads is there."""
-        found, waiting = {}, list(cases)
-        while waiting:
-            lacking = {}
-            for case in waiting:
-                self.missed.clear()
-                try:
-                    found[case] = question(*case)
-                except SMCError:
-                    if not self.missed:
-                        raise
-                lacking[case] = list(self.missed)
-            waiting = [case for case in waiting if lacking[case]]
-            self.fetch(itertools.chain(*lacking.values()))
-        return list(found.values())
+    def answer(self, question: Callable):
+        """Return question(), once all that it reads is there."""
+        while True:
+            self.missed.clear()
+            try:
+                answer = question()
+            except SMCError:
+                if not self.missed:
+                    raise
+            if not self.missed:
+                return answer
+            self.fetch(self.missed)
 
     def fetch(self, places: Iterable[tuple[SelectedFile, int, int]]):
         """Bring what is missing of some ranges of bytes, many at a time."""
@@ -1028,15 +1024,15 @@ def fetch_selection(job: Job, server: tuple[int, str], progress: Callable) -> Do
     Files are usually written camera by camera, with the header of each picture among the pictures: so the range from a
     camera's first to its last picture is fetched before the headers are read."""
     selection = Selection(job, server, progress)
-    with selection.answer(SMCReader, [tuple(selection.files)])[0] as reader:
+    with selection.answer(lambda: SMCReader(*selection.files)) as reader:
         # Which cameras have anything: so far no frames are asked for.
-        selection.answer(partial(reader.places, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS)))
+        selection.answer(lambda: [reader.places(name, n, []) for name in BY_CAMERA for n in range(NUM_CAMERAS)])
         wanted = selection.answer(
-            lambda: [(each, n) for each in job.modalities for n in cameras_to_extract(reader, each, job.cameras)], [()]
-        )[0]
-        for find in (partial(find_range, reader), reader.places):
-            selection.fetch(itertools.chain(*selection.answer(find, wanted)))
-        selection.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))), [()])
+            lambda: [(name, n) for name in job.modalities for n in cameras_to_extract(reader, name, job.cameras)]
+        )
+        selection.fetch(selection.answer(lambda: [place for each in wanted for place in find_range(reader, *each)]))
+        selection.fetch(selection.answer(lambda: [place for each in wanted for place in reader.places(*each)]))
+        selection.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))))
     blocks = tuple(bytes(file.fetched_blocks) for file in selection.files)
     return Download(job.files, bytes=selection.fetched, blocks=blocks)
 
