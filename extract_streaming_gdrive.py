@@ -920,35 +920,30 @@ def clean_rclone_message(message: str) -> str:
 # ---------------------------------------------------------------------------------------------- selective download
 
 
-class SelectedFile(io.RawIOBase):
+class SelectedFile(io.FileIO):
     """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size, for h5py to read.
     To read a block that was not fetched raises RemoteError, and its place is added to the list `missed` then.
 
     fetched_blocks: a byte for each block of the file, 1 if the block is in temp_dir; None where there is no file yet."""
 
     def __init__(self, config: Config, file: RemoteFile, missed: list, fetched_blocks: bytes | None = None):
-        super().__init__()
-        self.path, self.name, self.size, self.position, self.missed = file.path, file.name, file.bytes, 0, missed
-        self.fetched_blocks = bytearray(fetched_blocks or bytes(math.ceil(self.size / BLOCK)))
-        store, new = config.temp_dir / f"{file.path}.selected", os.O_CREAT if fetched_blocks is None else 0
-        store.parent.mkdir(parents=True, exist_ok=True)
-        self.store = os.open(store, os.O_RDWR | os.O_NOFOLLOW | new)
-        os.truncate(self.store, self.size)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
-        return self.position
+        store = config.temp_dir / f"{file.path}.selected"
+        if fetched_blocks is None:
+            fetched_blocks = bytes(math.ceil(file.bytes / BLOCK))
+            store.parent.mkdir(parents=True, exist_ok=True)
+            remove(store)
+            with open(store, "xb") as new:  # never through a link
+                new.truncate(file.bytes)
+        super().__init__(store, "r+")
+        self.path, self.name, self.size, self.missed = file.path, file.name, file.bytes, missed
+        self.fetched_blocks = bytearray(fetched_blocks)
 
     def readinto(self, buffer) -> int:
-        end = min(self.position + len(buffer), self.size)
-        if end <= self.position:
-            return 0
-        if self.fetched_blocks.find(0, self.position // BLOCK, math.ceil(end / BLOCK)) >= 0:
-            self.missed.append((self, self.position, end))
-            raise RemoteError(f"{self.name}: bytes at {self.position} are needed that were not fetched")
-        count = os.preadv(self.store, [memoryview(buffer)[: end - self.position]], self.position)
-        self.position += count
-        return count
+        start, end = self.tell(), min(self.tell() + len(buffer), self.size)
+        if self.fetched_blocks.find(0, start // BLOCK, math.ceil(end / BLOCK)) >= 0:
+            self.missed.append((self, start, end))
+            raise RemoteError(f"{self.name}: bytes at {start} are needed that were not fetched")
+        return super().readinto(buffer)
 
     def reserve_missing(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield (first byte, byte after the last) of what is missing between two bytes, in whole blocks and as long as
@@ -1011,7 +1006,7 @@ class Selection:
                 if answer.status not in (200, 206):
                     raise RemoteError(f"{file.path}: rclone answers {answer.status} {answer.reason}")
                 while answer.length == end - at and (content := answer.read(32 * BLOCK)):
-                    os.pwrite(file.store, content, at)
+                    os.pwrite(file.fileno(), content, at)
                     at, tries = at + len(content), 0
         if at < end:
             raise RemoteError(f"{file.path}: {tries} requests in a row brought nothing")
