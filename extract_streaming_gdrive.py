@@ -766,7 +766,7 @@ class Remote:
                 raise error
             if not folder and re.search("notFound|directory not found", message["msg"]):
                 unknown = f"there is no folder {self.config.root_folder_id!r}, or this account has no access to it"
-                raise ConfigError(f"{self.config.path}: google_drive.root_folder_id: {unknown}")
+                raise ConfigError(f"{self.config.path}: google_drive.root_folder_id: {unknown} ({error})")
             failed = f"{self.root}{folder} cannot be listed: {error}"  # rclone would go on with the other folders
             raise StopEarly(f"{failed}. Nothing is lost; run the same command again later")
 
@@ -775,9 +775,8 @@ class Remote:
 
     def list_release(self, subjects: list[str] | None) -> Listing:
         """Return what the remote has of some subjects, None for all, from one walk over their folders, many at a time.
-
-        The filter on the folder keeps rclone from listing many folders in one request, which comes back empty and
-        without an error when the server answers 500. No file is read for its md5."""
+        No file is read for its md5. The filter on the folder keeps rclone from listing many folders in one request,
+        which comes back empty and without an error when the server answers 500."""
         slow = self.ask_json("backend features")["Features"].get("SlowHash", True)
         md5 = [] if slow else ["--hash", "--hash-type", "md5"]
         wanted = f"{{{','.join(subjects)}}}" if subjects else "[0-9][0-9][0-9][0-9]"
@@ -851,8 +850,7 @@ class Remote:
         set `refusal` to since when and why, and when to go on: the others would be refused too."""
         for error in sorted((each.error for each in downloads), key=bool):  # those that came are the first
             quota = getattr(error, "status", "") == "quota_exceeded"
-            refused = quota or "googleapi: Error 5" in str(error)
-            self.refusals = [*self.refusals, datetime.now()] if refused else []
+            self.refusals = [*self.refusals, datetime.now()] if quota or "googleapi: Error 5" in str(error) else []
             if len(self.refusals) >= REFUSALS_IN_A_ROW:
                 count, since = len(self.refusals), self.refusals[0]
                 again = f"Run the same command again after {since + timedelta(hours=24 if quota else 1):%Y-%m-%dT%H:%M}"
@@ -884,8 +882,7 @@ def parse_listing(entries: list[dict]) -> Listing:
             continue
         if others:
             sizes = ", ".join(f"{format_size(each['Size'])} of {each['ModTime'][:10]}" for each in (entry, *others))
-            kind = "folders" if entry["IsDir"] else "files"
-            said = f"{len(others) + 1} {kind} on the remote are called {printable(path)} ({sizes})"
+            said = f"{len(others) + 1} on the remote have the same name, {printable(path)} ({sizes})"
             if entry["IsDir"] or entry["Size"] < max(each["Size"] for each in others):
                 said += ": rename or remove all but one of them"
                 listing.refused[subject, performance] = said
