@@ -663,7 +663,6 @@ ADVICE = {
     "network": "the remote {0} does not answer. Nothing is lost; run the same command again when it does",
     "disk": "rclone cannot write to temp_dir. Make room or make it writable there, then run the same command again",
 }
-ERROR_LEVELS = ("error", "critical", "fatal")  # of rclone's messages
 
 
 class Remote:
@@ -706,9 +705,9 @@ class Remote:
             process.kill()
         return process
 
-    def run_rclone(self, verb: str, *options: str, stdin: str = "", handle: Callable = bool) -> tuple[bytes, int, str]:
+    def run_rclone(self, verb: str, *options: str, stdin: str = "", handle: Callable = bool) -> tuple[bytes, str]:
         """Run an rclone to its end, and call `handle` with each of its messages, as parse_message returns them. Return
-        what it has printed, its exit code and its last error. What it tries again goes to the minute line."""
+        what it has printed and its last error. What it tries again goes to the minute line."""
         error = ""
         with tempfile.TemporaryFile() as printed, self.start_rclone(verb, *options, stdout=printed) as process:
             try:
@@ -719,8 +718,7 @@ class Remote:
                         self.report.trouble = clean_rclone_message(message["msg"])
                     elif message["level"] != "debug" and "stats" not in message:
                         log.debug("rclone: %s %s", message["object"], message["msg"].strip())
-                    if message["level"] in ERROR_LEVELS or message["msg"].startswith("Failed to"):
-                        error = message["msg"]
+                    error = message["msg"] if message["failed"] else error
                     handle(message)
                 code = process.wait()
             finally:
@@ -728,7 +726,7 @@ class Remote:
             if not 0 <= code <= 10:  # rclone's own codes
                 raise StopEarly(f"rclone was ended from outside (code {code}); run the same command again")
             printed.seek(0)
-            return printed.read(), code, error
+            return printed.read(), error
 
     def interpret(self, message: str) -> Exception:
         """Return the exception that a message of rclone stands for: a RemoteError is the answer for a file, the others
@@ -749,27 +747,24 @@ class Remote:
         cannot be listed: then the answer is not whole, whatever rclone's exit code says."""
 
         def stop_at_error(message: dict):
-            if message["level"] not in ERROR_LEVELS:
+            if not message["failed"]:
                 return
             error, folder = self.interpret(message["msg"]), message["object"]
             if not isinstance(error, RemoteError):
                 raise error
             if not folder and re.search("notFound|directory not found", message["msg"]):
                 unknown = f"there is no folder {self.config.root_folder_id!r}, or this account has no access to it"
-                raise ConfigError(f"{self.config.path}: google_drive.root_folder_id: {unknown}")
+                raise ConfigError(f"{self.config.path}: google_drive.root_folder_id: {unknown} ({error})")
             failed = f"{self.root}{folder} cannot be listed: {error}"  # rclone would go on with the other folders
             raise StopEarly(f"{failed}. Nothing is lost; run the same command again later")
 
-        printed, code, error = self.run_rclone(verb, self.root, *RCLONE_LISTING, *options, handle=stop_at_error)
-        if code:
-            stop_at_error({"msg": error or "rclone does not say why", "level": "error", "object": ""})
+        printed, _ = self.run_rclone(verb, self.root, *RCLONE_LISTING, *options, handle=stop_at_error)
         return json.loads(printed)
 
     def list_release(self, subjects: list[str] | None) -> Listing:
         """Return what the remote has of some subjects, None for all, from one walk over their folders, many at a time.
-
-        The filter on the folder keeps rclone from listing many folders in one request, which comes back empty and
-        without an error when the server answers 500. No file is read for its md5."""
+        No file is read for its md5. The filter on the folder keeps rclone from listing many folders in one request,
+        which comes back empty and without an error when the server answers 500."""
         slow = self.ask_json("backend features")["Features"].get("SlowHash", True)
         md5 = [] if slow else ["--hash", "--hash-type", "md5"]
         wanted = f"{{{','.join(subjects)}}}" if subjects else "[0-9][0-9][0-9][0-9]"
@@ -797,7 +792,7 @@ class Remote:
                 keep_free(self.config.temp_dir, self.config)
             elif (came := re.fullmatch("md5 = ([0-9a-f]{32}) OK", text)) and md5s.get(path) not in (None, came[1]):
                 errors[path] = CHANGED
-            elif message["level"] in ERROR_LEVELS:
+            elif message["failed"]:
                 error, errors[path] = self.interpret(text), text
                 if not isinstance(error, RemoteError) and not re.search(MESSAGES["network"], text):
                     raise error
@@ -811,7 +806,7 @@ class Remote:
         the remote is asked for the file's first byte. Raise StopEarly where it does not answer."""
         error = self.interpret(message)
         if getattr(error, "status", "") != "quota_exceeded" and "dial tcp" not in message:
-            *_, answer = self.run_rclone("cat", self.root + file.path, "--count", "1", *RCLONE_AT_ONCE)
+            _, answer = self.run_rclone("cat", self.root + file.path, "--count", "1", *RCLONE_AT_ONCE)
             error = self.interpret(answer) if answer else RemoteError(clean_rclone_message(message))
         if not isinstance(error, RemoteError):
             raise error
@@ -842,8 +837,7 @@ class Remote:
         set `refusal` to since when and why, and when to go on: the others would be refused too."""
         for error in sorted((each.error for each in downloads), key=bool):  # those that came are the first
             quota = getattr(error, "status", "") == "quota_exceeded"
-            refused = quota or "googleapi: Error 5" in str(error)
-            self.refusals = [*self.refusals, datetime.now()] if refused else []
+            self.refusals = [*self.refusals, datetime.now()] if quota or "googleapi: Error 5" in str(error) else []
             if len(self.refusals) >= REFUSALS_IN_A_ROW:
                 count, since = len(self.refusals), self.refusals[0]
                 again = f"Run the same command again after {since + timedelta(hours=24 if quota else 1):%Y-%m-%dT%H:%M}"
@@ -875,8 +869,7 @@ def parse_listing(entries: list[dict]) -> Listing:
             continue
         if others:
             sizes = ", ".join(f"{format_size(each['Size'])} of {each['ModTime'][:10]}" for each in (entry, *others))
-            kind = "folders" if entry["IsDir"] else "files"
-            said = f"{len(others) + 1} {kind} on the remote are called {printable(path)} ({sizes})"
+            said = f"{len(others) + 1} on the remote have the same name, {printable(path)} ({sizes})"
             if entry["IsDir"] or entry["Size"] < max(each["Size"] for each in others):
                 said += ": rename or remove all but one of them"
                 listing.refused[subject, performance] = said
@@ -885,14 +878,16 @@ def parse_listing(entries: list[dict]) -> Listing:
 
 
 def parse_message(line: bytes) -> dict:
-    """Return a line of rclone's log as a dict. What is no JSON (a wrong flag, a crash) counts as an error, but for what
-    it says before its log begins."""
+    """Return a line of rclone's log as a dict, with whether it says that something failed. What is no JSON (a wrong
+    flag, a crash) does, but for what rclone says before its log begins."""
     try:
-        return {"msg": "", "level": "error", "object": "", **json.loads(line)}
+        message = {"msg": "", "level": "error", "object": "", **json.loads(line)}
     except (ValueError, TypeError):  # no JSON, or no object
         text = line.decode("utf-8", "replace")
-        level = "debug" if re.match(r"\S+ \S+ (DEBUG|INFO|NOTICE) *:", text) else "error"
-        return {"msg": text, "level": level, "object": ""}
+        early = re.match(r"\S+ \S+ (DEBUG|INFO|NOTICE) *:", text)
+        message = {"msg": text, "level": "debug" if early else "error", "object": ""}
+    last_word = message["msg"].startswith("Failed to ")  # of an rclone that failed; it has the level of a notice
+    return {**message, "failed": last_word or message["level"] in ("error", "critical", "fatal")}
 
 
 def clean_rclone_message(message: str) -> str:
@@ -909,35 +904,30 @@ def clean_rclone_message(message: str) -> str:
 # ---------------------------------------------------------------------------------------------- selective download
 
 
-class SelectedFile(io.RawIOBase):
+class SelectedFile(io.FileIO):
     """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size, for h5py to read.
     To read a block that was not fetched raises RemoteError, and its place is added to the list `missed` then.
 
     fetched_blocks: a byte for each block of the file, 1 if the block is in temp_dir; None where there is no file yet."""
 
     def __init__(self, config: Config, file: RemoteFile, missed: list, fetched_blocks: bytes | None = None):
-        super().__init__()
-        self.path, self.name, self.size, self.position, self.missed = file.path, file.name, file.bytes, 0, missed
-        self.fetched_blocks = bytearray(fetched_blocks or bytes(math.ceil(self.size / BLOCK)))
-        store, new = config.temp_dir / f"{file.path}.selected", os.O_CREAT if fetched_blocks is None else 0
-        store.parent.mkdir(parents=True, exist_ok=True)
-        self.store = os.open(store, os.O_RDWR | os.O_NOFOLLOW | new)
-        os.truncate(self.store, self.size)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
-        return self.position
+        store = config.temp_dir / f"{file.path}.selected"
+        if fetched_blocks is None:
+            fetched_blocks = bytes(math.ceil(file.bytes / BLOCK))
+            store.parent.mkdir(parents=True, exist_ok=True)
+            remove(store)
+            with open(store, "xb") as new:  # never through a link
+                new.truncate(file.bytes)
+        super().__init__(store, "r+")
+        self.path, self.name, self.size, self.missed = file.path, file.name, file.bytes, missed
+        self.fetched_blocks = bytearray(fetched_blocks)
 
     def readinto(self, buffer) -> int:
-        end = min(self.position + len(buffer), self.size)
-        if end <= self.position:
-            return 0
-        if self.fetched_blocks.find(0, self.position // BLOCK, math.ceil(end / BLOCK)) >= 0:
-            self.missed.append((self, self.position, end))
-            raise RemoteError(f"{self.name}: bytes at {self.position} are needed that were not fetched")
-        count = os.preadv(self.store, [memoryview(buffer)[: end - self.position]], self.position)
-        self.position += count
-        return count
+        start, end = self.tell(), min(self.tell() + len(buffer), self.size)
+        if self.fetched_blocks.find(0, start // BLOCK, math.ceil(end / BLOCK)) >= 0:
+            self.missed.append((self, start, end))
+            raise RemoteError(f"{self.name}: bytes at {start} are needed that were not fetched")
+        return super().readinto(buffer)
 
     def reserve_missing(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield (first byte, byte after the last) of what is missing between two bytes, in whole blocks and as long as
@@ -953,30 +943,26 @@ class SelectedFile(io.RawIOBase):
 class Selection:
     """What is fetched of a job's files to temp_dir.
 
-    To find out what a file has takes hundreds of small reads, each of which says where the next one is. So a question
-    is asked for all cameras at once: what the answers lack is fetched together, and then these are asked for again."""
+    To find out what a file has takes hundreds of small reads, each of which says where the next one is. So questions
+    are asked for all cameras at once: what an answer lacks is fetched together, and then the question asked again."""
 
     def __init__(self, job: Job, server: tuple[int, str], progress: Callable):
         self.config, self.server, self.progress, self.fetched = job.config, server, progress, 0
         self.missed: list[tuple[SelectedFile, int, int]] = []
         self.files = [SelectedFile(job.config, file, self.missed) for file in job.files]
 
-    def answer(self, question: Callable, cases: Iterable[tuple]) -> list:
-        """Return question(*case) of each case, once all that it reads is there."""
-        found, waiting = {}, list(cases)
-        while waiting:
-            lacking = {}
-            for case in waiting:
-                self.missed.clear()
-                try:
-                    found[case] = question(*case)
-                except SMCError:
-                    if not self.missed:
-                        raise
-                lacking[case] = list(self.missed)
-            waiting = [case for case in waiting if lacking[case]]
-            self.fetch(itertools.chain(*lacking.values()))
-        return list(found.values())
+    def answer(self, question: Callable):
+        """Return question(), once all that it reads is there."""
+        while True:
+            self.missed.clear()
+            try:
+                answer = question()
+            except SMCError:
+                if not self.missed:
+                    raise
+            if not self.missed:
+                return answer
+            self.fetch(self.missed)
 
     def fetch(self, places: Iterable[tuple[SelectedFile, int, int]]):
         """Bring what is missing of some ranges of bytes, many at a time."""
@@ -997,7 +983,6 @@ class Selection:
             tries += 1
             headers = {"Range": f"bytes={at}-{end - 1}", "Authorization": authorization}
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=FETCH_TIMEOUT_S)
-            # Where rclone has ended, the ConnectionRefusedError ends the run.
             cut = http.client.HTTPException, ConnectionResetError, BrokenPipeError, socket.timeout
             with contextlib.closing(connection), contextlib.suppress(*cut):
                 connection.request("GET", "/" + urllib.parse.quote(file.path), headers=headers)
@@ -1005,7 +990,7 @@ class Selection:
                 if answer.status not in (200, 206):
                     raise RemoteError(f"{file.path}: rclone answers {answer.status} {answer.reason}")
                 while answer.length == end - at and (content := answer.read(32 * BLOCK)):
-                    os.pwrite(file.store, content, at)
+                    os.pwrite(file.fileno(), content, at)
                     at, tries = at + len(content), 0
         if at < end:
             raise RemoteError(f"{file.path}: {tries} requests in a row brought nothing")
@@ -1018,15 +1003,15 @@ def fetch_selection(job: Job, server: tuple[int, str], progress: Callable) -> Do
     Files are usually written camera by camera, with the header of each picture among the pictures: so the range from a
     camera's first to its last picture is fetched before the headers are read."""
     selection = Selection(job, server, progress)
-    with selection.answer(SMCReader, [tuple(selection.files)])[0] as reader:
+    with selection.answer(lambda: SMCReader(*selection.files)) as reader:
         # Which cameras have anything: so far no frames are asked for.
-        selection.answer(partial(reader.places, frames=[]), itertools.product(BY_CAMERA, range(NUM_CAMERAS)))
+        selection.answer(lambda: [reader.places(name, n, []) for name in BY_CAMERA for n in range(NUM_CAMERAS)])
         wanted = selection.answer(
-            lambda: [(each, n) for each in job.modalities for n in cameras_to_extract(reader, each, job.cameras)], [()]
-        )[0]
-        for find in (reader.frame_range, reader.places):
-            selection.fetch(itertools.chain(*selection.answer(find, wanted)))
-        selection.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))), [()])
+            lambda: [(name, n) for name in job.modalities for n in cameras_to_extract(reader, name, job.cameras)]
+        )
+        selection.fetch(selection.answer(lambda: [place for each in wanted for place in reader.frame_range(*each)]))
+        selection.fetch(selection.answer(lambda: [place for each in wanted for place in reader.places(*each)]))
+        selection.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))))
     blocks = tuple(bytes(file.fetched_blocks) for file in selection.files)
     return Download(bytes=selection.fetched, blocks=blocks)
 
@@ -1042,6 +1027,8 @@ def fetch_selected(remote: Remote, job: Job) -> Download:
     except RemoteError as failure:  # rclone answers with a mere 404, but says why when it is asked for a byte
         file = next(file for file in job.files if str(failure).startswith(file.path))
         download = Download(remote.explain(file, str(failure)))
+    except ConnectionRefusedError:
+        raise StopEarly("rclone was ended from outside; run the same command again") from None
     except SMCError as failure:
         download = Download(failure)
     if remote.list_release([job.subject]).subjects.get(job.subject, {}).get(job.performance) != job.files:

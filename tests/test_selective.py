@@ -411,6 +411,19 @@ def test_a_killed_run_takes_its_server_with_it(small):
     gate.release()
 
 
+def test_a_server_that_is_killed_is_no_fault_of_the_file(small):
+    gate = small.drive.gate("*s1_all*", 4096)
+    process = small.start()
+    gate.wait()
+    for server in rclone_servers(small.drive):
+        os.kill(server, signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    gate.release()
+    assert process.returncode == 3 and "rclone was ended" in output and small.rows == [], output
+    small.run()
+    assert set(small.states.values()) == {"completed"} and small.leftovers() == []
+
+
 def test_the_servers_password_is_neither_in_its_arguments_nor_in_the_log(small):
     small.write_config(extraction=only("s1_all"))
     gate = small.drive.gate("*s1_all*", 4096)

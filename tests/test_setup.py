@@ -223,16 +223,18 @@ def test_two_files_of_one_name_are_named_before_the_first_byte_and_the_first_is_
     assert drive.count("media", "0018_s1_all_raw.smc") == 0
 
 
-def test_two_folders_of_one_name_are_named_and_nothing_in_them_is_called_absent(workspace, drive, tmp_path):
+@pytest.mark.parametrize("first", [True, False])
+def test_two_folders_of_one_name_are_named_and_nothing_in_them_is_called_absent(workspace, drive, tmp_path, first):
     """rclone lists the files of one of them twice, and opens those of the other."""
     other = tmp_path / "empty"
     other.mkdir()
     (other / "notes.txt").write_text("empty")
-    drive.duplicate(f"{SINGLE}/0018", other)
+    drive.duplicate(f"{SINGLE}/0018", other, first=first)
     workspace.write_config(extraction={"subjects": ["0018", "0019"]})
     run = workspace.run(expect=(0, 1, 2))
     assert line_with(run.said, "0018", "(?i)two|twice|folders|same name"), run.said
     assert "absent" not in [state for (subject, _), state in workspace.states.items() if subject == "0018"]
+    assert drive.count("media", "0018*") == 0
 
 
 # ---- rclone's options
