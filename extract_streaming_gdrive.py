@@ -1007,7 +1007,7 @@ def fetch_selection(job: Job, server: tuple[int, str], progress: Callable) -> Do
         # Which cameras have anything: so far no frames are asked for.
         selection.answer(lambda: [reader.places(name, n, []) for name in BY_CAMERA for n in range(NUM_CAMERAS)])
         wanted = selection.answer(
-            lambda: [(name, n) for name in job.modalities for n in cameras_to_extract(reader, name, job.cameras)]
+            lambda: [(name, n) for name in job.modalities for n in reader.selected_cameras(name, job.cameras)]
         )
         selection.fetch(selection.answer(lambda: [place for each in wanted for place in reader.frame_range(*each)]))
         selection.fetch(selection.answer(lambda: [place for each in wanted for place in reader.places(*each)]))
@@ -1060,7 +1060,7 @@ class Extraction:
     """One performance being unpacked into its `.partial` folder: what the writers below share, and what they found.
 
     A place is (modality, camera, frame), with None for what does not apply. cameras: {modality: what
-    `cameras_to_extract` returns}. pictures: {place: (name below the folder, (height, width))} of undamaged pictures.
+    `selected_cameras` returns}. pictures: {place: (name below the folder, (height, width))} of undamaged pictures.
     damaged, missing: places of pictures. unreadable: {place: reason} of what else was left out. sizes: bytes of each
     file written."""
 
@@ -1105,13 +1105,6 @@ def collecting_damage(damage: dict, modality: str, camera: int | None = None, fr
         damage.setdefault((modality, camera, frame), str(error))
 
 
-def cameras_to_extract(reader: SMCReader, modality: str, asked: set[int] | None) -> list[int | None]:
-    """Return the cameras that are asked for among those that have a modality; [None] for one that is not by camera."""
-    if modality in PER_CAMERA:
-        return [camera for camera in reader.cameras(modality) if asked is None or camera in asked]
-    return [None] if reader.has(modality) else []
-
-
 def write_pictures(extraction: Extraction, modality: str):
     """images/cam_25/frame_000000.jpg, masks/cam_25/frame_000000.png, uv_textures/frame_000000.png and
     scan_masks/cam_25.png: the stored bytes; empty ones are left out. Damaged are those that are not whole or have not
@@ -1129,7 +1122,7 @@ def write_pictures(extraction: Extraction, modality: str):
                 stored[camera][frame] = name, (picture.height, picture.width) if picture.whole else None
         if extraction.job.config.verify == "full":
             paths = {frame: extraction.folder / name for frame, (name, size) in stored[camera].items() if size}
-            for frame in find_undecodable(paths, extraction.job.config.workers):
+            for frame in extraction.reader.find_undecodable(paths, extraction.job.config.workers):
                 stored[camera][frame] = stored[camera][frame][0], None
     expected = extraction.reader.expected_frames(stored.values()) if modality in BY_CAMERA else set()
     for camera, pictures in stored.items():
@@ -1143,25 +1136,6 @@ def write_pictures(extraction: Extraction, modality: str):
         for frame in sorted(expected - pictures.keys()):
             if not {(modality, camera, None), (modality, camera, frame)} & extraction.unreadable.keys():
                 extraction.missing.append((modality, camera, frame))
-
-
-def find_undecodable(paths: dict[int | None, Path], workers: int) -> list[int | None]:
-    """Return the frames of those picture files that cannot be decoded without a complaint.
-
-    libjpeg repairs a damaged stream and merely says so on stderr, which is a file here (see `child_main`): whatever is
-    decoded while something is said is decoded again by itself."""
-    import cv2  # takes 17 MB and 40 ms, which an extraction that only copies need not spend
-
-    def is_bad(frame: int | None) -> bool:
-        """Decode every byte of the stream, at an eighth of the size."""
-        printed, data, pixels = os.lseek(2, 0, os.SEEK_END), np.fromfile(paths[frame], np.uint8), None
-        with contextlib.suppress(cv2.error):  # it claims more pixels than OpenCV has room for
-            pixels = cv2.imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8)
-        return pixels is None or os.lseek(2, 0, os.SEEK_END) > printed
-
-    with ThreadPoolExecutor(workers) as threads:
-        suspects = [frame for frame, bad in zip(paths, threads.map(is_bad, paths)) if bad]
-    return list(filter(is_bad, suspects))
 
 
 def write_audio(extraction: Extraction, modality: str):
@@ -1309,7 +1283,7 @@ def extract(job: Job, blocks: tuple | None) -> dict:
         extraction = Extraction(job, reader)
         for modality in job.modalities:
             with collecting_damage(extraction.unreadable, modality):
-                extraction.cameras[modality] = cameras_to_extract(reader, modality, job.cameras)
+                extraction.cameras[modality] = reader.selected_cameras(modality, job.cameras)
                 if extraction.cameras[modality]:
                     WRITERS[modality](extraction, modality)
         tried = {"transforms", *(modality for modality, *_ in extraction.unreadable)}
@@ -1447,7 +1421,7 @@ def child_main(parent: int, pipe, work: Callable, name: str, size: int, decoders
             return
         # Ten times the CPU that a healthy file needs.
         limit_resources(memory, 60 + size // 1_000_000 if decoders else 4 + size // 20_000_000)
-        with tempfile.TemporaryFile() as printed:  # for what libraries print: see `find_undecodable`
+        with tempfile.TemporaryFile() as printed:  # for what libraries print: see `SMCReader.find_undecodable`
             os.dup2(printed.fileno(), 2)
         options = {"progress": lambda news: pipe.send(("progress", news))} if reports else {}
         pipe.send(("done", work(**options)))
