@@ -333,8 +333,8 @@ COLUMNS += ["cameras", "cameras_available", "modalities", "smc_bytes", "download
 class Manifest:
     """MANIFEST.csv: the record of what was done, one row appended for each performance, the last one holds.
 
-    `rows` {(subject, performance): last row} and `completed` (the last row with that status) are dicts of strings. A row
-    of `adopt_folders` that is not written yet has an entry "adopted"."""
+    `rows` {(subject, performance): last row} and `completed` (the last row with that status) hold dicts of strings. A
+    row of `adopt_folders` that is not written yet has an entry "adopted"."""
 
     def __init__(self, config: Config):
         self.config, self.path, self.content = config, Path(os.path.realpath(config.manifest)), b""
@@ -489,7 +489,7 @@ def lock_file(path: Path, wait: bool = True) -> io.FileIO:
 
 def lock_subject(manifest: Manifest, subject: str) -> contextlib.ExitStack | None:
     """Return the lock of a subject, or None where another process has it. What is unfinished of the subject is deleted
-    now, and when the lock is closed. It locks a file beside the manifest and one in temp_dir: processes share either."""
+    now, and when the lock is closed. There is one file beside the manifest and one in temp_dir: either can be shared."""
     beside = manifest.path.with_name(f".{manifest.path.name}.{subject}.lock")
     with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as lock:
         for path in (beside, manifest.config.temp_dir / f".{subject}.lock"):
@@ -658,7 +658,7 @@ ADVICE = {
     "remote_name": "rclone has no remote {0}; `rclone config` makes one, `rclone listremotes` shows those that it has",
     "rclone_flags": "rclone does not start with them",
     "quota": "Drive's download quota for this file is used up; it is renewed after about a day",
-    "login": "the login to {0} has expired. Renew it with `rclone config reconnect {0}:`, then run the same command again",
+    "login": "the login to {0} has expired. Renew it with `rclone config reconnect {0}:`, then run this command again",
     "account": "Google refuses the account or the client_id of {0}. Look at both, then run the same command again",
     "network": "the remote {0} does not answer. Nothing is lost; run the same command again when it does",
     "disk": "rclone cannot write to temp_dir. Make room or make it writable there, then run the same command again",
@@ -908,7 +908,7 @@ class SelectedFile(io.FileIO):
     """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size, for h5py to read.
     To read a block that was not fetched raises RemoteError, and its place is added to the list `missed` then.
 
-    fetched_blocks: a byte for each block of the file, 1 if the block is in temp_dir; None where there is no file yet."""
+    fetched_blocks: a byte for each block of the file, 1 if the block is in temp_dir; None where no file is there."""
 
     def __init__(self, config: Config, file: RemoteFile, missed: list, fetched_blocks: bytes | None = None):
         store = config.temp_dir / f"{file.path}.selected"
@@ -1195,8 +1195,8 @@ def write_scan(extraction: Extraction, modality: str):
 
 
 def write_transforms(extraction: Extraction, modality: str):
-    """transforms.json: pose, intrinsics and mask of every undamaged picture, for NeRF and Gaussian-splatting tools. Each
-    picture has its own intrinsics: loaders would take some at the top for those of all cameras. A mask is the picture's
+    """transforms.json: pose, intrinsics and mask of every undamaged picture, for NeRF and Gaussian-splatting tools.
+    Each has its own intrinsics: loaders would take some at the top for those of all cameras. A mask is the picture's
     `fg_mask_path`; where every picture has one, also its `mask_path`, because nerfstudio refuses a mixture."""
     calibration = {int(name): camera for name, camera in extraction.reader.get_Calibration_all().items()}
     images = {place[1:]: found for place, found in extraction.pictures.items() if place[0] == "images"}
@@ -1376,7 +1376,7 @@ def run_in_child(work: Callable, *arguments, name: str, size: int, decoders: int
     program's files change meanwhile.
 
     Raise what it raises; SMCError where the file crashed it; StopEarly where something else ended it. One that was
-    killed is tried once more. name, size: of the file that it reads; decoders: threads in which it decodes all pictures;
+    killed is tried once more. name, size: of the file that it reads; decoders: threads that decode all its pictures;
     progress: a function that `work` calls by this name with one value; it runs here."""
     for _ in range(2):
         receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -1884,7 +1884,7 @@ def copy_whole(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
 
 
 def is_current(path: Path, file: RemoteFile) -> bool:
-    """Return whether an earlier run has left a file as it is on the remote, as far as its md5 is known; else remove it."""
+    """Return whether an earlier run left a file as it is on the remote, as far as its md5 is known; else remove it."""
     md5 = hashlib.md5()
     if path.is_file() and path.stat().st_size == file.bytes:
         with open(path, "rb") as content:
@@ -2003,7 +2003,7 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
 
 
 def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
-    """--dry-run: show what a run would do, and the totals. Return its exit code, or raise what stops it at its start."""
+    """--dry-run: show what a run would do, and the totals. Return its exit code; raise what stops it at its start."""
     config.check_folders()
     plan = Plan(manifest, remote)
     for subject, jobs in plan.subjects.items():
@@ -2107,7 +2107,7 @@ def show_content(file: Path, progress: Callable) -> bool:
 
 
 def modality_lines(reader: SMCReader, modality: str, damage: dict, sizes: list) -> Iterator[str]:
-    """Yield the cells of a modality in the table, then which cameras have which pictures; add to `damage` and `sizes`."""
+    """Yield a modality's cells in the table, then which cameras have which pictures; add to `damage` and `sizes`."""
     row, size, encodings, alike = MODALITIES[modality], 0, set(), collections.defaultdict(list)
     cameras, by_camera = reader.cameras(modality), modality in BY_CAMERA
     for camera in cameras if by_camera else [None]:
@@ -2202,7 +2202,7 @@ def suggest_cameras(angles: np.ndarray, available: Iterable[int], n: int, always
 
 
 def find_cover(near: np.ndarray, n: int) -> list[int] | None:
-    """Return at most n columns (cameras) that have a True in every row (direction) of near; None where there are none."""
+    """Return at most n columns (cameras) that have a True in every row (direction) of near; None if there are none."""
     if not len(near):
         return []
     gains = near.sum(0)
@@ -2241,7 +2241,7 @@ BLUE, DARK_GREY, LIGHT_GREY, WHITE = (178, 114, 0), (36, 31, 27), (226, 222, 219
 
 
 def read_picture(path: Path, grey: bool = False, size: tuple[int, int] | None = None) -> np.ndarray | None:
-    """Return a picture, uint8 BGR or grey, resized to `size` (width, height); None, with a warning, if it is damaged."""
+    """Return a picture, uint8 BGR or grey, resized to `size` (width, height); None, with a warning, if damaged."""
     import cv2
 
     flags = cv2.IMREAD_IGNORE_ORIENTATION | (cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR)

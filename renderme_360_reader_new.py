@@ -298,7 +298,7 @@ class SMCReader(contextlib.AbstractContextManager):
         return set(range(self.num_frame)) if max(there, default=0) < self.num_frame else there
 
     def note_sizes(self, sizes: Iterable[tuple[int, int]]):
-        """Note as an oddity pictures of more than one (height, width), or of another than the attribute `resolution`."""
+        """Note as an oddity pictures of more than one (height, width), or of another than `resolution` says."""
         resolution = self.Camera_info["resolution"]
         stated = "" if resolution is None else f"{resolution[1]} x {resolution[0]}"
         found = list(dict.fromkeys(f"{width} x {height}" for height, width in sizes))
