@@ -45,7 +45,6 @@ import ctypes
 import difflib
 import errno
 import fcntl
-import gc
 import glob
 import hashlib
 import http.client
@@ -109,6 +108,7 @@ RCLONE_LISTING = ["--checkers", "32", "--drive-pacer-min-sleep", "10ms", "--low-
 RCLONE_AT_ONCE = ["--retries", "1", "--low-level-retries", "1", "--contimeout", "15s", "--timeout", "60s"]
 RCLONE_LOG = ["--use-json-log", "--log-level", "DEBUG", "--stats", "500ms", "--stats-log-level", "NOTICE"]
 REFUSALS_IN_A_ROW = 3  # files that the remote refused for its quota or with an error of its own: the rest would be too
+CHANGED = "has changed on the remote since the run began: run the same command again"
 MINUTE_S = 60  # between two lines about a run of which nothing else is said
 BLOCK = 8 << 10  # bytes of a file on the remote that are fetched at least; headers in an SMC lie in pieces of 2 kB
 REQUEST_BLOCKS = 1024  # blocks that one request fetches at most
@@ -146,6 +146,7 @@ class RemoteError(Exception):
 OTHER_KEYS = {
     "verify_extraction": "write verify: fast or verify: full",
     "force_reextract": "delete it, and run with --redo --subject ID",
+    "max_retries": "delete it: rclone retries by itself",
     "limits": "write max_temp_size_gb and min_free_gb into the section storage",
     "logging": "delete it: each run has a log in storage.log_dir, and --verbose shows it on the console",
 }
@@ -432,7 +433,7 @@ class Manifest:
         if row["status"] == "absent" and last["status"] in ("absent", "completed"):
             return
         values = {**row, "timestamp": utc_now(), "error": " ".join(row["error"].split())[:500]}
-        with lock_file(self.path) as file:
+        with no_fork, lock_file(self.path) as file:
             columns, _, end = self.parse(file.read())
             cells = [values.get(name, "") for name in columns or COLUMNS]
             line = csv_lines([cells] if columns else [COLUMNS, cells])
@@ -470,7 +471,6 @@ def parse_numbers(words: str) -> set[int]:
 # ---------------------------------------------------------------------------------------------- files and locks
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 UNFINISHED = re.compile(r"\.selected$|\.[^.]*\.partial$")  # ends the name of an SMC that rclone or we are writing
 libc = ctypes.CDLL(None, use_errno=True)
 WORK_FOLDER = re.compile(rf"\.({PLAIN_NAME.pattern})\.(partial|old)")  # beside the folder of that performance
@@ -478,7 +478,7 @@ WORK_FOLDER = re.compile(rf"\.({PLAIN_NAME.pattern})\.(partial|old)")  # beside 
 
 def lock_file(path: Path, wait: bool = True) -> io.FileIO:
     """Return a file, made if need be, that is locked until it is closed or this process dies. Raise BlockingIOError
-    where another process has the lock and we don't wait, ConfigError where there are no locks."""
+    where another process has the lock and we don't wait."""
     while True:
         file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
         try:
@@ -486,13 +486,8 @@ def lock_file(path: Path, wait: bool = True) -> io.FileIO:
             if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                 return file
         except OSError as error:
-            if error.errno in NO_LOCKS:
-                if not file.read(1):
-                    path.unlink()
-                advice = "use a local disk, NFS with its lock service, or Lustre mounted with -o flock"
-                raise ConfigError(f"{path.parent}: {error.strerror}: a disk without file locks; {advice}") from None
             if error.errno not in (errno.ENOENT, errno.ESTALE):
-                raise
+                raise OSError(error.errno, f"cannot be locked: {error.strerror}", str(path)) from None
         file.close()  # while we waited, the holder removed or replaced the file: this is the lock of nothing
 
 
@@ -791,20 +786,19 @@ class Remote:
                 entry["Size"] = sum(file["Size"] for file in files)
         return parse_listing(entries)
 
-    def copy(self, files: list[RemoteFile], progress: Callable) -> tuple[dict[str, str], dict[str, str]]:
+    def copy(self, files: list[RemoteFile], progress: Callable) -> dict[str, str]:
         """Bring files to temp_dir with one call of rclone, which retries and checks the md5; call `progress` with the
-        bytes that have come so far. Return {path: md5 of what came} and {path: last error, "": last error without a
-        path}. Raise StopEarly or OSError for what is no file's fault: at once where to try again would only cost time
-        or downloads."""
-        md5s, errors = {}, {}
+        bytes that have come so far. Return {path: last error, "": last error without a path}. Raise StopEarly or
+        OSError for what is no file's fault: at once where to try again would only cost time or downloads."""
+        errors, md5s = {}, {file.path: file.md5 for file in files}
 
         def note(message: dict):
             text, path = message["msg"], UNFINISHED.sub("", message["object"])
             if "stats" in message:
                 progress(int(message["stats"].get("bytes", 0)))
                 keep_free(self.config.temp_dir, self.config)
-            elif came := re.fullmatch("md5 = ([0-9a-f]{32}) OK", text):
-                md5s[path] = came[1]
+            elif (came := re.fullmatch("md5 = ([0-9a-f]{32}) OK", text)) and md5s.get(path) not in (None, came[1]):
+                errors[path] = CHANGED
             elif message["failed"]:
                 error, errors[path] = self.interpret(text), text
                 if not isinstance(error, RemoteError) and not re.search(MESSAGES["network"], text):
@@ -812,7 +806,7 @@ class Remote:
 
         options = self.root, str(self.config.temp_dir), "--files-from-raw", "-", "--local-no-set-modtime"
         self.run_rclone("copy", *options, stdin="".join(f"{file.path}\n" for file in files), handle=note)
-        return md5s, errors
+        return errors
 
     def explain(self, file: RemoteFile, message: str) -> RemoteError:
         """Return why a file did not come. Where rclone's message could be about the network as well as about the file,
@@ -840,7 +834,7 @@ class Remote:
             line = process.stderr.readline()
             if not line:
                 raise StopEarly(f"rclone does not serve {self.root}: {last_message or 'it does not say why'}")
-            last_message = clean_rclone_message(parse_message(line)["msg"])
+            last_message = clean_rclone_message(parse_message(line)["msg"].replace(password, "…"))
         # Its log is read to the end, and not kept.
         threading.Thread(target=collections.deque, args=(process.stderr, 0), daemon=True).start()
         return int(found[1]), f"Basic {base64.b64encode(f'smc:{password}'.encode()).decode()}"
@@ -1026,7 +1020,7 @@ def fetch_selection(job: Job, server: tuple[int, str], progress: Callable) -> Do
         selection.fetch(selection.answer(lambda: [place for each in wanted for place in reader.places(*each)]))
         selection.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))))
     blocks = tuple(bytes(file.fetched_blocks) for file in selection.files)
-    return Download(job.files, bytes=selection.fetched, blocks=blocks)
+    return Download(bytes=selection.fetched, blocks=blocks)
 
 
 def find_range(reader: SMCReader, modality: str, camera: int | None) -> list[tuple]:
@@ -1047,14 +1041,13 @@ def fetch_selected(remote: Remote, job: Job) -> Download:
         log.info("%s: fetched %s of %s", job, format_size(download.bytes), format_size(job.bytes))
     except RemoteError as failure:  # rclone answers with a mere 404, but says why when it is asked for a byte
         file = next(file for file in job.files if str(failure).startswith(file.path))
-        download = Download(job.files, remote.explain(file, str(failure)))
+        download = Download(remote.explain(file, str(failure)))
     except ConnectionRefusedError:
         raise StopEarly("rclone was ended from outside; run the same command again") from None
     except SMCError as failure:
-        download = Download(job.files, failure)
+        download = Download(failure)
     if remote.list_release([job.subject]).subjects.get(job.subject, {}).get(job.performance) != job.files:
-        changed = f"{job.files[0].name}: it changed on the remote since the listing; run again"
-        download = download._replace(error=RemoteError(changed))
+        download = download._replace(error=RemoteError(f"{job.files[0].name} {CHANGED}"))
     remote.count_refusals([download])
     return download._replace(seconds=time.monotonic() - begin)
 
@@ -1466,6 +1459,7 @@ def format_numbers(numbers: Iterable[int]) -> str:
     return " ".join(str(number) for number in sorted(numbers))
 
 
+no_fork = threading.Lock()  # held while there is a lock on the manifest, which a child would inherit
 # Safe here, because what a child runs needs no lock that a thread of the run could hold.
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 
@@ -1482,7 +1476,8 @@ def run_in_child(work: Callable, *arguments, name: str, size: int, decoders: int
         receiver, sender = multiprocessing.Pipe(duplex=False)
         # These signals can reach the whole group; blocked in the child, they are left to this process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        parent, pid = os.getpid(), os.fork()
+        with no_fork:
+            parent, pid = os.getpid(), os.fork()
         if not pid:
             child_main(parent, sender, partial(work, *arguments), name, size, decoders, progress is not None)
         try:
@@ -1519,9 +1514,6 @@ def child_main(parent: int, pipe, work: Callable, name: str, size: int, decoders
             libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: Linux kills this process when its parent ends
         if os.getppid() != parent:
             return
-        gc.freeze()
-        os.closerange(3, pipe.fileno())  # a child must hold no lock and no pipe of the run
-        os.closerange(pipe.fileno() + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         # Ten times the CPU that a healthy file needs.
         limit_resources(memory, 60 + size // 1_000_000 if decoders else 4 + size // 20_000_000)
         with tempfile.TemporaryFile() as printed:  # for what libraries print: see `undecodable`
@@ -1606,23 +1598,66 @@ class Job:
 
 
 class Download(NamedTuple):
-    """What became of a job's files: they are in temp_dir as they are on the remote now, or there is an error.
+    """What became of a job's files: they are in temp_dir, or there is an error.
 
     bytes, seconds: what came, and how long it took; blocks: see SelectedFile."""
 
-    files: tuple[RemoteFile, ...]
     error: Exception | None = None
     bytes: int = 0
     seconds: float = 0.0
     blocks: tuple[bytes, ...] | None = None
 
 
-class Plan(NamedTuple):
-    """What is asked for, from one look at the remote: {subject: its jobs in the order of the config}."""
+class Plan:
+    """What is asked for, from one look at the remote: `subjects` {subject: its jobs in the order of the config}."""
 
-    config: Config
-    listing: Listing
-    subjects: dict[str, list[Job]]
+    def __init__(self, manifest: Manifest, remote: Remote):
+        self.manifest, self.listing = manifest, remote.list_release(manifest.config.subjects)
+        subjects = manifest.config.subjects or sorted(self.listing.subjects)
+        manifest.adopt_folders(subjects)
+        self.subjects = {subject: self.plan_subject(subject) for subject in subjects}
+        self.check_setup(remote)
+
+    def plan_subject(self, subject: str) -> list[Job]:
+        """Return the jobs of a subject in the order of the config."""
+        found = self.listing.subjects.get(subject, {})
+        names = self.manifest.config.performances or sorted({*found, *self.manifest.asked_performances(subject)})
+        return [self.plan_job(subject, name) for name in names]
+
+    def plan_job(self, subject: str, performance: str) -> Job:
+        """Return what is to be done of a performance, and why."""
+        manifest, config, listing = self.manifest, self.manifest.config, self.listing
+        key, nothing = (subject, performance), dict.fromkeys(COLUMNS, "")
+        files = listing.subjects.get(subject, {}).get(performance, ())
+        row, done = manifest.rows.get(key, nothing), manifest.completed.get(key, nothing)
+        # No rerun takes away what was extracted before.
+        cameras, folder, extracted = config.asked_cameras(performance), config.folder_of(*key), done["smc_id"].split()
+        if cameras is not None:
+            paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in PER_CAMERA))
+            cameras |= parse_numbers(done["cameras"]) | {int(path.name[4:6]) for path in paths}
+        modalities = {*config.modalities, *done["modalities"].split(), *modalities_in(folder)}
+        job = Job(config, subject, performance, files, cameras, tuple(name for name in WRITERS if name in modalities))
+        half = len(extracted) == 1 and len(files) == 2  # the other file of a pair has come
+        if manifest.is_done(*key) and not half:
+            return replace(job, state="done")
+        if refusal := listing.refused.get(key) or listing.refused.get((subject, "")):
+            return replace(job, state="refused", reason=refusal)
+        if not files:
+            return replace(job, state="absent", reason="absent from the remote")
+        if len(files) < len(extracted):
+            return replace(job, state="absent", reason="one of its two files is absent now; what was extracted is kept")
+        same = row["smc_id"] == job.smc_id and parse_numbers(row["smc_bytes"]) == {job.bytes}
+        if row["status"] == "failed" and same and not config.redo:
+            return replace(job, state="failed", reason=row["error"])
+        if config.download == "selective" and expected_bytes(job) < job.bytes and not job.is_downloaded():
+            job = replace(job, selection=expected_bytes(job))
+        if job.temp_bytes > config.max_temp_size_gb * GB:
+            least = f"set storage.max_temp_size_gb to at least {math.ceil(job.temp_bytes / 1e6) / 1000:g}"
+            reason = f"{format_size(job.temp_bytes)} do not fit into temp_dir: {least}"
+            return replace(job, state="refused", reason=reason)
+        last = "" if row["status"] in ("", "completed") else f"last time: {row['status'].replace('_', ' ')}"
+        more = "more cameras or modalities are asked for" if row["status"] == "completed" else last
+        return replace(job, reason="--redo" if config.redo else "the other file of the pair has come" if half else more)
 
     def jobs(self, *states: str) -> list[Job]:
         """Return the jobs of all subjects that are in one of the states; without any, all of them."""
@@ -1632,135 +1667,73 @@ class Plan(NamedTuple):
         """Return about how many bytes the run will write to output_dir."""
         return sum(expected_bytes(job) for job in self.jobs("to do"))
 
+    def check_setup(self, remote: Remote):
+        """Raise ConfigError where nothing that is asked for can be there, with what is there instead."""
+        config, listing = self.manifest.config, self.listing
+        if not listing.subjects and not self.jobs("done"):
+            names = sorted(entry["Name"] + "/" * entry["IsDir"] for entry in remote.ask_json("lsjson"))
+            subjects = [name[:-1] for name in names if SUBJECT.fullmatch(name[:-1])]
+            cure = "take the id of the folder that holds 0018, 0019, …"
+            if config.layout == "single" and {"raw/", "anno/"} & set(names):
+                cure = "google_drive.layout: pair?"
+            elif config.layout == "pair" and subjects:
+                cure = "google_drive.layout: single?"
+            elif subjects:
+                near = difflib.get_close_matches(config.subjects[0], subjects, 1, 0.5) or subjects[:1]
+                cure = f"no subject {' '.join(config.subjects[:5])}; did you mean {near[0]}?"
+            has = textwrap.shorten(printable(", ".join(names), 1000), 90, placeholder=" …") or "nothing"
+            place = f"{config.path}: google_drive.root_folder_id: the folder"
+            raise ConfigError(f"{place} has none of the asked-for subjects. It has {has}: {cure}")
+        known = {*KNOWN_PERFORMANCES, *itertools.chain(*listing.subjects.values())}
+        for name in config.performances or ():
+            if name not in known and not name.startswith("h1_"):
+                asked = f"extraction.performances, --performance: no subject has {name!r}, and nor has the data set"
+                raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
 
-def make_plan(config: Config, manifest: Manifest, remote: Remote) -> Plan:
-    """Return the whole plan. Raise ConfigError where the set-up is wrong, StopEarly where the remote is silent."""
-    listing = remote.list_release(config.subjects)
-    subjects = config.subjects or sorted(listing.subjects)
-    manifest.adopt_folders(subjects)
-    plan = Plan(config, listing, {subject: plan_subject(manifest, listing, subject) for subject in subjects})
-    check_setup(plan, remote)
-    return plan
+    def announce(self) -> list[str]:
+        """Say what a run has before it, and return the warnings."""
+        config, waiting = self.manifest.config, self.jobs("to do")
+        order = ["done", "to do", "absent", "failed", "refused"]
+        counts = [f"{len(self.jobs(state))} {state}" for state in order if self.jobs(state)]
+        whole = f"{count_of(len(self.subjects), 'subject')}, {count_of(len(self.jobs()), 'performance')}"
+        size = sum(job.temp_bytes for job in waiting if not job.is_downloaded())
+        log.info("%s: %s; %s to download", whole, ", ".join(counts), format_size(size))
+        if waiting:
+            subjects = len({job.subject for job in waiting})
+            room = max(0, measure_free(config.output_dir) - config.min_free_gb * GB)
+            fits = int(room * subjects / max(1, self.output_bytes()))
+            fits = f"about {count_of(fits, 'subject')}" if fits < subjects else "all of it"
+            free = [format_size(measure_free(folder)) for folder in (config.output_dir, config.temp_dir)]
+            log.info("output_dir has %s free, room for %s; temp_dir has %s free", free[0], fits, free[1])
+        doubts = self.find_doubts()
+        for number, doubt in enumerate(doubts):
+            log.log(logging.WARNING if number < 10 else logging.DEBUG, "warning: %s", doubt)
+        return doubts
 
-
-def check_setup(plan: Plan, remote: Remote):
-    """Raise ConfigError where nothing that is asked for can be there, with what is there instead."""
-    config, listing = plan.config, plan.listing
-    if not listing.subjects and not plan.jobs("done"):
-        names = sorted(entry["Name"] + "/" * entry["IsDir"] for entry in remote.ask_json("lsjson"))
-        subjects = [name[:-1] for name in names if SUBJECT.fullmatch(name[:-1])]
-        cure = "take the id of the folder that holds 0018, 0019, …"
-        if config.layout == "single" and {"raw/", "anno/"} & set(names):
-            cure = "google_drive.layout: pair?"
-        elif config.layout == "pair" and subjects:
-            cure = "google_drive.layout: single?"
-        elif any(map(SMC_NAME.fullmatch, names)):
-            cure = "this is the folder of one subject; take the id of the folder above"
-        elif subjects:
-            near = difflib.get_close_matches(config.subjects[0], subjects, 1, 0.5) or subjects[:1]
-            cure = f"no subject {' '.join(config.subjects[:5])}; did you mean {near[0]}?"
-        has = textwrap.shorten(printable(", ".join(names), 1000), 90, placeholder=" …") or "nothing"
-        place = f"{config.path}: google_drive.root_folder_id: the folder"
-        raise ConfigError(f"{place} has none of the asked-for subjects. It has {has}: {cure}")
-    known = {*KNOWN_PERFORMANCES, *itertools.chain(*listing.subjects.values())}
-    for name in config.performances or ():
-        if name not in known and not name.startswith("h1_"):
-            asked = f"extraction.performances, --performance: no subject has {name!r}, and nor has the data set"
-            raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
-
-
-def plan_subject(manifest: Manifest, listing: Listing, subject: str) -> list[Job]:
-    """Return the jobs of a subject in the order of the config."""
-    found = listing.subjects.get(subject, {})
-    names = manifest.config.performances or sorted({*found, *manifest.asked_performances(subject)})
-    return [plan_job(manifest, listing, subject, name) for name in names]
-
-
-def plan_job(manifest: Manifest, listing: Listing, subject: str, performance: str) -> Job:
-    """Return what is to be done of a performance, and why."""
-    config, key, nothing = manifest.config, (subject, performance), dict.fromkeys(COLUMNS, "")
-    files = listing.subjects.get(subject, {}).get(performance, ())
-    job = Job(config, subject, performance, files, *add_extracted(manifest, subject, performance))
-    row, extracted = manifest.rows.get(key, nothing), manifest.completed.get(key, nothing)["smc_id"].split()
-    half = len(extracted) == 1 and len(files) == 2  # the other file of a pair has come
-    if manifest.is_done(*key) and not half:
-        return replace(job, state="done")
-    if refusal := listing.refused.get(key) or listing.refused.get((subject, "")):
-        return replace(job, state="refused", reason=refusal)
-    if not files:
-        return replace(job, state="absent", reason="absent from the remote")
-    if len(files) < len(extracted):
-        return replace(job, state="absent", reason="one of its two files is absent now; what was extracted is kept")
-    same = row["smc_id"] == job.smc_id and parse_numbers(row["smc_bytes"]) == {job.bytes}
-    if row["status"] == "failed" and same and not config.redo:
-        return replace(job, state="failed", reason=row["error"])
-    if config.download == "selective" and expected_bytes(job) < job.bytes and not job.is_downloaded():
-        job = replace(job, selection=expected_bytes(job))
-    if job.temp_bytes > config.max_temp_size_gb * GB:
-        least = f"set storage.max_temp_size_gb to at least {math.ceil(job.temp_bytes / 1e6) / 1000:g}"
-        return replace(job, state="refused", reason=f"{format_size(job.temp_bytes)} do not fit into temp_dir: {least}")
-    last = "" if row["status"] in ("", "completed") else f"last time: {row['status'].replace('_', ' ')}"
-    more = "more cameras or modalities are asked for" if row["status"] == "completed" else last
-    return replace(job, reason="--redo" if config.redo else "the other file of the pair has come" if half else more)
-
-
-def add_extracted(manifest: Manifest, subject: str, performance: str) -> tuple[frozenset[int] | None, tuple[str, ...]]:
-    """Return (cameras, modalities) to extract: those asked for, and those that were, which no rerun takes away."""
-    asked, modalities = manifest.config.asked_cameras(performance), set(manifest.config.modalities)
-    row, folder = manifest.completed.get((subject, performance), {}), manifest.config.folder_of(subject, performance)
-    if asked is not None:
-        paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in PER_CAMERA))
-        asked |= parse_numbers(row.get("cameras", "")) | {int(path.name[4:6]) for path in paths}
-    modalities |= {*row.get("modalities", "").split(), *modalities_in(folder)}
-    return asked, tuple(name for name in WRITERS if name in modalities)
+    def find_doubts(self) -> list[str]:
+        """Return what may not be meant in a set-up that can be carried out."""
+        config, waiting, doubts = self.manifest.config, self.jobs("to do"), list(self.listing.oddities)
+        for subject, jobs in self.subjects.items():
+            if subject not in self.listing.subjects and {job.state for job in jobs} == {"absent"}:
+                doubts.append(f"subject {subject} has no folder on the remote")
+        doubts += [f"{job}: {job.reason}" for job in self.jobs("refused") if job.reason not in doubts]
+        for name in dict.fromkeys(job.performance for job in waiting):
+            asked, views = config.asked_cameras(name), expected_views(config, name)
+            blind = set() if asked is None or "images" not in config.modalities else asked - views
+            if blind and (blind == asked or name == "s3_all"):
+                cameras = f"cameras {format_numbers(blind)} are asked for, but have no pictures"
+                doubts.append(f"{name}: the {cameras}; only {format_numbers(views)} do")
+        total, selected = sum(job.bytes for job in waiting), self.output_bytes()
+        if config.download == "full" and selected < 0.8 * total:
+            sizes = f"{format_size(selected)} instead of {format_size(total)}"
+            doubts.append(f"google_drive.download: selective would download about {sizes} for these choices")
+        return doubts
 
 
 def has_size(path: Path, size: int) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return path.lstat().st_size == size
     return False
-
-
-def announce(plan: Plan) -> list[str]:
-    """Say what a run has before it, and return the warnings."""
-    config, waiting = plan.config, plan.jobs("to do")
-    states = collections.Counter(job.state for job in plan.jobs())
-    counts = [f"{states[state]} {state}" for state in ("done", "to do", "absent", "failed", "refused") if states[state]]
-    whole = f"{count_of(len(plan.subjects), 'subject')}, {count_of(len(plan.jobs()), 'performance')}"
-    size = sum(job.temp_bytes for job in waiting if not job.is_downloaded())
-    log.info("%s: %s; %s to download", whole, ", ".join(counts), format_size(size))
-    if waiting:
-        subjects = len({job.subject for job in waiting})
-        room = max(0, measure_free(config.output_dir) - config.min_free_gb * GB)
-        fits = int(room * subjects / max(1, plan.output_bytes()))
-        fits = f"about {count_of(fits, 'subject')}" if fits < subjects else "all of it"
-        free = [format_size(measure_free(folder)) for folder in (config.output_dir, config.temp_dir)]
-        log.info("output_dir has %s free, room for %s; temp_dir has %s free", free[0], fits, free[1])
-    doubts = find_doubts(plan)
-    for number, doubt in enumerate(doubts):
-        log.log(logging.WARNING if number < 10 else logging.DEBUG, "warning: %s", doubt)
-    return doubts
-
-
-def find_doubts(plan: Plan) -> list[str]:
-    """Return what may not be meant in a set-up that can be carried out."""
-    config, waiting, doubts = plan.config, plan.jobs("to do"), list(plan.listing.oddities)
-    for subject, jobs in plan.subjects.items():
-        if subject not in plan.listing.subjects and {job.state for job in jobs} == {"absent"}:
-            doubts.append(f"subject {subject} has no folder on the remote")
-    twins = plan.listing.refused.values()  # said already
-    doubts += [f"{job}: {job.reason}" for job in plan.jobs("refused") if job.reason not in twins]
-    for name in dict.fromkeys(job.performance for job in waiting):
-        asked, views = config.asked_cameras(name), expected_views(config, name)
-        blind = set() if asked is None or "images" not in config.modalities else asked - views
-        if blind and (blind == asked or name == "s3_all"):
-            cameras = f"cameras {format_numbers(blind)} are asked for, but have no pictures"
-            doubts.append(f"{name}: the {cameras}; only {format_numbers(views)} do")
-    total, selected = sum(job.bytes for job in waiting), plan.output_bytes()
-    if config.download == "full" and selected < 0.8 * total:
-        sizes = f"{format_size(selected)} instead of {format_size(total)}"
-        doubts.append(f"google_drive.download: selective would download about {sizes} for these choices")
-    return doubts
 
 
 def measure_free(folder: Path) -> int:
@@ -1777,8 +1750,7 @@ class Console(logging.Handler):
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
         self.last = time.monotonic()
         try:
-            erase = "\x1b[J" if self.bars and stream.isatty() else ""  # what the terminal has echoed, such as ^C
-            tqdm.write(erase + self.format(record), file=stream)
+            tqdm.write(self.format(record), file=stream)
             stream.flush()
         except OSError:  # a reader such as `head` or the terminal has gone, which is no reason to stop
             silence(stream)
@@ -1814,8 +1786,8 @@ class Report:
         """Announce a run, and show it."""
         self.begin, self.plan, (columns, lines) = time.monotonic(), plan, narrow_shape()
         again = "failed before, and the file is the same (--redo tries it again): "
-        self.failures = [f"{job}: {again}{job.reason}" for job in plan.jobs("failed")]
-        self.warnings = dict.fromkeys(announce(plan))
+        self.failures, self.warnings = [f"{job}: {again}{job.reason}" for job in plan.jobs("failed")], {}
+        self.warnings.update(dict.fromkeys(plan.announce()))
         total = sum(job.temp_bytes for job in plan.jobs())
         bar = partial(tqdm, leave=False, disable=None, unit="B", unit_scale=True, ncols=columns, nrows=lines)
         self.batch = bar(desc="download", bar_format="{desc}", position=0)
@@ -1974,44 +1946,45 @@ def wait_for_room(config: Config, remote: Remote, jobs: list[Job], in_temp: set[
 
 
 def download(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
-    """Bring the files of some jobs to temp_dir. Return what became of each, as it is on the remote now; those that were
-    not tried because the remote refuses all are left out. Raise StopEarly or OSError for what is no file's fault."""
+    """Bring the files of some jobs to temp_dir. Return what became of each; those that were not tried because the
+    remote refuses all are left out. Raise StopEarly or OSError for what is no file's fault."""
     found = {}
     for job in jobs:
         if job.state != "to do":
             status = "absent" if job.state == "absent" else "download_failed"
-            found[job] = Download(job.files, RemoteError(job.reason, status))
+            found[job] = Download(RemoteError(job.reason, status))
     while not remote.refusal and (whole := [job for job in jobs if not job.selection and job not in found]):
         found.update(copy_whole(remote, whole))
     for job in jobs:
         if job.selection and not remote.stopped and not remote.refusal:
             found[job] = fetch_selected(remote, job)
-    return {replace(job, files=found[job].files): found[job] for job in jobs if job in found}
+    return found
 
 
 def copy_whole(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
     """Copy the files of some jobs with one call of rclone, but for those that an earlier run has left whole. A used-up
     quota ends it for all files: jobs that were not tried are left out then."""
-    begin, found, md5s, errors = time.monotonic(), {}, {}, {}
+    begin, found, errors = time.monotonic(), {}, {}
     paths = {file: path for job in jobs for file, path in zip(job.files, job.temp_paths)}
     missing = [file for file, path in paths.items() if not is_current(path, file)]
     if missing:
         for file in missing:
             remove(paths[file])
         with remote.report.download([job for job in jobs if not job.is_downloaded()]) as progress:
-            md5s, errors = remote.copy(missing, progress)
+            errors = remote.copy(missing, progress)
     quota = {path for path, error in errors.items() if re.search(MESSAGES["quota"], error)}
     for job in jobs:
-        absent = [file for file in job.files if not paths[file].is_file()]
-        absent.sort(key=lambda file: file.path not in errors)
-        if not absent:
-            files = tuple(update_file(file, paths[file].stat().st_size, md5s.get(file.path)) for file in job.files)
+        lacking = [f for f in job.files if errors.get(f.path) == CHANGED or not has_size(paths[f], f.bytes)]
+        lacking.sort(key=lambda file: file.path not in errors)
+        if not lacking:
             came = sum(file.bytes for file in job.files if file in missing)
             seconds = (time.monotonic() - begin) * came / max(1, sum(file.bytes for file in missing))
-            found[job] = Download(files, None, came, seconds)
-        elif not quota or absent[0].path in quota:
-            reason = errors.get(absent[0].path) or errors.get("") or "rclone did not bring it, and did not say why"
-            found[job] = Download(job.files, remote.explain(absent[0], reason))
+            found[job] = Download(None, came, seconds)
+        elif paths[lacking[0]].is_file():
+            found[job] = Download(RemoteError(f"{lacking[0].name} {CHANGED}"))
+        elif not quota or lacking[0].path in quota:
+            reason = errors.get(lacking[0].path) or errors.get("") or "rclone did not bring it, and did not say why"
+            found[job] = Download(remote.explain(lacking[0], reason))
     remote.count_refusals(found.values())
     return found
 
@@ -2027,11 +2000,6 @@ def is_current(path: Path, file: RemoteFile) -> bool:
     return file.md5 in (None, md5.hexdigest())
 
 
-def update_file(file: RemoteFile, size: int, md5: str | None) -> RemoteFile:
-    """Return a file as it was downloaded: the listing may be days old. md5: None if it was there already."""
-    return file._replace(bytes=size, md5=md5, id=md5) if file.md5 and md5 else file._replace(bytes=size)
-
-
 def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: dict, in_temp: set) -> Iterator:
     """Yield (subject, {job: its download}, whether these are its last), for as many jobs of a subject at once as there
     is room for. Raise StopEarly where going on makes no sense.
@@ -2041,13 +2009,13 @@ def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: dic
         for row in [row for key, row in manifest.rows.items() if key[0] == subject and "adopted" in row]:
             log.info("%s %s: taken over from its folder", subject, row["performance"])
             manifest.append(row)
-        jobs = plan_subject(manifest, plan.listing, subject)
+        jobs = plan.plan_subject(subject)
         jobs = [job for job in jobs if job.state not in ("done", "failed")]
         if not jobs:
             locks.pop(subject).close()
             remote.report.finish_subject(subject)
         while jobs:
-            downloads = download(remote, wait_for_room(plan.config, remote, jobs, in_temp))
+            downloads = download(remote, wait_for_room(manifest.config, remote, jobs, in_temp))
             in_temp.update(downloads)
             jobs = [job for job in jobs if job.performance not in {each.performance for each in downloads}]
             yield subject, downloads, not jobs
@@ -2105,7 +2073,7 @@ def open_log(config: Config) -> Path:
 def run(config: Config, manifest: Manifest, remote: Remote) -> int:
     """Download, extract, note and delete, subject by subject. Return the exit code."""
     config.check_folders()
-    plan = make_plan(config, manifest, remote)
+    plan = Plan(manifest, remote)
     for folder in (config.temp_dir, config.output_dir, config.log_dir, manifest.path.parent):
         folder.mkdir(parents=True, exist_ok=True)
     log_file = open_log(config)
@@ -2141,12 +2109,12 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
 def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
     """--dry-run: show what a run would do, and the totals. Return its exit code, or raise what stops it at its start."""
     config.check_folders()
-    plan = make_plan(config, manifest, remote)
+    plan = Plan(manifest, remote)
     for subject, jobs in plan.subjects.items():
         for state, alike in itertools.groupby(jobs, describe_state):
             names, sizes = zip(*((job.performance, job.bytes) for job in alike))
             log.info("%s  %-10s %10s   %s", subject, " ".join(names), format_size(sum(sizes)), state)
-    announce(plan)
+    plan.announce()
     size = sum(job.temp_bytes for job in plan.jobs("to do") if not job.is_downloaded())
     total = f"{format_size(size)} to be downloaded ({size / 20e6 / 3600:.1f} hours at 20 MB/s)"
     log.info("%s; about %s of output", total, format_size(plan.output_bytes()))
@@ -2200,31 +2168,23 @@ def estimate(rows: list[dict], left: list[tuple[str, str]], column: str) -> tupl
 
 
 def inspect_files(paths: list[str]) -> int:
-    """--inspect: show what each performance has, in its SMC file or in its two. Return the exit code."""
-    performances, latest, whole = [], {}, True
-    for path in dict.fromkeys(map(Path, paths)):
-        name = SMC_NAME.fullmatch(path.name)
-        key, half = (name.group("subject", "performance"), name["half"]) if name else (path, "raw")
-        if key not in latest or half in latest[key]:  # else it goes with the other half of its performance
-            latest[key] = {}
-            performances.append(latest[key])
-        latest[key][half] = path
-    for halves in performances:
-        files = [halves[half] for half in ("raw", "anno") if half in halves]
+    """--inspect: show what SMC files have. Return the exit code."""
+    whole = True
+    for path in map(Path, dict.fromkeys(paths)):
         try:
-            size = sum(file.stat().st_size for file in files if file.is_file())
-            whole &= run_in_child(show_content, files, name=files[0].name, size=size, progress=log.info)
+            size = path.stat().st_size if path.is_file() else 0
+            whole &= run_in_child(show_content, path, name=path.name, size=size, progress=log.info)
         except SMCError as error:
             log.error("%s", error)
             whole = False
     return 0 if whole else 1
 
 
-def show_content(files: list[Path], progress: Callable) -> bool:
-    """Report, in lines of 100 columns, what a performance has. Return whether all of it can be read."""
+def show_content(file: Path, progress: Callable) -> bool:
+    """Report, in lines of 100 columns, what an SMC file has. Return whether all of it can be read."""
     damage, sizes = {}, []
-    with SMCReader(*files) as reader:
-        lines = [("file", f"{printable(file.name)}, {format_size(file.stat().st_size)}") for file in files]
+    with SMCReader(file) as reader:
+        lines = [("file", f"{printable(file.name)}, {format_size(file.stat().st_size)}")]
         actor = [f"{name} {value}" for name, value in reader.actor_info.items() if value]
         lines.append(("recorded", ", ".join(map(printable, [reader.capture_date or "unknown", *actor]))))
         fps, resolution = reader.fps(), reader.Camera_info["resolution"]
@@ -2579,7 +2539,7 @@ def extracted_views(config: Config, name: str, frame: int | None) -> tuple[Path,
     pictures: dict[int, dict[int, Path]] = collections.defaultdict(dict)
     for path in sorted(folder.glob("images/cam_[0-9][0-9]/frame_*.*")):
         pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
-    if not pictures:
+    if not pictures or not re.fullmatch(f"{SUBJECT.pattern}/{PLAIN_NAME.pattern}", name):
         raise ConfigError(f"{folder} has no pictures: extract {name} first (the name is one such as 0018/s3_all)")
     if frame is None:
         frame = min(pictures, key=lambda number: (-len(pictures[number]), number))

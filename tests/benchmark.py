@@ -47,7 +47,7 @@ def ours(folder, verify="fast", cameras=None):
     files = (tool.RemoteFile("0018/0018_s3_all_raw.smc", (folder / SMC).stat().st_size, "", None),)
     config, modalities = tool.load_config(str(folder / "config.yaml")), tuple(tool.DEFAULT_MODALITIES)
     job = tool.Job(config, "0018", "s3_all", files, cameras, modalities)
-    row, _ = tool.extract_job(job, tool.Download(files))
+    row, _ = tool.extract_job(job, tool.Download())
     assert row["status"] == "completed", row
 
 

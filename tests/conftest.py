@@ -1,6 +1,7 @@
 """What the tests share: a small synthetic release, and a workspace in which to run the script on it as a user does."""
 
 import contextlib
+import copy
 import csv
 import hashlib
 import json
@@ -27,6 +28,7 @@ SCRIPT = TESTS.parent / "extract_streaming_gdrive.py"
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import synthetic_release
+from fake_drive import FakeDrive
 
 RCLONE = shutil.which("rclone") or str(Path(sys.executable).parent / "rclone")
 
@@ -77,9 +79,36 @@ def release(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def three_subjects(tmp_path_factory):
+    """0018, 0019 and 0026 with s1_all, s2_all and s3_all, each of a few tiny pictures; not to be changed."""
+    folder = tmp_path_factory.mktemp("three")
+    performances = synthetic_release.SPEECH[:3]
+    synthetic_release.write_release(
+        folder, ("0018", "0019", "0026"), performances=performances, **synthetic_release.TINY
+    )
+    return folder
+
+
 @pytest.fixture
 def workspace(tmp_path, release):
     return Workspace(tmp_path / "work", release)
+
+
+@pytest.fixture(scope="session")
+def long_release(tmp_path_factory):
+    """s1_all and s3_all of 0018; the extraction of the first takes long enough to be disturbed. Not to be changed."""
+    folder = tmp_path_factory.mktemp("long")
+    for performance, frames in (("s1_all", 2000), ("s3_all", 2)):
+        path = folder / f"0018/0018_{performance}_raw.smc"
+        synthetic_release.write_smc(path, "0018", performance, frame_ids=range(frames), size=(32, 38), distinct=1)
+    return folder
+
+
+@pytest.fixture
+def drive(three_subjects):
+    with FakeDrive(three_subjects) as drive:
+        yield drive
 
 
 STARTED = []  # runs that a test has not waited for
@@ -162,6 +191,13 @@ class Workspace:
     def surroundings(self, environment):
         return {"text": True, "env": {**os.environ, **(environment or {})}, "cwd": self.folder.parent}
 
+    def copy(self, folder):
+        """A copy of it and of all that it has extracted, to go on with. `folder` is one that is not there yet."""
+        copied = type(self).__new__(type(self))
+        copied.__dict__ = {**self.__dict__, "folder": Path(folder), "settings": copy.deepcopy(self.settings)}
+        shutil.copytree(self.folder, folder)
+        return copied
+
     @property
     def manifest(self):
         return self.folder / self.settings["storage"].get("manifest", "MANIFEST.csv")
@@ -221,21 +257,13 @@ class Workspace:
 
 
 class DriveWorkspace(Workspace):
-    """A workspace whose remote is a fake Drive that serves the release."""
+    """A workspace whose remote is a fake Drive that serves the release, by default what the drive's folder has."""
 
-    def __init__(self, folder, drive, release):
-        super().__init__(folder, release)
+    def __init__(self, folder, drive, release=None):
+        super().__init__(folder, release or drive.folder)
         self.drive = drive
         remote = {"remote_name": drive.remote_name, "root_folder_id": drive.root_id, "rclone_flags": []}
         self.write_config(google_drive=remote)
-
-    def count_calls(self, *arguments):
-        """How many calls of Python functions a run takes: the same on every machine."""
-        folder = self.folder.parent / "count_calls"
-        folder.mkdir(exist_ok=True)
-        (folder / "sitecustomize.py").write_text(COUNT_CALLS)
-        self.run(*arguments, environment={"PYTHONPATH": str(folder), "CALLS": str(folder / "calls")})
-        return int((folder / "calls").read_text())
 
     def surroundings(self, environment):
         return super().surroundings({**self.drive.environment(), **(environment or {})})
@@ -273,22 +301,6 @@ def write():
 atexit.register(write)
 sys.setprofile(count)
 """
-
-
-def count_calls(function, *arguments):
-    """(how many calls of Python functions and built-in ones it takes, what it returns): the same on every machine."""
-    calls = 0
-
-    def count(frame, event, argument):
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        result = function(*arguments)
-    finally:
-        sys.setprofile(None)
-    return calls, result
 
 
 def wait_for(condition, seconds=120):

@@ -8,6 +8,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -61,28 +62,17 @@ def immutable(path):
         subprocess.run(["chattr", "-i", path], check=True)
 
 
-def processes_below(pid):
-    """{process id: how deep below} of what a process has started and what those have, but for rclone, by age."""
-    processes = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            number, _, rest = path.read_text().partition(" (")
-            name, _, rest = rest.rpartition(") ")
-            state, parent, *others = rest.split()
-            if name != "rclone" and state != "Z":
-                processes.append((int(others[17]), int(number), int(parent)))  # the time at which it was started
-    found = {pid: 0}
-    for _, number, parent in sorted(processes):
-        if parent in found:
-            found[number] = found[parent] + 1
-    del found[pid]
-    return found
-
-
 def extracting(run):
-    """The process that extracts just now: the youngest of those that a child of the run has started. None if none."""
-    found = [number for number, depth in processes_below(run.pid).items() if depth > 1]
-    return found[-1] if found else None
+    """The process that extracts just now: the one that a run has started, other than rclone, and that has an SMC file
+    open. None if there is none."""
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split():
+            with contextlib.suppress(OSError):  # it has ended
+                files = [os.readlink(file) for file in Path(f"/proc/{child}/fd").iterdir()]
+                program = Path(f"/proc/{child}/comm").read_text().strip()
+                if program != "rclone" and any(file.endswith(".smc") for file in files):
+                    return int(child)
+    return None
 
 
 def kill_extraction(run, number=signal.SIGKILL):
@@ -92,4 +82,10 @@ def kill_extraction(run, number=signal.SIGKILL):
             if child := extracting(run):
                 os.kill(child, number)
                 return child
+        time.sleep(0.001)
     return None
+
+
+def has_ended(run):
+    """Whether nothing of the session of a run, which was started as one, is left."""
+    return subprocess.run(["pgrep", "-s", str(run.pid)], check=False, capture_output=True).returncode == 1

@@ -28,18 +28,21 @@ S3_VIEWS = "0 1 3 4 5 7 9 11 13 15 16 17 19 20 21 23 24 25 27 28 29 31 32 33 35 
 S3_VIEWS = tuple(map(int, S3_VIEWS.split()))
 ALL_VIEWS = tuple(range(60))
 KEYPOINT_VIEWS = tuple(range(18, 33))  # the cameras in front of the face
-MODALITIES = [
-    "images",
-    "masks",
-    "audio",
-    "calibration",
-    "keypoints2d",
-    "keypoints3d",
-    "flame",
-    "uv_textures",
-    "scan",
-    "scan_masks",
-]
+MODALITIES = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d"]
+MODALITIES += ["flame", "uv_textures", "scan", "scan_masks"]
+TINY = {"frames": 4, "size": (64, 76), "cameras": (0, 25)}  # options of write_subject, for files of some 100 kB
+SMALL_SMC = {  # options of write_smc: a small file with everything but FLAME, which is large
+    "cameras": (3, 25),
+    "frame_ids": range(4),
+    "size": (64, 76),
+    "audio_seconds": 4 / 30,
+    "masks": (25,),
+    "keypoints2d": (25,),
+    "keypoints3d": True,
+    "uv_textures": True,
+    "scan": True,
+    "scan_masks": (3, 25),
+}
 SAMPLE_RATE = 48000
 MOUTH_STEPS = 4  # the files have the mouth in 0, 1/4 ... 1, so that few pictures need rendering
 
@@ -99,32 +102,37 @@ LANDMARK_COLORS = {name: color for name, (_, _, color) in STICKERS.items()}
 
 
 def rig(size=(256, 306), distortion=(0, 0, 0, 0, 0)):
-    """The 60 cameras: {"00": {"K": (3, 3), "D": (5,) k1 k2 p1 p2 k3, "RT": (4, 4) camera to world}, ...}, float64.
+    """The 60 cameras: {"00": {"K": (3, 3), "D": (5,) k1 k2 p1 p2 k3, "RT": (4, 4) camera to world}, ...}, float64. Not to
+    be changed.
 
     17 columns of three around the person, 20° apart and open behind, where 51 hangs; 52...59 closer, between the
     columns. Camera 25 is in front of the face, and lower numbers are on the person's left."""
+    return {f"{n:02d}": _camera(n, tuple(size), tuple(distortion)) for n in ALL_VIEWS}
+
+
+@cache
+def _camera(n, size, distortion):
     height, width = size
-    cameras = {}
-    for n in ALL_VIEWS:
-        if n < 51:
-            azimuth, elevation, distance = 20 * (n // 3 + 1), (30, 3, -24)[n % 3], 1.25 + 0.05 * np.sin(n // 3)
-        elif n == 51:
-            azimuth, elevation, distance = 0, 31, 1.3
-        else:
-            azimuth, elevation, distance = 30 + 40 * (n - 52), -3, 1.07 + 0.05 * np.cos(n)
-        a, e = np.radians([azimuth, elevation])
-        outward = np.array([np.sin(a) * np.cos(e), -np.sin(e), np.cos(a) * np.cos(e)])
-        right = np.array([-np.cos(a), 0, np.sin(a)])
-        RT = np.eye(4)
-        RT[:3, :3] = np.column_stack([right, np.cross(-outward, right), -outward])
-        RT[:3, 3] = CENTRE + distance * outward
-        scale = height / 2048  # of the real pictures, 2048 x 2448
-        fx, fy = scale * (4710 + 15 * np.sin([2.0 * n, 2.0 * n + 0.3]))
-        cx = (width - 1) / 2 + scale * 20 * np.sin(1.3 * n)
-        cy = (height - 1) / 2 + scale * 20 * np.cos(1.7 * n)
-        K, D = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]), np.array(distortion, float)
-        cameras[f"{n:02d}"] = {"K": K, "D": D, "RT": RT}
-    return cameras
+    if n < 51:
+        azimuth, elevation, distance = 20 * (n // 3 + 1), (30, 3, -24)[n % 3], 1.25 + 0.05 * np.sin(n // 3)
+    elif n == 51:
+        azimuth, elevation, distance = 0, 31, 1.3
+    else:
+        azimuth, elevation, distance = 30 + 40 * (n - 52), -3, 1.07 + 0.05 * np.cos(n)
+    a, e = np.radians([azimuth, elevation])
+    outward = np.array([np.sin(a) * np.cos(e), -np.sin(e), np.cos(a) * np.cos(e)])
+    right = np.array([-np.cos(a), 0, np.sin(a)])
+    RT = np.eye(4)
+    RT[:3, :3] = np.column_stack([right, np.cross(-outward, right), -outward])
+    RT[:3, 3] = CENTRE + distance * outward
+    scale = height / 2048  # of the real pictures, 2048 x 2448
+    fx, fy = scale * (4710 + 15 * np.sin([2.0 * n, 2.0 * n + 0.3]))
+    cx = (width - 1) / 2 + scale * 20 * np.sin(1.3 * n)
+    cy = (height - 1) / 2 + scale * 20 * np.cos(1.7 * n)
+    camera = {"K": np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]), "D": np.array(distortion, float), "RT": RT}
+    for array in camera.values():
+        array.setflags(write=False)
+    return camera
 
 
 def _distort(x, y, D):
@@ -192,7 +200,7 @@ def _scene(name, size, distortion):
     Returns two (height, width) uint8, the part's number + 1 (0: none) and its brightness (200: as its colour is), and
     for each of PAINTED its slices in the picture and, per pixel there, x and y in metres from its middle (NaN: no
     face)."""
-    camera = rig(size, distortion)[name]
+    camera = _camera(int(name), size, distortion)
     eye = camera["RT"][:3, 3]
     light = np.array([0.35, -0.75, -0.55], np.float32)
     part, brightness, depth = np.zeros(size, np.uint8), np.zeros(size, np.uint8), np.full(size, np.inf, np.float32)
@@ -241,7 +249,7 @@ def _person(name, size, distortion, look):
 @lru_cache(maxsize=MOUTH_STEPS + 1)
 def _talking_person(name, size, distortion, look, mouth_open):
     """The person with mouth and stickers, (height, width, 3) uint8. Shared: not to be written to."""
-    picture, camera = _person(name, size, distortion, look).copy(), rig(size, distortion)[name]
+    picture, camera = _person(name, size, distortion, look).copy(), _camera(int(name), size, distortion)
     box, x, y = _scene(name, size, distortion)[2][-1]
     lip, gap = 0.007 + 0.011 * mouth_open, 0.0005 + 0.012 * mouth_open
     sharp = lip * size[0]  # about the lip's height in pixels, for soft edges

@@ -461,11 +461,12 @@ def put_picture(smc, path, picture):
     smc[path] = cv2.imencode(".png", picture)[1].ravel()
 
 
-@pytest.fixture
-def with_points(tmp_path):
+@pytest.fixture(scope="module")
+def points_extracted(tmp_path_factory):
     """A workspace with an s3_all extracted whose pictures show POINTS as blobs, through the rig's lenses; the masks show
-    the first as a disc."""
-    release, size = tmp_path / "release", (256, 306)
+    the first as a disc. Not to be changed."""
+    folder, size = tmp_path_factory.mktemp("points"), (256, 306)
+    release = folder / "release"
     options = {"cameras": SCENE_VIEWS, "frames": 2, "size": size, "distortion": LENS, "everything": True}
     (path,) = synthetic_release.write_subject(release, "0018", performances=["s3_all"], **options)
     rows, columns = np.mgrid[: size[0], : size[1]]
@@ -477,11 +478,16 @@ def with_points(tmp_path):
             picture = (blobs[..., None] + (40, 60, 90)).clip(0, 255).round().astype(np.uint8)
             put_picture(smc, f"Camera/{n:02d}/color/0", picture)
             put_picture(smc, f"Camera/{n:02d}/mask/0", np.where(squares[0] < 400, 255, 0).astype(np.uint8))
-    workspace = Workspace(tmp_path / "work", release)
+    workspace = Workspace(folder / "work", release)
     modalities = ["images", "masks", "calibration", "transforms"]
     workspace.write_config(extraction={"performances": ["s3_all"], "modalities": modalities})
     workspace.run()
     return workspace
+
+
+@pytest.fixture
+def with_points(points_extracted, tmp_path):
+    return points_extracted.copy(tmp_path / "work")
 
 
 def read_colmap(model):

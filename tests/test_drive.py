@@ -1,6 +1,7 @@
 """The script against a Google Drive on loopback, through rclone's own drive backend: quotas, faults, wrong set-ups."""
 
 import fcntl
+import hashlib
 import re
 import shutil
 import time
@@ -13,32 +14,16 @@ from fake_drive import FakeDrive
 PERFORMANCES = ["s1_all", "s2_all", "s3_all"]
 
 
-@pytest.fixture(scope="module")
-def drive_release(tmp_path_factory):
-    """Three subjects with three small performances each; not to be changed."""
-    folder = tmp_path_factory.mktemp("drive")
-    options = {"performances": PERFORMANCES, "frames": 4, "size": (64, 76), "cameras": (0, 25)}
-    synthetic_release.write_release(folder, ("0018", "0019", "0026"), **options)
-    return folder
-
-
-class ThreeSubjects(DriveWorkspace):
-    """That release on a fake Drive."""
-
-    def __init__(self, folder, drive, release):
-        super().__init__(folder, drive, release)
-        self.write_config(extraction={"performances": PERFORMANCES})
-
-
 @pytest.fixture
-def drive(drive_release):
-    with FakeDrive(drive_release) as drive:
-        yield drive
+def workspace(tmp_path, drive):
+    return drive_workspace(tmp_path, drive)
 
 
-@pytest.fixture
-def workspace(tmp_path, drive, drive_release):
-    return ThreeSubjects(tmp_path / "work", drive, drive_release)
+def drive_workspace(folder, drive):
+    """A workspace that asks for the three performances of 0018."""
+    workspace = DriveWorkspace(folder / "work", drive)
+    workspace.write_config(extraction={"performances": PERFORMANCES})
+    return workspace
 
 
 def test_a_subject_comes_off_drive_with_the_flags_of_the_contract(workspace, drive):
@@ -117,6 +102,32 @@ def test_while_a_subject_is_extracted_the_next_one_comes_and_no_other(workspace,
     assert run.returncode == 0 and workspace.has_everything(), output
 
 
+def test_a_file_that_changes_between_the_listing_and_its_download_is_never_noted_as_the_listed_one(
+    tmp_path, three_subjects
+):
+    """Days can lie between them. A rerun takes the new one."""
+    release, subjects = tmp_path / "release", ["0018", "0019"]
+    shutil.copytree(three_subjects, release)
+    with FakeDrive(release) as drive:
+        workspace = drive_workspace(tmp_path, drive)
+        workspace.write_config(extraction={"subjects": subjects, "performances": ["s1_all"]})
+        gate = drive.gate("0018_s1_all_raw.smc", 1000)
+        run = workspace.start()
+        gate.wait()
+        options = {**synthetic_release.TINY, "frames": 7}
+        (path,) = synthetic_release.write_subject(release, "0019", performances=["s1_all"], **options)
+        gate.release()
+        output = run.communicate(timeout=120)[0]
+        assert run.returncode == 1 and "0019_s1_all_raw.smc has changed on the remote" in output, output
+        assert workspace.states == {("0018", "s1_all"): "completed", ("0019", "s1_all"): "download_failed"}
+        workspace.run()
+    assert workspace.has_everything()
+    size, md5 = path.stat().st_size, hashlib.md5(path.read_bytes()).hexdigest()
+    row, (source,) = workspace.row("0019", "s1_all"), workspace.info("0019", "s1_all")["source"]
+    assert (row["smc_bytes"], row["smc_id"]) == (str(size), md5)
+    assert (source["bytes"], source["md5"]) == (size, md5)
+
+
 def test_bytes_that_stay_corrupt_fail_the_download_and_nothing_else(workspace, drive):
     drive.fault("0018/0018_s1_all_raw.smc", "corrupt")
     workspace.write_config(extraction={"performances": ["s1_all", "s2_all"]})
@@ -155,10 +166,10 @@ def test_a_wrong_folder_id_is_one_clear_message(workspace, drive):
     assert sorted(p.name for p in workspace.folder.iterdir()) == ["config.yaml", "rclone.conf"]
 
 
-def test_an_expired_token_is_one_clear_message(tmp_path, drive_release):
-    with FakeDrive(drive_release, short_tokens=True) as drive:
+def test_an_expired_token_is_one_clear_message(tmp_path, three_subjects):
+    with FakeDrive(three_subjects, short_tokens=True) as drive:
         drive.expire_login()
-        run = ThreeSubjects(tmp_path / "work", drive, drive_release).run(expect=3)
+        run = drive_workspace(tmp_path, drive).run(expect=3)
     assert "reconnect" in run.err and len(run.err.splitlines()) == 1
 
 
@@ -175,23 +186,23 @@ def test_a_subject_that_is_not_on_drive_is_absent(workspace):
     assert workspace.states == {("0077", "s1_all"): "absent", ("0018", "s1_all"): "completed"} and "0077" in run.said
 
 
-def test_copies_are_extracted_like_the_plain_ones_and_the_plain_one_wins(tmp_path, drive_release):
+def test_copies_are_extracted_like_the_plain_ones_and_the_plain_one_wins(tmp_path, three_subjects):
     release = tmp_path / "release"
     options = {"performances": ["s1_all", "s2_all"], "frames": 2, "size": (64, 76)}
     for path in synthetic_release.write_subject(release, "0018", **options):
         path.rename(path.with_name(f"Copy of {path.name}"))
-    shutil.copy(drive_release / "0018/0018_s2_all_raw.smc", release / "0018")
+    shutil.copy(three_subjects / "0018/0018_s2_all_raw.smc", release / "0018")
     with FakeDrive(release) as drive:
-        workspace = ThreeSubjects(tmp_path / "work", drive, release)
+        workspace = drive_workspace(tmp_path, drive)
         workspace.run("--performance", "s1_all", "s2_all")
     names = [workspace.info("0018", p)["source"][0]["name"] for p in ("s1_all", "s2_all")]
     assert names == ["Copy of 0018_s1_all_raw.smc", "0018_s2_all_raw.smc"] and workspace.leftovers() == []
 
 
-def test_names_on_the_remote_never_become_options_or_paths(tmp_path, drive_release):
+def test_names_on_the_remote_never_become_options_or_paths(tmp_path, three_subjects):
     release = tmp_path / "release"
     (release / "0018").mkdir(parents=True)
-    shutil.copy(drive_release / "0018/0018_s1_all_raw.smc", release / "0018")
+    shutil.copy(three_subjects / "0018/0018_s1_all_raw.smc", release / "0018")
     for name in (
         "--config=x",
         "0018_s2_all_raw.smc\n0018_s3_all_raw.smc",
@@ -203,7 +214,7 @@ def test_names_on_the_remote_never_become_options_or_paths(tmp_path, drive_relea
         (release / "0018" / name).write_bytes(b"bait")
     (release / "-rf").mkdir()
     with FakeDrive(release) as drive:
-        workspace = ThreeSubjects(tmp_path / "work", drive, release)
+        workspace = drive_workspace(tmp_path, drive)
         workspace.write_config(extraction={"subjects": "all"})
         workspace.run()
     assert [p for (_, p), state in workspace.states.items() if state == "completed"] == ["s1_all"]

@@ -15,11 +15,10 @@ import numpy as np
 import pytest
 import synthetic_release as synthetic
 from conftest import SCRIPT, stored_pictures, written_pictures
-from hostile import mutations, snapshot
+from hostile import LINKS, SECRET, at_the_top, mutations, snapshot, write_secret
 
 OURS = ("subjects", "temp_smc", "MANIFEST.csv", "logs")  # all that a run may write to, but for its locks
-SECRET = b"the secret of this host"
-MODALITIES = "images, masks, audio, calibration, keypoints2d, keypoints3d, flame, uv_textures, scan, scan_masks"
+MODALITIES = ", ".join(synthetic.MODALITIES)
 CONFIG = """\
 google_drive:
   remote_name: demo
@@ -163,41 +162,16 @@ def small(path, **options):
     return path
 
 
-def soft(file, secret):
-    file["Camera/25/color/0"] = h5py.SoftLink("/Camera/25/color/2")
-
-
-def external(file, secret):
-    file["Camera/25/color/0"] = h5py.ExternalLink(str(secret), "here")
-
-
-def external_storage(file, secret):
-    file["Camera/25/color"].create_dataset(
-        "0", (len(SECRET),), np.uint8, external=[(str(secret), secret.read_bytes().find(SECRET), len(SECRET))]
-    )
-
-
-def virtual(file, secret):
-    layout = h5py.VirtualLayout((len(SECRET),), np.uint8)
-    layout[:] = h5py.VirtualSource(str(secret), "here", (len(SECRET),))
-    file["Camera/25/color"].create_virtual_dataset("0", layout)
-
-
-def at_the_top(file, secret):
-    file["Keypoints3d"] = h5py.ExternalLink(str(secret), "/")
-
-
 def test_nothing_of_another_file_gets_into_the_output(place):
     secret = place.folder / "secret.h5"
-    with h5py.File(secret, "w") as file:
-        file["here"] = file["0"] = np.frombuffer(SECRET, np.uint8)
-    for trick in (soft, external, external_storage, virtual, at_the_top):
-        with h5py.File(small(place.smc("1000", trick.__name__)), "r+") as file:
+    write_secret(secret)
+    for trick in (*LINKS, at_the_top):
+        with h5py.File(small(place.smc("1000", trick.__name__), keypoints3d=True), "r+") as file:
             del file["Camera/25/color/0"]
             trick(file, secret)
     rows = place.run().rows()
     assert {row["status"] for row in rows.values()} == {"completed"} and len(rows) == 5
-    for trick in (soft, external, external_storage, virtual, at_the_top):
+    for trick in (*LINKS, at_the_top):
         folder = place.output / "1000" / trick.__name__
         (entry,) = json.loads((folder / "metadata/info.json").read_text())["unreadable"]
         assert "another place" in entry["reason"] or "another file" in entry["reason"]
@@ -355,18 +329,18 @@ def test_through_a_link_in_the_place_of_the_subject_a_new_performance_is_written
     assert place.code == 0 and snapshot(precious) == before
 
 
-LINKS = (
+PLACES = (
     "subjects/{}/s1_all",
     "subjects/{}/.s1_all.partial",
     "subjects/{}/.s1_all.old",
     "temp_smc/{}",
     "temp_smc/{}/{}_s1_all_raw.smc",
 )
-PIPES = (LINKS[1], LINKS[4])
+PIPES = (PLACES[1], PLACES[4])
 
 
 def test_a_link_or_a_pipe_in_the_place_of_an_output_or_temp_file_is_replaced_and_not_followed(place, precious, sample):
-    cases = [(name, target) for name in LINKS for target in ("precious", "precious/file", "nowhere")]
+    cases = [(name, target) for name in PLACES for target in ("precious", "precious/file", "nowhere")]
     cases += [(name, None) for name in PIPES]
     odd = {f"{1000 + number}": case for number, case in enumerate(sample(cases, 8))}
     for subject, (name, target) in odd.items():

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import h5py
 import numpy as np
@@ -138,33 +139,10 @@ def pair(tmp_path_factory):
     )
 
 
-def test_two_files_of_a_performance_are_shown_as_one(pair, tmp_path):
-    raw, anno = pair
-    cameras = " ".join(map(str, range(60)))
-    elsewhere = [shutil.copy(raw, tmp_path / raw.name), shutil.copy(anno, tmp_path / f"Copy of {anno.name}")]
-    for given in ([anno, raw], elsewhere):
-        run = inspect(*given)
-        found = rows(run.stdout)
-        assert run.stdout.count("0018 s1_all\n") == 1
-        assert [line.split(",")[0] for line in found["file"]] == [
-            raw.name,
-            anno.name if given is not elsewhere else f"Copy of {anno.name}",
-        ]
-        assert found["images"][1] == found["masks"][1] == f"60 cameras with 2 frames: {cameras}"
-        assert found["keypoints2d"][0].startswith("15 ")
-
-
-def test_a_file_of_a_pair_is_shown_by_itself_where_the_other_is_not_given(pair):
+def test_a_file_of_a_pair_is_shown_by_itself(pair):
     _, anno = pair
     found = rows(inspect(anno).stdout)
     assert len(found["file"]) == 1 and "images" not in found and found["masks"]
-
-
-def test_performances_that_only_share_their_name_are_not_mixed(pair, release):
-    single = release / "0018/0018_s1_all_raw.smc"
-    run = inspect(single, *pair)
-    assert run.stdout.count("0018 s1_all\n") == 2
-    assert "1 camera with 6 frames: 25" in run.stdout.split("\n\n")[0] and "masks" not in run.stdout.split("\n\n")[0]
 
 
 def test_a_file_that_is_no_smc_file_is_a_message_and_the_others_are_shown(release, tmp_path):
@@ -210,7 +188,7 @@ def crash():
 
 
 def spin():
-    while True:
+    while time.process_time() < 30:  # far above the limit: without one, the test has to end too
         pass
 
 

@@ -129,27 +129,18 @@ def test_a_file_that_is_no_manifest_is_refused(one, content):
 @pytest.mark.parametrize("arguments", [[], ["--status"]], ids=["run", "status"])
 def test_the_work_over_finished_subjects_grows_no_faster_than_their_number(workspace, arguments):
     def calls(number):
-        """How many calls it takes where so many subjects are done and nothing is to be done."""
+        """How many calls it takes where so many subjects are done and nothing is to be done, or changed."""
         subjects = [f"{n:04d}" for n in (18, *range(1000, 999 + number))]
         workspace.write_config(extraction={"subjects": subjects})
         done = [DONE.replace("0018", s).replace("s1_all", f"s{n}_all") for s in subjects for n in range(1, 7)]
         workspace.manifest.write_text("\n".join([HEADER, *done, ""]))
-        before = workspace.manifest.stat()
+        before = workspace.manifest.stat().st_mtime_ns
         count = workspace.count_calls(*arguments)
-        assert workspace.manifest.stat().st_mtime_ns == before.st_mtime_ns
+        assert workspace.manifest.stat().st_mtime_ns == before
         return count
 
-    start_up, some, many = calls(1), calls(50), calls(250)
+    start_up, some, many = calls(1), calls(30), calls(150)
     assert many - start_up < 6 * (some - start_up)
-
-
-def test_a_finished_run_over_500_subjects_changes_nothing(workspace):
-    subjects = [f"{n:04d}" for n in (18, *range(1000, 1499))]
-    workspace.write_config(extraction={"subjects": subjects})
-    rows = "".join(f"{DONE}\n".replace("0018", s).replace("s1_all", f"s{n}_all") for s in subjects for n in range(1, 7))
-    workspace.manifest.write_text(f"{HEADER}\n{rows}")
-    before = workspace.manifest.read_bytes()
-    assert "3000 of 3000" in workspace.run().out and workspace.manifest.read_bytes() == before
 
 
 def test_status_tells_the_share_in_bytes_the_rate_the_end_and_what_failed(workspace):

@@ -80,25 +80,6 @@ def test_a_wrong_set_up_is_refused_with_the_cure(workspace, drive, name):
     assert drive.count("media") == 0
 
 
-CONFIGS = {
-    "camera key": ({"extraction": {"cameras": {"s3": [0, 25]}}}, ["cameras", "s3", "s3_all"]),
-    "transforms alone": ({"extraction": {"modalities": ["transforms"]}}, ["modalities", "transforms", "images"]),
-    "transforms without calibration": ({"extraction": {"modalities": ["images", "transforms"]}}, ["calibration"]),
-    "colon": ({"google_drive": {"remote_name": "fake:"}}, ["remote_name", "without the colon"]),
-    "GB": ({"storage": {"max_temp_size_gb": "50 GB"}}, ["max_temp_size_gb", "50", "GB"]),
-    "unset variable": ({"storage": {"temp_dir": "$NO_SUCH_VARIABLE/temp"}}, ["temp_dir", "NO_SUCH_VARIABLE"]),
-}
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_setting_that_cannot_be_meant_is_refused_with_the_cure(workspace, drive, name):
-    changes, words = CONFIGS[name]
-    workspace.write_config(**changes)
-    message = check_refused(workspace)
-    assert all(word in message for word in words), message
-    assert drive.count() == 0
-
-
 ARGUMENTS = {
     "18": (["--subject", "18"], ["--subject", "0018"]),
     "--subjects": (["--subjects", "0018"], ["--subject"]),
@@ -288,7 +269,7 @@ REFUSED += ["--exclude-from", "--max-depth=1", "--min-size=1k", "--max-size", "-
 
 
 def test_options_of_rclone_that_change_its_output_or_choice_are_refused_by_name(workspace, drive, sample):
-    for flag in sample(REFUSED, 6):
+    for flag in sample(REFUSED, 2):
         workspace.write_config(google_drive={"rclone_flags": ["--bwlimit", "20M", flag]})
         message = check_refused(workspace)
         assert flag.partition("=")[0] in message and "rclone_flags" in message
@@ -377,9 +358,9 @@ def test_the_rclone_beside_python_is_taken_and_else_the_one_on_path(workspace, t
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """500 subjects with files that are none; every fifth lacks two speech parts. Enough for a plan."""
+    """100 subjects with files that are none; every fifth lacks two speech parts. Enough for a plan."""
     folder = tmp_path_factory.mktemp("many")
-    for number in range(500):
+    for number in range(100):
         subject = f"{number:04d}"
         (folder / subject).mkdir()
         for part in range(1, 5 if number % 5 == 0 else 7):
@@ -395,16 +376,16 @@ def many_subjects(tmp_path, many):
         yield workspace
 
 
-def test_a_dry_run_over_500_subjects_takes_a_request_for_each(many_subjects):
+def test_a_dry_run_over_many_subjects_takes_a_request_for_each(many_subjects):
     run = many_subjects.run("--dry-run")
-    assert many_subjects.drive.count() <= 520 and many_subjects.drive.count("media") == 0
-    assert "2800" in run.out and "200" in run.out  # to be downloaded, and absent
+    assert many_subjects.drive.count() <= 120 and many_subjects.drive.count("media") == 0
+    assert "560" in run.out and "40" in run.out  # to be downloaded, and absent
 
 
-def test_a_dry_run_over_one_subject_of_500_takes_six_requests(many_subjects):
-    many_subjects.write_config(extraction={"subjects": ["0123"]})
+def test_a_dry_run_over_one_subject_of_many_takes_six_requests(many_subjects):
+    many_subjects.write_config(extraction={"subjects": ["0023"]})
     run = many_subjects.run("--dry-run")
-    assert many_subjects.drive.count() <= 6 and "0123" in run.out
+    assert many_subjects.drive.count() <= 6 and "0023" in run.out
 
 
 def test_a_rerun_over_100_finished_subjects_looks_once_and_downloads_nothing(many_subjects):
@@ -429,7 +410,7 @@ def test_a_dry_run_is_right_or_ends_with_3_while_every_third_listing_fails(tmp_p
 
     with FakeDrive(many) as drive:
         workspace = DriveWorkspace(tmp_path / "work", drive, many)
-        workspace.write_config(extraction={"subjects": [f"{number:04d}" for number in range(0, 500, 25)]})
+        workspace.write_config(extraction={"subjects": [f"{number:04d}" for number in range(0, 100, 5)]})
         right = plan(workspace.run("--dry-run"))
         assert len(right) >= 20
         fault = drive.fault("*", "500", on="list", every=3)
@@ -441,7 +422,8 @@ def test_a_dry_run_is_right_or_ends_with_3_while_every_third_listing_fails(tmp_p
 
 def test_a_folder_that_cannot_be_listed_stops_the_start_with_its_name(workspace, drive):
     drive.fault(f"{SINGLE}/0019", "500", on="list")
-    workspace.write_config(extraction={"subjects": ["0018", "0019"]})
+    impatient = {"rclone_flags": ["--low-level-retries", "2"]}
+    workspace.write_config(extraction={"subjects": ["0018", "0019"]}, google_drive=impatient)
     run = workspace.run(expect=3)
     assert "0019" in run.err and drive.count("media") == 0 and workspace.rows == []
 

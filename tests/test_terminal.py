@@ -1,5 +1,6 @@
 """What a run looks like on a terminal: its bytes go through a terminal emulator, and the screen is looked at."""
 
+import contextlib
 import re
 
 import pexpect
@@ -61,18 +62,22 @@ class Terminal:
         return lines
 
 
-@pytest.fixture(params=[80, 120])
-def columns(request):
-    return request.param
-
-
-@pytest.fixture
-def workspace(tmp_path, two_subjects):
-    with FakeDrive(two_subjects, bandwidth=400_000) as drive:
-        workspace = DriveWorkspace(tmp_path / "work", drive, two_subjects)
-        extraction = {"subjects": SUBJECTS, "performances": ["s1_all", "s3_all"]}
-        workspace.write_config(extraction=extraction)
+@contextlib.contextmanager
+def slow_workspace(folder, release, bandwidth):
+    """A workspace whose remote is so slow that the bars of a download are seen."""
+    with FakeDrive(release, bandwidth=bandwidth) as drive:
+        workspace = DriveWorkspace(folder / "work", drive)
+        workspace.write_config(extraction={"subjects": SUBJECTS, "performances": ["s1_all", "s3_all"]})
         yield workspace
+
+
+@pytest.fixture(scope="module", params=[80, 120])
+def finished(request, tmp_path_factory, two_subjects):
+    """A terminal of so many columns on which a run has come to its end; `logged` is what its log has."""
+    with slow_workspace(tmp_path_factory.mktemp("terminal"), two_subjects, 400_000) as workspace:
+        terminal = Terminal(workspace, request.param)
+        terminal.logged = logged(workspace)
+        return terminal
 
 
 def logged(workspace):
@@ -81,41 +86,38 @@ def logged(workspace):
     return re.findall(r"^\S+ \S+ (?:INFO|WARNING|ERROR) +(\S.*)$", log, re.MULTILINE)
 
 
-def test_a_run_has_its_bar_below_that_of_the_subject_and_leaves_whole_lines(workspace, columns):
-    terminal = Terminal(workspace, columns)
-    assert terminal.code == 0, terminal.rows
+def test_a_run_has_its_bar_below_that_of_the_subject_and_leaves_whole_lines(finished):
+    assert finished.code == 0, finished.rows
     pairs = [
         (above, below)
-        for look in terminal.looks
+        for look in finished.looks
         for above, below in zip(look, look[1:])
         if BAR.search(above) and BAR.search(below)
     ]
-    assert any("0018" in above and re.search(r"\b[12] ?(of|/) ?2\b", below) for above, below in pairs), terminal.looks[
-        -9
-    ]
-    lines = terminal.lines
-    for message in logged(workspace):
+    assert any("0018" in above and re.search(r"\b[12] ?(of|/) ?2\b", below) for above, below in pairs), pairs
+    lines = finished.lines
+    for message in finished.logged:
         assert any(line.endswith(message) for line in lines), (message, lines)
     assert not [line for line in lines if "█" in line or "%|" in line or "^" in line]
-    assert terminal.cursor_column == 0
+    assert finished.cursor_column == 0
 
 
-def test_no_line_of_the_summary_is_wider_than_the_screen(workspace, columns):
-    terminal = Terminal(workspace, columns)
-    rows = terminal.rows
+def test_no_line_of_the_summary_is_wider_than_the_screen(finished):
+    rows = finished.rows
     begin = max(n for n, row in enumerate(rows) if row.startswith("Summary"))
     end = next(n for n, row in enumerate(rows) if n > begin and row.startswith("The log is"))
-    assert end - begin > 4 and all(len(row) < columns for row in rows[begin:end]), rows[begin:end]
+    assert end - begin > 4 and all(len(row) < finished.columns for row in rows[begin:end]), rows[begin:end]
 
 
-def test_no_bar_is_broken_in_two(workspace, columns):
+def test_no_bar_is_broken_in_two(finished):
     """The first part of a bar that is too wide would stay on the screen, once for each time that it is drawn."""
-    for look in Terminal(workspace, columns).looks:
+    for look in finished.looks:
         assert sum("|" in row and bool(BAR.search(row)) for row in look) <= 3, look
 
 
-def test_an_interrupted_run_leaves_no_piece_of_a_bar(workspace, columns):
-    workspace.drive.bandwidth = 20_000
-    terminal = Terminal(workspace, columns, interrupt_at="%")
+@pytest.mark.parametrize("columns", [80, 120])
+def test_an_interrupted_run_leaves_no_piece_of_a_bar(tmp_path, two_subjects, columns):
+    with slow_workspace(tmp_path, two_subjects, 20_000) as workspace:
+        terminal = Terminal(workspace, columns, interrupt_at="%")
     assert terminal.code == 130
     assert not [row for row in terminal.rows if "█" in row or "%|" in row or "^" in row], terminal.rows

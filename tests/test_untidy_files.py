@@ -1,7 +1,8 @@
 """SMC files that are not as expected, through the script: what can be read is extracted, the rest is listed."""
 
+import functools
+import itertools
 import json
-import os
 import subprocess
 import sys
 
@@ -14,27 +15,18 @@ import synthetic_release
 from conftest import TESTS, Workspace, stored_pictures, written_pictures
 from test_inspect import inspect, rows
 
-EVERYTHING = ["images", "masks", "audio", "calibration", "keypoints2d", "keypoints3d", "flame", "uv_textures"]
-EVERYTHING += ["scan", "scan_masks", "transforms"]
-SMALL = {"cameras": (3, 25), "frame_ids": range(4), "size": (64, 76), "audio_seconds": 4 / 30, "masks": (25,)}
-SMALL |= {"keypoints2d": (25,), "keypoints3d": True, "uv_textures": True, "scan": True, "scan_masks": (3, 25)}
+EVERYTHING = [*synthetic_release.MODALITIES, "transforms"]
 
 
 class Untidy:
-    """A small performance with everything, changed by `change(file)`, and what a run made of it."""
+    """A small performance with everything that was changed, and what a run made of it."""
 
-    def __init__(self, folder, change, expect=0, modalities=EVERYTHING, cameras="all", verify="fast", **options):
-        self.workspace = Workspace(folder / "work", folder / "release")
-        self.smc = self.workspace.smc("0018", "s1_all")
-        synthetic_release.write_smc(self.smc, **{**SMALL, **options})
-        with h5py.File(self.smc, "r+") as file:
-            change(file)
-        extraction = {"performances": ["s1_all"], "modalities": modalities, "cameras": cameras}
-        self.workspace.write_config(extraction=extraction, processing={"verify": verify})
-        self.run = self.workspace.run(expect=expect)
-        self.row = self.workspace.row("0018", "s1_all")
-        self.folder = self.workspace.path("0018", "s1_all")
-        self.info = self.workspace.info("0018", "s1_all") if expect == 0 else None
+    def __init__(self, workspace, performance, inspected):
+        self.workspace, self.inspected = workspace, inspected
+        self.smc = workspace.smc("0018", performance)
+        self.row = workspace.row("0018", performance)
+        self.folder = workspace.path("0018", performance)
+        self.info = workspace.info("0018", performance) if self.row["status"] == "completed" else None
 
     def unreadable(self):
         """{(modality, camera, frame)} of what cannot be read, each with its reason, counted, and named by --inspect."""
@@ -43,13 +35,12 @@ class Untidy:
         count = f"{len(found)} {'entry' if len(found) == 1 else 'entries'} could not be read, listed in info.json"
         assert (count in self.row["error"]) == bool(found)
         assert self.row["status"] == "completed"
-        damaged = rows(inspect(self.smc, expect=int(bool(found))).stdout).get("damaged", [])
-        assert set(damaged) == {entry["reason"] for entry in found}
+        assert set(self.inspected()[self.smc.name].get("damaged", [])) == {entry["reason"] for entry in found}
         return {(entry["modality"], entry["camera"], entry["frame"]) for entry in found}
 
     def oddities(self):
         """What is unusual, which --inspect shows as well."""
-        assert rows(inspect(self.smc, expect=(0, 1)).stdout).get("warning", []) == self.info["oddities"]
+        assert self.inspected()[self.smc.name].get("warning", []) == self.info["oddities"]
         return self.info["oddities"]
 
     def pictures(self):
@@ -57,6 +48,35 @@ class Untidy:
 
     def load(self, name):
         return json.loads((self.folder / name).read_text())
+
+
+def extract_each(folder, changes, expect=0, modalities=EVERYTHING, cameras="all", verify="fast", **options):
+    """Write a small performance with everything for each of `changes` {performance: function of its open file}, extract
+    them all in one run, and give an Untidy for each. options: other ones for `write_smc`."""
+    workspace = Workspace(folder / "work", folder / "release")
+    smcs = [workspace.smc("0018", performance) for performance in changes]
+    for smc, (performance, change) in zip(smcs, changes.items()):
+        synthetic_release.write_smc(smc, "0018", performance, **{**synthetic_release.SMALL_SMC, **options})
+        with h5py.File(smc, "r+") as file:
+            change(file)
+    extraction = {"performances": list(changes), "modalities": modalities, "cameras": cameras}
+    workspace.write_config(extraction=extraction, processing={"verify": verify})
+    workspace.run(expect=expect)
+
+    @functools.cache
+    def inspected():
+        """What --inspect says, {name of the file: {title: lines}}; its exit code tells whether anything is damaged."""
+        run = inspect(*smcs, expect=(0, 1))
+        found = [rows(text) for text in run.stdout.split("\n\n") if text.strip()]
+        assert run.returncode == any("damaged" in each for each in found)
+        return {each["file"][0].split(",")[0]: each for each in found}
+
+    return [Untidy(workspace, performance, inspected) for performance in changes]
+
+
+def extract(folder, change, **options):
+    """The same of one performance."""
+    return extract_each(folder, {"s1_all": change}, **options)[0]
 
 
 def replace(file, path, value):
@@ -89,8 +109,17 @@ BAD = {
 
 def test_what_cannot_be_read_costs_itself_alone(tmp_path):
     """A file for each, and the trees of all of them beside that of the untouched file."""
-    flame = {f"FLAME/{frame}/exp": np.zeros(50) for frame in range(4)}
-    tidy = Untidy(tmp_path / "tidy", lambda file: [file.create_dataset(path, data=flame[path]) for path in flame])
+
+    def spoil(file, path=None, value=None):
+        for frame in range(4):
+            file[f"FLAME/{frame}/exp"] = np.zeros(50)
+        if path:
+            replace(file, path, value)
+
+    changes = {
+        f"h1_{n}": functools.partial(spoil, path=path, value=value) for n, (path, (value, _)) in enumerate(BAD.items())
+    }
+    tidy, *spoilt = extract_each(tmp_path, {"s1_all": spoil, **changes})
     assert tidy.info["modalities"] == EVERYTHING and tidy.unreadable() == set()
     files = {str(path.relative_to(tidy.folder)) for path in tidy.folder.rglob("*.*")}
     lost = {
@@ -105,14 +134,7 @@ def test_what_cannot_be_read_costs_itself_alone(tmp_path):
         ("scan", None, None): {"scan/mesh.ply"},
         ("scan_masks", 25, None): {"scan_masks/cam_25.png"},
     }
-    for number, (path, (value, where)) in enumerate(BAD.items()):
-
-        def spoil(file, path=path, value=value):
-            for name, data in flame.items():
-                file[name] = data
-            replace(file, path, value)
-
-        found = Untidy(tmp_path / str(number), spoil)
+    for found, (path, (_, where)) in zip(spoilt, BAD.items()):
         assert found.unreadable() == {where}, path
         there = {str(path.relative_to(found.folder)) for path in found.folder.rglob("*.*")}
         assert files - there == lost.get(where, set()), path
@@ -126,7 +148,7 @@ def test_frames_without_readable_key_points_are_not_among_those_of_the_camera(tm
         replace(file, "Keypoints3d/0", "text")
         file["Keypoints3d/1"][0] = np.nan
 
-    found = Untidy(tmp_path, spoil)
+    found = extract(tmp_path, spoil)
     assert found.unreadable() == {("keypoints2d", 25, 1), ("keypoints3d", None, 0)}
     with np.load(found.folder / "keypoints2d/cam_25.npz") as flat, h5py.File(found.smc) as smc:
         assert flat["frame_ids"].tolist() == [0, 2, 3] and flat["points"].shape == (3, 106, 2)
@@ -141,7 +163,7 @@ def test_each_thing_that_cannot_be_read_is_listed_once(tmp_path):
         replace(file, "Camera/25/color/2", np.zeros((5, 5), np.uint8))
         replace(file, "Calibration/25/K", np.zeros((3, 4)))
 
-    found = Untidy(tmp_path, spoil)
+    found = extract(tmp_path, spoil)
     assert found.unreadable() == {("audio", None, None), ("images", 25, 2), ("calibration", 25, None)}
     assert len(found.info["unreadable"]) == 3 and found.row["error"].startswith("3 entries could not be read")
     assert found.info["missing_frames"] == {} and found.info["audio"] is None
@@ -156,7 +178,7 @@ def test_a_performance_fails_where_nothing_can_be_read(tmp_path):
 
     nothing = {"masks": (), "keypoints2d": (), "keypoints3d": False, "uv_textures": False, "scan": False}
     nothing |= {"scan_masks": (), "audio_seconds": None, "calibration": False}
-    found = Untidy(tmp_path, spoil, expect=1, modalities=["images", "audio", "calibration", "transforms"], **nothing)
+    found = extract(tmp_path, spoil, expect=1, modalities=["images", "audio", "calibration", "transforms"], **nothing)
     assert found.row["status"] == "failed" and "Camera/03/color/0" in found.row["error"]
     assert not found.folder.exists() and found.workspace.leftovers() == []
 
@@ -165,7 +187,7 @@ def test_a_performance_of_which_only_what_was_not_asked_for_can_be_read_is_compl
     def spoil(file):
         replace(file, "Camera/00/audio/audio", "text")
 
-    found = Untidy(tmp_path, spoil, modalities=["audio"])
+    found = extract(tmp_path, spoil, modalities=["audio"])
     assert found.unreadable() == {("audio", None, None)} and found.info["modalities"] == []
     assert found.info["modalities_asked"] == ["audio"]
 
@@ -187,7 +209,7 @@ def test_a_full_disk_is_never_what_cannot_be_read(tmp_path):
 
 
 def test_masks_without_pictures_have_their_cameras_in_the_manifest(tmp_path):
-    found = Untidy(tmp_path, lambda file: None, images=False, masks=(3, 25), cameras=[25, 30])
+    found = extract(tmp_path, lambda file: None, images=False, masks=(3, 25), cameras=[25, 30])
     assert found.info["cameras_available"] == [3, 25] and found.row["cameras"] == "25"
     assert found.row["cameras_available"] == "3 25" and found.info["frames"] == {}
 
@@ -195,35 +217,28 @@ def test_masks_without_pictures_have_their_cameras_in_the_manifest(tmp_path):
 # ---- what is merely unusual
 
 
-@pytest.mark.parametrize("frame", ["{:06d}", "{:03d}"])
-@pytest.mark.parametrize("camera", ["{:03d}", "{:d}"])
-def test_padded_names_are_extracted_as_the_numbers_that_they_say(tmp_path, camera, frame):
-    tidy = {}
+def test_padded_names_are_extracted_as_the_numbers_that_they_say(tmp_path):
+    tidy = []  # what plain h5py reads of each file before
 
-    def rename(file):
-        tidy.update(stored_pictures(file.filename))
-        for n in (3, 25):
-            for group in (
-                f"Camera/{n:02d}/color",
-                f"Camera/{n:02d}/mask",
-                "Keypoints2d/25",
-                "Keypoints3d",
-                "UV_texture",
-            ):
-                for name in list(file.get(group, ())):
-                    if len(name) == 1:
-                        file.move(f"{group}/{name}", f"{group}/{frame.format(int(name))}")
+    def rename(file, camera, frame):
+        tidy.append(stored_pictures(file.filename))
+        pictures = [f"Camera/{n:02d}/{kind}" for n in (3, 25) for kind in ("color", "mask")]
+        for group in (*pictures, "Keypoints2d/25", "Keypoints3d", "UV_texture"):
+            for name in list(file.get(group, ())):
+                file.move(f"{group}/{name}", f"{group}/{frame.format(int(name))}")
         for group in ("Camera", "Calibration", "Keypoints2d", "ScanMask"):
             for name in list(file[group]):
                 file.move(f"{group}/{name}", f"{group}/{camera.format(int(name))}")
 
-    found = Untidy(tmp_path, rename)
-    assert found.unreadable() == set() and found.pictures() == tidy and len(tidy) == 12
-    assert found.info["frames"] == {"03": 4, "25": 4} and found.info["missing_frames"] == {}
-    assert list(found.load("calibration/cameras.json")["cameras"]) == [f"{n:02d}" for n in range(60)]
-    assert len(found.load("transforms.json")["frames"]) == 8 and found.info["fps"] == 30
-    with np.load(found.folder / "keypoints2d/cam_25.npz") as points:
-        assert points["frame_ids"].tolist() == [0, 1, 2, 3]
+    forms = itertools.product(("{:03d}", "{:d}"), ("{:06d}", "{:03d}"))
+    changes = {f"h1_{n}": functools.partial(rename, camera=c, frame=f) for n, (c, f) in enumerate(forms)}
+    for found, pictures in zip(extract_each(tmp_path, changes), tidy):
+        assert found.unreadable() == set() and found.pictures() == pictures and len(pictures) == 12
+        assert found.info["frames"] == {"03": 4, "25": 4} and found.info["missing_frames"] == {}
+        assert list(found.load("calibration/cameras.json")["cameras"]) == [f"{n:02d}" for n in range(60)]
+        assert len(found.load("transforms.json")["frames"]) == 8 and found.info["fps"] == 30
+        with np.load(found.folder / "keypoints2d/cam_25.npz") as points:
+            assert points["frame_ids"].tolist() == [0, 1, 2, 3]
 
 
 def test_pictures_whose_names_are_not_understood_are_no_completed_performance_of_no_frames(tmp_path):
@@ -231,7 +246,7 @@ def test_pictures_whose_names_are_not_understood_are_no_completed_performance_of
         for name in list(file["Camera/25/color"]):
             file.move(f"Camera/25/color/{name}", f"Camera/25/color/frame_{name}")
 
-    found = Untidy(tmp_path, rename)
+    found = extract(tmp_path, rename)
     assert found.unreadable() == {("images", 25, None)} and found.info["frames"] == {"03": 4}
     assert "'frame_0'" in found.info["unreadable"][0]["reason"]
 
@@ -239,59 +254,60 @@ def test_pictures_whose_names_are_not_understood_are_no_completed_performance_of
 SAMPLES = np.random.default_rng(0).integers(-(2**15), 2**15, (6400, 2)).astype(np.int16)
 
 
-@pytest.mark.parametrize(
-    "stored, subtype, expected",
-    [
-        ((SAMPLES[:, 0] / 32768).astype(np.float32), "PCM_16", SAMPLES[:, :1] / 32768),
-        ((SAMPLES[:, 0] / 32768).astype(np.float32)[None], "PCM_16", SAMPLES[:, :1] / 32768),
-        ((SAMPLES / 32768).astype(np.float32).T, "PCM_16", SAMPLES / 32768),
-        (SAMPLES, "PCM_16", SAMPLES / 32768),
-        (SAMPLES.T, "PCM_16", SAMPLES / 32768),
-        (SAMPLES.astype(np.int32) * 65536 + 1, "PCM_32", (SAMPLES * 65536.0 + 1) / 2**31),
-        (SAMPLES / 32768, "PCM_16", SAMPLES / 32768),
-        (SAMPLES.astype(np.float32) / 32769, "FLOAT", SAMPLES.astype(np.float32) / 32769),
-        (SAMPLES / 32769, "DOUBLE", SAMPLES / 32769),
-    ],
-)
-def test_sound_of_any_form_is_written_without_loss(tmp_path, stored, subtype, expected):
-    found = Untidy(tmp_path, lambda file: replace(file, "Camera/00/audio/audio", stored), modalities=["audio"])
-    path = found.folder / "audio/audio.wav"
-    samples, rate = soundfile.read(path, dtype="float64", always_2d=True)
-    assert (soundfile.info(path).subtype, rate) == (subtype, 48000)
-    assert np.array_equal(samples, expected)
-    assert found.unreadable() == set() and found.info["audio"]["channels"] == expected.shape[1]
-    assert found.info["fps"] == 30
-    usual = stored.dtype == np.float32 and stored.shape == expected.shape
-    assert len(found.oddities()) == (not usual)
+SOUNDS = [  # stored, how it is written, as what it comes back
+    ((SAMPLES[:, 0] / 32768).astype(np.float32), "PCM_16", SAMPLES[:, :1] / 32768),
+    ((SAMPLES[:, 0] / 32768).astype(np.float32)[None], "PCM_16", SAMPLES[:, :1] / 32768),
+    ((SAMPLES / 32768).astype(np.float32).T, "PCM_16", SAMPLES / 32768),
+    (SAMPLES, "PCM_16", SAMPLES / 32768),
+    (SAMPLES.T, "PCM_16", SAMPLES / 32768),
+    (SAMPLES.astype(np.int32) * 65536 + 1, "PCM_32", (SAMPLES * 65536.0 + 1) / 2**31),
+    (SAMPLES / 32768, "PCM_16", SAMPLES / 32768),
+    (SAMPLES.astype(np.float32) / 32769, "FLOAT", SAMPLES.astype(np.float32) / 32769),
+    (SAMPLES / 32769, "DOUBLE", SAMPLES / 32769),
+]
 
 
-@pytest.mark.parametrize("after", [bytes(1), bytes(4), os.urandom(999), b"\xff\xd8\xff\xe2MPF\0" + bytes(50)])
+def test_sound_of_any_form_is_written_without_loss(tmp_path):
+    store = functools.partial(replace, path="Camera/00/audio/audio")
+    changes = {f"h1_{n}": functools.partial(store, value=stored) for n, (stored, *_) in enumerate(SOUNDS)}
+    for found, (stored, subtype, expected) in zip(extract_each(tmp_path, changes, modalities=["audio"]), SOUNDS):
+        path = found.folder / "audio/audio.wav"
+        samples, rate = soundfile.read(path, dtype="float64", always_2d=True)
+        assert (soundfile.info(path).subtype, rate) == (subtype, 48000)
+        assert np.array_equal(samples, expected), (stored.dtype, stored.shape)
+        assert found.unreadable() == set() and found.info["audio"]["channels"] == expected.shape[1]
+        assert found.info["fps"] == 30
+        usual = stored.dtype == np.float32 and stored.shape == expected.shape
+        assert len(found.oddities()) == (not usual)
+
+
 @pytest.mark.parametrize("verify", ["fast", "full"])
-def test_bytes_after_the_end_of_a_picture_do_not_damage_it(tmp_path, after, verify):
-    def extend(file):
+def test_bytes_after_the_end_of_a_picture_do_not_damage_it(tmp_path, verify):
+    def extend(file, after):
         for group in ("Camera/25/color", "Camera/25/mask"):
             for name in list(file[group]):
                 replace(file, f"{group}/{name}", np.frombuffer(file[f"{group}/{name}"][()].tobytes() + after, np.uint8))
 
-    found = Untidy(tmp_path, extend, verify=verify)
-    assert found.info["damaged_frames"] == {} and found.row["error"] == ""
-    assert found.pictures() == stored_pictures(found.smc)
-    table = rows(inspect(found.smc).stdout)
-    assert table["images"][0].endswith("jpg 76x64, jpg 76x64 with bytes after its end")
+    endings = [bytes(1), bytes(4), np.random.default_rng(0).bytes(999), b"\xff\xd8\xff\xe2MPF\0" + bytes(50)]
+    changes = {f"h1_{n}": functools.partial(extend, after=after) for n, after in enumerate(endings)}
+    for found in extract_each(tmp_path, changes, verify=verify):
+        assert found.info["damaged_frames"] == {} and found.row["error"] == ""
+        assert found.pictures() == stored_pictures(found.smc)
+        images = found.inspected()[found.smc.name]["images"]
+        assert images[0].endswith("jpg 76x64, jpg 76x64 with bytes after its end")
 
 
-@pytest.mark.parametrize("resolution", [(76, 64), (2048, 2448)])
-def test_a_resolution_that_is_not_that_of_the_pictures_is_one_oddity(tmp_path, resolution):
-    def change(file):
-        file["Camera"].attrs["resolution"] = resolution
-
-    found = Untidy(tmp_path, change)
-    assert found.info["damaged_frames"] == {} and found.row["error"] == ""
-    (oddity,) = found.oddities()
-    assert "pictures have 76 x 64 pixels" in oddity
-    assert f"{resolution[1]} x {resolution[0]}" in oddity
-    assert {(frame["w"], frame["h"]) for frame in found.load("transforms.json")["frames"]} == {(76, 64)}
-    assert found.info["resolution"] == [64, 76]
+def test_a_resolution_that_is_not_that_of_the_pictures_is_one_oddity(tmp_path):
+    resolutions = {"s1_all": (76, 64), "s2_all": (2048, 2448)}
+    changes = {
+        name: lambda file, name=name: file["Camera"].attrs.update(resolution=resolutions[name]) for name in resolutions
+    }
+    for found, (height, width) in zip(extract_each(tmp_path, changes), resolutions.values()):
+        assert found.info["damaged_frames"] == {} and found.row["error"] == ""
+        (oddity,) = found.oddities()
+        assert "pictures have 76 x 64 pixels" in oddity and f"{width} x {height}" in oddity
+        assert {(frame["w"], frame["h"]) for frame in found.load("transforms.json")["frames"]} == {(76, 64)}
+        assert found.info["resolution"] == [64, 76]
 
 
 def picture(height, width):
@@ -304,7 +320,7 @@ def test_a_camera_with_a_size_of_its_own_is_an_oddity_and_a_single_picture_is_da
             replace(file, f"Camera/03/color/{frame}", picture(32, 38))
         replace(file, "Camera/25/color/1", picture(48, 57))
 
-    found = Untidy(tmp_path, change)
+    found = extract(tmp_path, change)
     assert found.info["damaged_frames"] == {"images": {"25": [1]}} and len(found.oddities()) == 1
     sizes = {(frame["camera_id"], frame["w"]) for frame in found.load("transforms.json")["frames"]}
     assert sizes == {("03", 38), ("25", 76)}
@@ -317,7 +333,7 @@ def test_attributes_that_are_missing_or_wrong_cost_nothing(tmp_path):
         for name in list(file.attrs):
             file.attrs[name] = np.zeros(3)
 
-    found = Untidy(tmp_path, change)
+    found = extract(tmp_path, change)
     assert found.unreadable() == set() and len(found.pictures()) == 12 and found.info["num_frame"] == 4
     assert found.info["resolution"] == [64, 76] and found.info["fps"] == 30
 
@@ -327,7 +343,7 @@ def test_attributes_that_are_missing_or_wrong_cost_nothing(tmp_path):
 
 def test_what_is_no_smc_file_is_named_alike_by_a_run_and_by_inspect(tmp_path):
     whole = tmp_path / "whole.smc"
-    synthetic_release.write_smc(whole, **SMALL)
+    synthetic_release.write_smc(whole, **synthetic_release.SMALL_SMC)
     contents = {"s1_all": b"", "s2_all": b"<!DOCTYPE html>", "s3_all": whole.read_bytes()[:200_000]}
     workspace = Workspace(tmp_path / "work", tmp_path / "release")
     (tmp_path / "release/0018").mkdir(parents=True)
@@ -372,7 +388,7 @@ def test_a_modality_is_a_row_in_the_reader_and_a_line_in_the_script(tmp_path):
         file.copy("Camera/25/mask", "Camera/03/depth")
         file["Hands/0"], file["Hands/1"] = np.arange(6.0), "text"
 
-    release = Untidy(tmp_path / "untidy", add, modalities=["audio"]).workspace.release
+    release = extract(tmp_path / "untidy", add, modalities=["audio"]).workspace.release
     workspace = Workspace(tmp_path / "other", release)
     modalities = ["images", "depth", "hands", "calibration", "transforms"]
     workspace.write_config(extraction={"performances": ["s1_all"], "modalities": modalities, "cameras": [25]})
