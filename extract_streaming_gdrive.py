@@ -489,7 +489,7 @@ def lock_file(path: Path, wait: bool = True) -> io.FileIO:
 
 def lock_subject(manifest: Manifest, subject: str) -> contextlib.ExitStack | None:
     """Return the lock of a subject, or None where another process has it. What is unfinished of the subject is deleted
-    now, and when the lock is closed. There is one file beside the manifest and one in temp_dir: either can be shared."""
+    now, and when the lock is closed. It locks a file beside the manifest and one in temp_dir: both can be shared."""
     beside = manifest.path.with_name(f".{manifest.path.name}.{subject}.lock")
     with contextlib.suppress(BlockingIOError), contextlib.ExitStack() as lock:
         for path in (beside, manifest.config.temp_dir / f".{subject}.lock"):
@@ -759,6 +759,10 @@ class Remote:
             raise StopEarly(f"{failed}. Nothing is lost; run the same command again later")
 
         printed, _ = self.run_rclone(verb, self.root, *RCLONE_LISTING, *options, handle=stop_at_error)
+        if not printed:
+            raise StopEarly(
+                f"{self.root} cannot be listed, and rclone does not say why; run the same command again later"
+            )
         return json.loads(printed)
 
     def list_release(self, subjects: list[str] | None) -> Listing:
