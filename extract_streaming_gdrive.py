@@ -760,9 +760,7 @@ class Remote:
 
         printed, _ = self.run_rclone(verb, self.root, *RCLONE_LISTING, *options, handle=stop_at_error)
         if not printed:
-            raise StopEarly(
-                f"{self.root} cannot be listed, and rclone does not say why; run the same command again later"
-            )
+            raise StopEarly(f"{self.root} cannot be listed; rclone does not say why. Run it again later")
         return json.loads(printed)
 
     def list_release(self, subjects: list[str] | None) -> Listing:
