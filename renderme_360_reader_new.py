@@ -668,8 +668,8 @@ class _File:
                 found.append((offset or 0, number, size, partial(self._read_extent, group, name, offset, size)))
             except SMCError as fault:
                 yield Entry(number, partial(self._extent, group, name, links[name]), fault)
-        claimed = sum(size for _, _, size, _ in found)
-        if claimed > MAX_EXPANSION * self.bytes:
+        claimed, plain = sum(size for _, _, size, _ in found), sum(size for offset, _, size, _ in found if offset)
+        if plain > self.bytes or claimed > MAX_EXPANSION * self.bytes:
             raise self.error(f"the pictures of {self.where(group)} claim {claimed} bytes, in a file of {self.bytes}")
         for _, number, _, read in sorted(found):
             yield Entry(number, read)
