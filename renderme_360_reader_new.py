@@ -694,24 +694,23 @@ class _File:
                 found.append((offset or 0, number, size, partial(self._read_extent, group, name, offset, size)))
             except SMCError as fault:
                 yield Entry(number, partial(self._extent, group, name, links[name]), fault)
-        claimed = sum(size for _, _, size, _ in found)
-        if claimed > MAX_EXPANSION * self.bytes:
+        claimed, plain = sum(size for _, _, size, _ in found), sum(size for offset, _, size, _ in found if offset)
+        if plain > self.bytes or claimed > MAX_EXPANSION * self.bytes:
             raise self.error(f"the pictures of {self.where(group)} claim {claimed} bytes, in a file of {self.bytes}")
         for _, number, _, read in sorted(found):
             yield Entry(number, read)
 
     def _extent(self, group, name: str, link: int | None = None) -> tuple[int | None, int]:
         """Return where the bytes of a picture are, None where HDF5 has to put them together, and how many they are.
-        link: the kind of its link, if that is known: who has it from `links` saves `entry` asking for each picture."""
+        link: the kind of its link, if it is known from `links`: a hard one need not be asked for by `entry` again."""
         with self.reading(group, name):
-            is_safe = link == h5l.TYPE_HARD
-            data = h5d.open(group, name.encode()) if is_safe else self.entry(group, name, "data set")
+            is_hard = link == h5l.TYPE_HARD
+            data = h5d.open(group, name.encode()) if is_hard else self.entry(group, name, "data set")
             offset = data.get_offset()
-            if (
-                offset is not None
-                and max(data.shape or (-1,)) == (size := data.get_storage_size()) <= MAX_PICTURE_BYTES
-            ):
-                return offset, size  # bytes in one piece: there is no more to ask
+            if offset is not None:
+                size = data.get_storage_size()
+                if max(data.shape or (-1,)) == size <= MAX_PICTURE_BYTES:
+                    return offset, size  # bytes in one piece: there is no more to ask
             _check_storage(data, MAX_PICTURE_BYTES)
             size = max(data.shape, default=1)
             if data.dtype.itemsize != 1 or math.prod(data.shape) != size:
