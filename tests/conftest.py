@@ -318,7 +318,10 @@ def stored_pictures(*smcs):
     found = {}
     for smc in smcs:
         with h5py.File(smc, "r") as file:
-            for camera in filter(is_camera, file.get("Camera", ())):
+            cameras = []
+            with contextlib.suppress(RuntimeError):  # the group of them all is damaged
+                cameras = list(filter(is_camera, file.get("Camera", ())))
+            for camera in cameras:
                 for group, modality in (("color", "images"), ("mask", "masks")):
                     with contextlib.suppress(KeyError, RuntimeError, OSError, AttributeError):  # it is damaged
                         pictures = file[f"Camera/{camera}"].get(group, {})
