@@ -21,7 +21,7 @@ login, network or disk: run it again later · 129, 130, 143 interrupted.
 Why a kill at any moment loses nothing. The next run finds one of these:
 
     rclone's unfinished file in temp_dir    removed by `clean_up`
-    a whole SMC in temp_dir                 used, see `is_downloaded`
+    a whole SMC in temp_dir                 used, see `keep_or_remove`
     .s1_all.partial/                        removed by `clean_up`
     .s1_all.old/ without s1_all/            renamed back by `clean_up`
     s1_all/ without a row                   `adopt_folders` takes it for done
@@ -96,8 +96,8 @@ S3_VIEWS = {0, 1, 3, 4, 5, 7, 9, 11, 13, 15, 16, 17, 19, 20, 21, 23, 24, 25, 27,
 S3_VIEWS |= {31, 32, 33, 35, 37, 39, 40, 41, 43, 45, 47, 48, 49, 53, 55, 57, 59}
 FRONT_CAMERA = 25  # faces the person: azimuth 0, and always among the suggestions
 DEFAULT_MODALITIES = [name for name, modality in MODALITIES.items() if modality.default]
-BY_CAMERA = {name for name, modality in MODALITIES.items() if "{}" in modality.path}  # have frames for each camera
-PER_CAMERA = {name for name, modality in MODALITIES.items() if modality.by_camera}  # depend on the cameras asked for
+CAMERA_GROUPS = {name for name, modality in MODALITIES.items() if "{}" in modality.path}  # have frames for each camera
+BY_CAMERA = {name for name, modality in MODALITIES.items() if modality.by_camera}  # depend on the cameras asked for
 GB = 1e9
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -107,10 +107,10 @@ RCLONE_FLAGS += ["--retries", "10", "--low-level-retries", "20"]
 RCLONE_LISTING = ["--checkers", "32", "--drive-pacer-min-sleep", "10ms", "--low-level-retries", "6"]  # 30 s of retries
 RCLONE_AT_ONCE = ["--retries", "1", "--low-level-retries", "1", "--contimeout", "15s", "--timeout", "60s"]
 RCLONE_LOG = ["--use-json-log", "--log-level", "DEBUG", "--stats", "500ms", "--stats-log-level", "NOTICE"]
-REFUSALS_IN_A_ROW = 3  # files that the remote refused for its quota or with an error of its own: the rest would be too
+REFUSALS_IN_A_ROW = 3  # consecutive refusals (quota, error of the server) after which the rest is not tried
 CHANGED = "has changed on the remote since the run began: run the same command again"
-MINUTE_S = 60  # between two lines about a run of which nothing else is said
-BLOCK = 8 << 10  # bytes of a file on the remote that are fetched at least; headers in an SMC lie in pieces of 2 kB
+MINUTE_S = 60  # seconds without a message before a line about the progress is logged
+BLOCK = 8 << 10  # bytes of the smallest piece that is fetched; headers in an SMC file lie in pieces of 2 kB
 REQUEST_BLOCKS = 1024  # blocks that one request fetches at most
 FETCHERS = 16  # requests under way
 FETCH_TRIES = 10  # consecutive requests without a byte before a fetch fails
@@ -388,12 +388,12 @@ class Manifest:
             return True
         available, modalities = parse_numbers(row["cameras_available"]), set(self.config.modalities)
         wanted = available if asked is None else available & asked
-        enough = wanted <= parse_numbers(row["cameras"]) or not PER_CAMERA & modalities
+        enough = wanted <= parse_numbers(row["cameras"]) or not BY_CAMERA & modalities
         return enough and modalities <= set(row["modalities"].split())
 
     def asked_performances(self, subject: str) -> list[str]:
         """Return the performances that the config asks for; if it asks for all, those of the subject in the rows."""
-        return self.config.performances or sorted(name for known, name in self.rows if known == subject)
+        return self.config.performances or sorted(name for known, name in list(self.rows) if known == subject)
 
     def adopt_folders(self, subjects: list[str]):
         """Take finished folders without a row for done, as their info.json says: the manifest was lost, or the power
@@ -424,7 +424,7 @@ class Manifest:
             os.replace(new, self.path)
 
     def append(self, row: dict):
-        """Write one row: whole, under a lock, and on disk when this returns. `absent` is only written as the first."""
+        """Write one row: whole, under a lock, and on disk when this returns. After absent or completed, absent is not."""
         last = self.rows.get((row["subject"], row["performance"]), {"status": ""})
         if row["status"] == "absent" and last["status"] in ("absent", "completed"):
             return
@@ -473,7 +473,7 @@ WORK_FOLDER = re.compile(rf"\.({PLAIN_NAME.pattern})\.(partial|old)")  # beside 
 
 
 def lock_file(path: Path, wait: bool = True) -> io.FileIO:
-    """Return a file, made if need be, that is locked until it is closed or this process dies. Raise BlockingIOError
+    """Return a file, created if need be, that is locked until it is closed or this process ends. Raise BlockingIOError
     where another process has the lock and we don't wait."""
     while True:
         file = io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
@@ -525,7 +525,7 @@ def clean_up(manifest: Manifest, subject: str):
 
 
 def sync_disk(folder: Path):
-    """Bring everything written to the disk of a folder onto it, with one call for any number of files and names."""
+    """Write all that is still in memory for the disk of a folder onto it, with one call for any number of files."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     failed = libc.syncfs(descriptor) if hasattr(libc, "syncfs") else os.sync()  # macOS has no syncfs
     os.close(descriptor)
@@ -642,7 +642,7 @@ class Listing(NamedTuple):
 # What rclone says: the first pattern that is found in a message tells the kind. What has none is an answer for a file.
 MESSAGES = {
     "remote_name": "didn't find section in config file",
-    "rclone_flags": "unknown (shorthand )?flag|unknown command|invalid argument|flag needs|needs [0-9]+ arguments",
+    "rclone_flags": 'unknown (shorthand )?flag|unknown command|invalid argument "|flag needs|needs [0-9]+ arguments',
     "quota": "downloadQuotaExceeded",
     "login": "invalid_grant|token expired and there's no refresh token|empty token found|authError|unauthorized_client|"
     "invalid_client|deleted_client",
@@ -651,7 +651,7 @@ MESSAGES = {
     "TLS handshake timeout|name resolution|server misbehaving|deadline exceeded|connection timed out|unexpected EOF",
     "file": "failed to open source object|source file|corrupted on transfer",
     "disk": "no space left|disk quota exceeded|remaining disk space|file too large|read-only file system|"
-    "permission denied|operation not permitted|input/output error",
+    "permission denied|operation not permitted|input/output error|stale (NFS )?file handle|too many open files",
 }
 # What is wrong then, and what to do about it; {0} is the name of the remote.
 ADVICE = {
@@ -784,7 +784,7 @@ class Remote:
     def copy(self, files: list[RemoteFile], progress: Callable) -> dict[str, str]:
         """Bring files to temp_dir with one call of rclone, which retries and checks the md5; call `progress` with the
         bytes that have come so far. Return {path: last error, "": last error without a path}. Raise StopEarly or
-        OSError for what is no file's fault: at once where to try again would only cost time or downloads."""
+        OSError for what is no file's fault: at once where a retry would only cost time or quota."""
         errors, md5s = {}, {file.path: file.md5 for file in files}
 
         def note(message: dict):
@@ -837,7 +837,9 @@ class Remote:
     def count_refusals(self, downloads: Iterable[Download]):
         """Count the files in a row that the remote refused, for its quota or with an error of its own. After so many,
         set `refusal` to since when and why, and when to go on: the others would be refused too."""
-        for error in sorted((each.error for each in downloads), key=bool):  # those that came are the first
+        for error in sorted(
+            (each.error for each in downloads), key=lambda error: error is not None
+        ):  # those that came are the first
             quota = getattr(error, "status", "") == "quota_exceeded"
             self.refusals = [*self.refusals, datetime.now()] if quota or "googleapi: Error 5" in str(error) else []
             if len(self.refusals) >= REFUSALS_IN_A_ROW:
@@ -908,7 +910,7 @@ def clean_rclone_message(message: str) -> str:
 
 class SelectedFile(io.FileIO):
     """A file on the remote of which some blocks are in temp_dir, in a sparse file of the same size, for h5py to read.
-    To read a block that was not fetched raises RemoteError, and its place is added to the list `missed` then.
+    Reading a block that was not fetched raises RemoteError, and adds its place to the list `missed`.
 
     fetched_blocks: a byte for each block of the file, 1 if the block is in temp_dir; None where no file is there."""
 
@@ -930,6 +932,8 @@ class SelectedFile(io.FileIO):
             self.missed.append((self, start, end))
             raise RemoteError(f"{self.name}: bytes at {start} are needed that were not fetched")
         return super().readinto(buffer)
+
+    read = io.RawIOBase.read  # calls readinto, unlike that of FileIO
 
     def reserve_missing(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield (first byte, byte after the last) of what is missing between two bytes, in whole blocks and as long as
@@ -954,7 +958,7 @@ class Selection:
         self.files = [SelectedFile(job.config, file, self.missed) for file in job.files]
 
     def answer(self, question: Callable):
-        """Return question(), once all that it reads is there."""
+        """Return question(), after fetching all that it reads."""
         while True:
             self.missed.clear()
             try:
@@ -1007,10 +1011,12 @@ def fetch_selection(job: Job, server: tuple[int, str], progress: Callable) -> Do
     selection = Selection(job, server, progress)
     with selection.answer(lambda: SMCReader(*selection.files)) as reader:
         # Which cameras have anything: so far no frames are asked for.
-        selection.answer(lambda: [reader.places(name, n, []) for name in BY_CAMERA for n in range(NUM_CAMERAS)])
-        wanted = selection.answer(
-            lambda: [(name, n) for name in job.modalities for n in reader.selected_cameras(name, job.cameras)]
-        )
+        selection.answer(lambda: [reader.places(name, n, []) for name in CAMERA_GROUPS for n in range(NUM_CAMERAS)])
+        wanted = []
+        for name in job.modalities:
+            with contextlib.suppress(SMCError):  # extraction meets the same damage, and notes it
+                cameras = selection.answer(partial(reader.selected_cameras, name, job.cameras))
+                wanted += [(name, camera) for camera in cameras]
         selection.fetch(selection.answer(lambda: [place for each in wanted for place in reader.frame_range(*each)]))
         selection.fetch(selection.answer(lambda: [place for each in wanted for place in reader.places(*each)]))
         selection.answer(lambda: (reader.fps(), any(map(reader.has, WRITERS))))
@@ -1024,19 +1030,19 @@ def fetch_selected(remote: Remote, job: Job) -> Download:
     try:
         with remote.report.download([job]) as progress:
             options = {"name": job.files[0].name, "size": job.bytes, "progress": progress}
-            download = run_in_child(fetch_selection, job, remote.server, **options)
-        log.info("%s: fetched %s of %s", job, format_size(download.bytes), format_size(job.bytes))
+            outcome = run_in_child(fetch_selection, job, remote.server, **options)
+        log.info("%s: fetched %s of %s", job, format_size(outcome.bytes), format_size(job.bytes))
     except RemoteError as failure:  # rclone answers with a mere 404, but says why when it is asked for a byte
         file = next(file for file in job.files if str(failure).startswith(file.path))
-        download = Download(remote.explain(file, str(failure)))
+        outcome = Download(remote.explain(file, str(failure)))
     except ConnectionRefusedError:
         raise StopEarly("rclone was ended from outside; run the same command again") from None
     except SMCError as failure:
-        download = Download(failure)
+        outcome = Download(failure)
     if remote.list_release([job.subject]).subjects.get(job.subject, {}).get(job.performance) != job.files:
-        download = download._replace(error=RemoteError(f"{job.files[0].name} {CHANGED}"))
-    remote.count_refusals([download])
-    return download._replace(seconds=time.monotonic() - begin)
+        outcome = outcome._replace(error=RemoteError(f"{job.files[0].name} {CHANGED}"))
+    remote.count_refusals([outcome])
+    return outcome._replace(seconds=time.monotonic() - begin)
 
 
 def expected_views(config: Config, performance: str) -> set[int]:
@@ -1074,11 +1080,11 @@ class Extraction:
     def entries(self, modality: str) -> Iterator[tuple[int | None, int | None, object]]:
         """Yield (camera, frame, content) of what can be read of a modality, camera by camera."""
         cameras, by_camera = self.cameras[modality], MODALITIES[modality].numbered == "cameras"
-        for camera in cameras if modality in BY_CAMERA else [None]:
+        for camera in cameras if modality in CAMERA_GROUPS else [None]:
             with collecting_damage(self.unreadable, modality, camera):
                 for entry in self.reader.entries(modality, camera):
                     where = (entry.number, None) if by_camera else (camera, entry.number)
-                    if modality not in PER_CAMERA or where[0] in cameras:
+                    if modality not in BY_CAMERA or where[0] in cameras:
                         with collecting_damage(self.unreadable, modality, *where):
                             yield *where, entry.read()
 
@@ -1126,7 +1132,7 @@ def write_pictures(extraction: Extraction, modality: str):
             paths = {frame: extraction.folder / name for frame, (name, size) in stored[camera].items() if size}
             for frame in extraction.reader.find_undecodable(paths, extraction.job.config.workers):
                 stored[camera][frame] = stored[camera][frame][0], None
-    expected = extraction.reader.expected_frames(stored.values()) if modality in BY_CAMERA else set()
+    expected = extraction.reader.expected_frames(stored.values()) if modality in CAMERA_GROUPS else set()
     for camera, pictures in stored.items():
         sizes = collections.Counter(size for _, size in pictures.values() if size)
         usual = max(sizes, key=sizes.get, default=None)
@@ -1239,7 +1245,7 @@ def nerf_camera(camera: dict, height: int, width: int) -> dict:
 
 
 def npz_bytes(**arrays) -> bytes:
-    """Arrays as numpy's .npz, never pickled. (np.savez can't take an array whose name is "file".)"""
+    """Return arrays as numpy's .npz, never pickled. (np.savez can't take an array whose name is "file".)"""
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w") as archive:
         for name, array in arrays.items():
@@ -1252,7 +1258,7 @@ def json_bytes(value: dict) -> bytes:
     return (json.dumps(value, indent=1, allow_nan=False, default=np.ndarray.tolist) + "\n").encode()
 
 
-# A modality is one line here, with the function that writes it, and its row in the reader's table.
+# To add a modality: the function that writes it, a line here, and a row in the reader's MODALITIES.
 WRITERS: dict[str, Callable[[Extraction, str], None]] = {
     "images": write_pictures,
     "masks": write_pictures,
@@ -1317,7 +1323,7 @@ def collect_info(extraction: Extraction) -> dict:
     info["actor"] = {name + units.get(name, ""): value for name, value in reader.actor_info.items()}
     info["resolution"] = max(sizes, key=sizes.get, default=None if stated is None else stated.tolist())
     info.update(num_frame=reader.num_frame, fps=reader.fps(), audio=audio, cameras_available=sorted(available))
-    info["cameras"] = sorted(asked) if PER_CAMERA & set(job.modalities) else []
+    info["cameras"] = sorted(asked) if BY_CAMERA & set(job.modalities) else []
     info["frames"] = collections.Counter(f"{camera:02d}" for _, camera, _ in sorted(images))
     info["missing_frames"] = group_places(extraction.missing)
     info["damaged_frames"] = group_places(extraction.damaged)
@@ -1381,16 +1387,17 @@ def run_in_child(work: Callable, *arguments, name: str, size: int, decoders: int
     killed is tried once more. name, size: of the file that it reads; decoders: threads that decode all its pictures;
     progress: a function that `work` calls by this name with one value; it runs here."""
     for _ in range(2):
-        receiver, sender = multiprocessing.Pipe(duplex=False)
         # These signals can reach the whole group; blocked in the child, they are left to this process.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING_SIGNALS)
-        with no_fork:
-            parent, pid = os.getpid(), os.fork()
+        with no_fork:  # nor does a child of the other thread inherit this pipe, which would stay open then
+            receiver, sender = multiprocessing.Pipe(duplex=False)
+            pid = os.fork()
+            if pid:
+                sender.close()
         if not pid:
-            child_main(parent, sender, partial(work, *arguments), name, size, decoders, progress is not None)
+            child_main(sender, partial(work, *arguments), name, size, decoders, progress is not None)
         try:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            sender.close()
             with contextlib.suppress(EOFError):
                 while True:
                     kind, value = receiver.recv()
@@ -1413,14 +1420,12 @@ def run_in_child(work: Callable, *arguments, name: str, size: int, decoders: int
     raise StopEarly(f"{name}: the process that read it was killed twice, probably for a lack of memory. {advice}")
 
 
-def child_main(parent: int, pipe, work: Callable, name: str, size: int, decoders: int, reports: bool):
+def child_main(pipe, work: Callable, name: str, size: int, decoders: int, reports: bool):
     """Do the work for which this process was forked, send what it gives through a pipe, and end."""
     memory = MEMORY_LIMIT + DECODER_MEMORY * decoders
     try:
         if hasattr(libc, "prctl"):
             libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: Linux kills this process when its parent ends
-        if os.getppid() != parent:
-            return
         # Ten times the CPU that a healthy file needs.
         limit_resources(memory, 60 + size // 1_000_000 if decoders else 4 + size // 20_000_000)
         with tempfile.TemporaryFile() as printed:  # for what libraries print: see `SMCReader.find_undecodable`
@@ -1431,10 +1436,9 @@ def child_main(parent: int, pipe, work: Callable, name: str, size: int, decoders
         pipe.send(("error", SMCError(f"{name}: it asks for over {format_size(memory)} of memory; probably damaged")))
     except (SMCError, RemoteError, StopEarly, OSError) as error:
         pipe.send(("error", error))
-    except ImportError as error:
-        pipe.send(("error", StopEarly(f"a package is missing or broken: {error}")))
     except Exception as error:  # noqa: BLE001 - damage shows as any exception
-        pipe.send(("error", SMCError(f"{name}: {type(error).__name__}: {printable(str(error), 200)}")))
+        fault = StopEarly if isinstance(error, ImportError) or "start new thread" in str(error) else SMCError
+        pipe.send(("error", fault(f"{name}: {type(error).__name__}: {printable(str(error), 200)}")))
     finally:
         os._exit(1)
 
@@ -1540,7 +1544,7 @@ class Plan:
         # No rerun takes away what was extracted before.
         cameras, folder, extracted = config.asked_cameras(performance), config.folder_of(*key), done["smc_id"].split()
         if cameras is not None:
-            paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in PER_CAMERA))
+            paths = itertools.chain(*(list_paths(folder, f"{kind}/cam_[0-9][0-9]*") for kind in BY_CAMERA))
             cameras |= parse_numbers(done["cameras"]) | {int(path.name[4:6]) for path in paths}
         modalities = {*config.modalities, *done["modalities"].split(), *modalities_in(folder)}
         job = Job(config, subject, performance, files, cameras, tuple(name for name in WRITERS if name in modalities))
@@ -1579,7 +1583,7 @@ class Plan:
         config, listing = self.manifest.config, self.listing
         if not listing.subjects and not self.jobs("done"):
             names = sorted(entry["Name"] + "/" * entry["IsDir"] for entry in remote.ask_json("lsjson"))
-            subjects = [name[:-1] for name in names if SUBJECT.fullmatch(name[:-1])]
+            subjects = [name[:-1] for name in names if re.fullmatch(f"{SUBJECT.pattern}/", name)]
             cure = "take the id of the folder that holds 0018, 0019, …"
             if config.layout == "single" and {"raw/", "anno/"} & set(names):
                 cure = "google_drive.layout: pair?"
@@ -1598,7 +1602,7 @@ class Plan:
                 raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
 
     def announce(self) -> list[str]:
-        """Say what a run has before it. Return as warnings what may not be meant, though it can be carried out."""
+        """Say what a run has before it. Return as warnings what can be done, but may be a mistake."""
         config, waiting = self.manifest.config, self.jobs("to do")
         order = ["done", "to do", "absent", "failed", "refused"]
         counts = [f"{len(self.jobs(state))} {state}" for state in order if self.jobs(state)]
@@ -1686,18 +1690,18 @@ class Report:
         self.warnings.update(dict.fromkeys(plan.announce()))
         total = sum(job.temp_bytes for job in plan.jobs())
         bar = partial(tqdm, leave=False, disable=None, unit="B", unit_scale=True, ncols=columns, nrows=lines)
-        self.batch = bar(desc="download", bar_format="{desc}", position=0)
-        self.whole = bar(desc="run", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}", position=1, total=total)
-        self.batch.dynamic_ncols = self.whole.dynamic_ncols = narrow_shape
-        self.console.bars = not self.batch.disable
+        self.batch_bar = bar(desc="download", bar_format="{desc}", position=0)
+        self.run_bar = bar(desc="run", bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}", position=1, total=total)
+        self.batch_bar.dynamic_ncols = self.run_bar.dynamic_ncols = narrow_shape
+        self.console.bars = not self.batch_bar.disable
         if not self.console.bars:
             self.console.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%a %H:%M:%S"))
         try:
             yield
         finally:
             try:
-                self.whole.close()
-                self.batch.close()
+                self.run_bar.close()
+                self.batch_bar.close()
                 print(end="\r\x1b[J" if self.console.bars else "", file=sys.stderr, flush=True)
             except OSError:  # the terminal has gone
                 silence(sys.stderr)
@@ -1710,15 +1714,15 @@ class Report:
         subject, total, begin = jobs[0].subject, sum(job.temp_bytes for job in jobs), time.monotonic()
         before, over = self.totals.copy(), self.over.get(subject, 0)
         log.info("%s: downloading %s, %s", subject, " ".join(job.performance for job in jobs), format_size(total))
-        self.batch.bar_format = None
-        self.batch.set_description(f"{subject} download", refresh=False)
-        self.batch.reset(total)
+        self.batch_bar.bar_format = None
+        self.batch_bar.set_description(f"{subject} download", refresh=False)
+        self.batch_bar.reset(total)
 
         def update(done: int):
             seconds, self.over[subject] = max(time.monotonic() - begin, 0.001), over + done
             for name, number in (("fetched", done), ("download_s", seconds)):
                 self.totals[name] = before[name] + number
-            self.batch.update(min(done, total) - self.batch.n)
+            self.batch_bar.update(min(done, total) - self.batch_bar.n)
             speed = f"in {format_duration(seconds)} ({format_size(done / seconds)}/s)"
             self.state = f"{subject}: downloaded {format_size(done)} of {format_size(total)} {speed}"
             self.show_whole()
@@ -1729,14 +1733,14 @@ class Report:
 
     def show_whole(self) -> str:
         """Show the whole run. Return how far it is, in words."""
-        over, total, subjects = sum(self.over.values()), self.whole.total, len(self.plan.subjects)
+        over, total, subjects = sum(self.over.values()), self.run_bar.total, len(self.plan.subjects)
         rate = self.totals["fetched"] / (time.monotonic() - self.begin)
         text = f"subject {min(self.totals['finished'] + 1, subjects)} of {subjects}"
         if rate:
-            end = datetime.now() + timedelta(seconds=max(0, total - over) / rate)
+            end = datetime.now() + timedelta(seconds=min(1e9, max(0, total - over) / rate))
             text += f", {format_size(rate)}/s, ends {end:%a %d %b %H:%M}"
-        self.whole.set_postfix_str(text, refresh=False)
-        self.whole.update(min(over, total) - self.whole.n)
+        self.run_bar.set_postfix_str(text, refresh=False)
+        self.run_bar.update(min(over, total) - self.run_bar.n)
         return f"{100 * over / max(1, total):.0f} % of {format_size(total)}, {text}"
 
     def finish_subject(self, subject: str):
@@ -1811,7 +1815,7 @@ def take_subjects(plan: Plan, manifest: Manifest, remote: Remote, locks: dict) -
 
 
 def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job] = ()) -> str | None:
-    """Return why these jobs are too much beside those in temp_dir, or None."""
+    """Return why there is no room for some jobs beside those in temp_dir; None if there is."""
     coming = sum(job.temp_bytes for job in jobs if not job.is_downloaded())
     total = sum(job.temp_bytes for job in itertools.chain(jobs, in_temp))
     if total > config.max_temp_size_gb * GB:
@@ -1822,11 +1826,9 @@ def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job] = ()) -
     for folder, need in needs.items():
         free, keep = measure_free(folder), config.min_free_gb
         if need and free - need < keep * GB:
-            lack = (
-                f"the disk of {folder} has {format_size(free)} free: {jobs[-1]} would need {format_size(need)} of them"
-            )
+            lack = f"the disk of {folder} has {format_size(free)} free: {jobs[-1]} needs {format_size(need)} of them,"
             advice = "Move finished subjects away, then run the same command again"
-            return f"{lack}, and storage.min_free_gb keeps {keep:g} GB free. {advice}"
+            return f"{lack} and storage.min_free_gb keeps {keep:g} GB free. {advice}"
     return None
 
 
@@ -1835,10 +1837,11 @@ def wait_for_room(config: Config, remote: Remote, jobs: list[Job], in_temp: set[
     while not remote.stopped:
         extracting = set(in_temp)  # asked first: what is deleted from now on makes room
         for count in range(len(jobs), 0, -1):
-            if not lack_of_room(config, jobs[:count], extracting):
+            lack = lack_of_room(config, jobs[:count], extracting)
+            if not lack:
                 return jobs[:count]
         if not extracting:
-            raise StopEarly(lack_of_room(config, jobs[:1]))
+            raise StopEarly(lack)
         time.sleep(0.1)
     return jobs
 
@@ -1854,7 +1857,7 @@ def download(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
     while not remote.refusal and (whole := [job for job in jobs if not job.selection and job not in found]):
         found.update(copy_whole(remote, whole))
     for job in jobs:
-        if job.selection and not remote.stopped and not remote.refusal:
+        if job.selection and job not in found and not remote.stopped and not remote.refusal:
             found[job] = fetch_selected(remote, job)
     return found
 
@@ -1863,14 +1866,14 @@ def copy_whole(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
     """Copy the files of some jobs with one call of rclone, but for those that an earlier run has left whole. A used-up
     quota ends it for all files: jobs that were not tried are left out then."""
     begin, found, errors = time.monotonic(), {}, {}
-    missing = [file for job in jobs for file, path in job.temp_paths.items() if not is_current(path, file)]
+    missing = [file for job in jobs for file, path in job.temp_paths.items() if not keep_or_remove(path, file)]
     if missing:
         with remote.report.download([job for job in jobs if {*missing} & {*job.files}]) as progress:
             errors = remote.copy(missing, progress)
     quota = {path for path, error in errors.items() if re.search(MESSAGES["quota"], error)}
     for job in jobs:
         lacking = [file for file, path in job.temp_paths.items() if not path.is_file()]
-        lacking.sort(key=lambda file: file.path not in errors)
+        lacking.sort(key=lambda file: (file.path not in quota, file.path not in errors))
         changed = CHANGED in [errors.get(file.path) for file in job.files]
         if job.is_downloaded() and not changed:
             came = sum(file.bytes for file in job.files if file in missing)
@@ -1885,9 +1888,9 @@ def copy_whole(remote: Remote, jobs: list[Job]) -> dict[Job, Download]:
     return found
 
 
-def is_current(path: Path, file: RemoteFile) -> bool:
+def keep_or_remove(path: Path, file: RemoteFile) -> bool:
     """Return whether an earlier run left a file as it is on the remote, as far as its md5 is known; else remove it."""
-    md5 = hashlib.md5()
+    md5 = hashlib.md5(usedforsecurity=False)
     if path.is_file() and path.stat().st_size == file.bytes:
         with open(path, "rb") as content:
             while file.md5 and (block := content.read(1 << 20)):
@@ -1898,17 +1901,16 @@ def is_current(path: Path, file: RemoteFile) -> bool:
     return False
 
 
-def download_in_turns(plan: Plan, manifest: Manifest, remote: Remote, locks: dict, in_temp: set) -> Iterator:
+def download_batches(plan: Plan, manifest: Manifest, remote: Remote, locks: dict, in_temp: set) -> Iterator:
     """Yield (subject, {job: its download}, whether these are its last), for as many jobs of a subject at once as there
     is room for. Raise StopEarly where going on makes no sense.
 
     in_temp: the jobs that were yielded and are not extracted yet; who takes them removes them."""
     for subject in take_subjects(plan, manifest, remote, locks):
-        for row in [row for key, row in manifest.rows.items() if key[0] == subject and "adopted" in row]:
+        for row in [row for key, row in list(manifest.rows.items()) if key[0] == subject and "adopted" in row]:
             log.info("%s %s: taken over from its folder", subject, row["performance"])
             manifest.append(row)
-        jobs = plan.plan_subject(subject)
-        jobs = [job for job in jobs if job.state not in ("done", "failed")]
+        jobs = [job for job in plan.plan_subject(subject) if job.state not in ("done", "failed")]
         if not jobs:
             locks.pop(subject).close()
             remote.report.finish_subject(subject)
@@ -1930,15 +1932,15 @@ def one_ahead(items: Iterator, thread: ThreadPoolExecutor) -> Iterator:
         yield item
 
 
-def extract_job(job: Job, download: Download) -> tuple[dict, dict | None]:
+def extract_job(job: Job, outcome: Download) -> tuple[dict, dict | None]:
     """Extract a job and put its folder in place. Return its row for the manifest, and its info.json (None where it
     failed). Raise OSError or StopEarly for what is not the file's fault: there is no row then, and the SMC stays."""
-    begin, error, info = time.monotonic(), download.error, None
+    begin, error, info = time.monotonic(), outcome.error, None
     try:
         if error is None:
             decoders = job.config.workers if job.config.verify == "full" else 0
             options = {"name": job.files[0].name, "size": job.bytes, "decoders": decoders}
-            info = run_in_child(extract, job, download.blocks, **options)
+            info = run_in_child(extract, job, outcome.blocks, **options)
             put_in_place(job.partial, job.folder)
     except (SMCError, RemoteError) as failure:
         error = failure
@@ -1948,7 +1950,7 @@ def extract_job(job: Job, download: Download) -> tuple[dict, dict | None]:
         remove(job.partial)
         row = {"status": getattr(error, "status", "failed"), "error": str(error)}
     row.update(subject=job.subject, performance=job.performance, modalities=" ".join(job.modalities))
-    row.update(smc_bytes=job.bytes, smc_id=job.smc_id, download_s=round(download.seconds, 2))
+    row.update(smc_bytes=job.bytes, smc_id=job.smc_id, download_s=round(outcome.seconds, 2))
     return {**row, "extract_s": round(time.monotonic() - begin, 2)}, info
 
 
@@ -1980,12 +1982,12 @@ def run(config: Config, manifest: Manifest, remote: Remote) -> int:
     try:
         # Whatever ends this block, rclone ends first: nobody writes into what is cleaned up then.
         with report.show(plan), ThreadPoolExecutor(1) as thread, contextlib.closing(remote):
-            turns = download_in_turns(plan, manifest, remote, locks, in_temp)
-            for subject, downloads, last in one_ahead(turns, thread):
-                for job, download in downloads.items():
-                    row, info = extract_job(job, download)
+            batches = download_batches(plan, manifest, remote, locks, in_temp)
+            for subject, downloads, last in one_ahead(batches, thread):
+                for job, outcome in downloads.items():
+                    row, info = extract_job(job, outcome)
                     manifest.append(row)
-                    if not isinstance(download.error, RemoteError):  # else one file of a pair may have come
+                    if not isinstance(outcome.error, RemoteError):  # else one file of a pair may have come
                         delete_smc(job)
                     in_temp.discard(job)
                     report.include(job, row, info)
@@ -2046,7 +2048,7 @@ def show_status(config: Config, manifest: Manifest) -> int:
     share, sizes = 100 * size / max(1, size + missing), (format_size(size), format_size(size + missing))
     log.info("%s finished; %.0f %% is extracted, %s of about %s", count_of(finished, "subject"), share, *sizes)
     if seconds := max(estimate(rows, left, column)[1] for column in ("download_s", "extract_s")):
-        rate, end = format_size(missing / seconds), datetime.now() + timedelta(seconds=seconds)
+        rate, end = format_size(missing / seconds), datetime.now() + timedelta(seconds=min(1e9, seconds))
         log.info(f"about {format_duration(seconds)} left for one process at {rate}/s, until {end:%a %d %b %H:%M}")
     for row in bad[:10]:
         log.info("  %(subject)s %(performance)s: %(status)s: %(error)s", row)
@@ -2111,7 +2113,7 @@ def show_content(file: Path, progress: Callable) -> bool:
 def modality_lines(reader: SMCReader, modality: str, damage: dict, sizes: list) -> Iterator[str]:
     """Yield a modality's cells in the table, then which cameras have which pictures; add to `damage` and `sizes`."""
     row, size, encodings, alike = MODALITIES[modality], 0, set(), collections.defaultdict(list)
-    cameras, by_camera = reader.cameras(modality), modality in BY_CAMERA
+    cameras, by_camera = reader.cameras(modality), modality in CAMERA_GROUPS
     for camera in cameras if by_camera else [None]:
         with collecting_damage(damage, modality, camera):
             alike[tuple(reader.frame_numbers(modality, camera))].append(camera)
@@ -2436,7 +2438,8 @@ def extracted_views(config: Config, name: str, frame: int | None) -> tuple[Path,
     folder = config.output_dir / name
     pictures: dict[int, dict[int, Path]] = collections.defaultdict(dict)
     for path in sorted(folder.glob("images/cam_[0-9][0-9]/frame_*.*")):
-        pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
+        if path.stem[6:].isdecimal():
+            pictures[int(path.stem[6:])][int(path.parent.name[4:])] = path
     if not pictures or not re.fullmatch(f"{SUBJECT.pattern}/{PLAIN_NAME.pattern}", name):
         raise ConfigError(f"{folder} has no pictures: extract {name} first (the name is one such as 0018/s3_all)")
     if frame is None:
@@ -2452,9 +2455,9 @@ def read_calibration(folder: Path, cameras: Iterable[int]) -> tuple[dict[int, di
     path = folder / "calibration" / "cameras.json"
     try:
         stored = json.loads(path.read_text())["cameras"]
-    except (OSError, ValueError, KeyError):
+        calibration = {int(key): {name: np.array(stored[key][name]) for name in stored[key]} for key in stored}
+    except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{path} cannot be read: extract the performance with calibration, or again") from None
-    calibration = {int(key): {name: np.array(stored[key][name]) for name in stored[key]} for key in stored}
     if missing := sorted(set(cameras) - set(calibration)):
         raise ConfigError(f"{path} has no calibration for camera {', '.join(map(str, missing))}")
     return calibration, rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})

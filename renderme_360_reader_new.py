@@ -234,9 +234,9 @@ class SMCReader(contextlib.AbstractContextManager):
 
     def has(self, modality: str, camera: int | str | None = None) -> bool:
         """Return whether there is anything of a modality (of a camera), be it damaged."""
-        if "{}" in MODALITIES[modality].path and camera is None:
-            return bool(self.cameras(modality))
         try:
+            if "{}" in MODALITIES[modality].path and camera is None:
+                return bool(self.cameras(modality))
             return self._open(modality, camera)[1] is not None
         except SMCError:
             return True
@@ -389,7 +389,7 @@ class SMCReader(contextlib.AbstractContextManager):
         if group is None:
             return None
         data, rate = file.dataset(group, "audio"), file.read_array(group, "sample_rate", ()).item()
-        samples, channels = sorted([*(length for length in data.shape if length != 1), 1, 1])[:-3:-1]
+        channels, samples = [1, 1, *sorted(data.shape)][-2:]
         form = f"{data.dtype} {data.shape}"
         is_sound = data.dtype.str[1:] in SOUND_TYPES and samples * channels == math.prod(data.shape) > 0
         if not is_sound or channels > MAX_CHANNELS or not 0 < rate <= 10**6 or rate != int(rate):
@@ -524,6 +524,7 @@ class _File:
         try:
             self.h5 = _open_hdf5(source)
         except Exception as error:
+            _raise_disk_fault(error, self.name)
             raise self.error(_what_is_wrong(source, error)) from error
         with self.reading(None, "the file"):
             cache = self.h5.id.get_mdc_config()
@@ -545,9 +546,7 @@ class _File:
         except (SMCError, MemoryError):
             raise
         except Exception as error:
-            said = re.search(r"errno = ([0-9]+)", str(error))
-            if said and int(said[1]) in (errno.EIO, errno.ESTALE):
-                raise OSError(int(said[1]), os.strerror(int(said[1])), self.name) from error
+            _raise_disk_fault(error, self.name)
             reason = printable(" ".join(str(error).strip("'").split()) or type(error).__name__, 200)
             raise self.error(f"{self.where(*place)} {what}: {reason}") from error
 
@@ -755,6 +754,13 @@ def _open_hdf5(source) -> h5py.File:
         if "lock" not in str(error):
             raise
         return h5py.File(source, "r")
+
+
+def _raise_disk_fault(error: Exception, name: str):
+    """Raise OSError where HDF5 failed because the disk cannot be read, which says nothing of the file."""
+    code = re.search(r"errno = ([0-9]+)", str(error))
+    if code and int(code[1]) in (errno.EIO, errno.ESTALE):
+        raise OSError(int(code[1]), os.strerror(int(code[1])), name) from error
 
 
 def _what_is_wrong(source, error: Exception) -> str:

@@ -379,9 +379,7 @@ def test_a_modality_is_a_row_in_the_reader_and_a_line_in_the_script(tmp_path):
         text, last = (TESTS.parent / name).read_text(), '\n    "transforms":'
         assert text.count(last) == 1
         text = text.replace(last, "\n" + "\n".join(lines) + last)
-        (tmp_path / name).write_text(
-            text.replace("# A modality is one line here", code + "# A modality is one line here")
-        )
+        (tmp_path / name).write_text(text.replace("# To add a modality", code + "# To add a modality"))
 
     def add(file):
         file.copy("Camera/25/mask", "Camera/25/depth")
