@@ -399,6 +399,17 @@ def extracted(tmp_path_factory):
     return workspace
 
 
+def test_a_foreign_picture_is_passed_over_and_a_broken_calibration_is_a_message(extracted, tmp_path):
+    workspace = Workspace(tmp_path / "copy", extracted.release)
+    shutil.copytree(extracted.folder / "subjects", workspace.folder / "subjects")
+    workspace.write_config()
+    camera = workspace.path("0018", "s3_all", "images", "cam_25")
+    shutil.copy(camera / "frame_000000.jpg", camera / "frame_000000 (copy).jpg")
+    workspace.run("--camera-grid", "0018/s3_all")
+    workspace.path("0018", "s3_all", "calibration", "cameras.json").write_text("[]")
+    assert "cameras.json cannot be read" in workspace.run("--camera-grid", "0018/s3_all", expect=2).err
+
+
 def test_camera_grid_writes_a_picture_and_a_page_beside_the_config(extracted):
     run = extracted.run("--camera-grid", "0018/s3_all", "--suggest-cameras", "4")
     picture, page = (extracted.folder / "previews" / f"0018_s3_all.{ending}" for ending in ("jpg", "html"))

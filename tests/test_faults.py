@@ -328,6 +328,18 @@ def test_a_file_that_may_not_be_downloaded_costs_itself_alone(workspace, drive):
     assert workspace.has_everything() and downloads(drive, "*_s3_all_raw.smc") == 3
 
 
+def test_of_a_pair_one_file_may_be_refused_and_the_quota_of_the_other_used_up(tmp_path):
+    options = {"layout": "pair", "performances": ["s1_all"], "frames": 2, "size": (64, 76), "cameras": (0, 25)}
+    synthetic_release.write_subject(tmp_path / "release", "0018", **options)
+    with FakeDrive(tmp_path / "release") as drive:
+        workspace = drive_workspace(tmp_path / "work", drive, performances=["s1_all"])
+        workspace.write_config(google_drive={"layout": "pair"})
+        drive.fault("*_raw.smc", "cannotDownloadFile", on="media")
+        drive.fault("*_anno.smc", "downloadQuotaExceeded")
+        workspace.run(expect=1)
+        assert workspace.states == {("0018", "s1_all"): "quota_exceeded"}
+
+
 def test_of_a_pair_with_a_used_up_quota_the_other_file_stays(tmp_path):
     options = {"layout": "pair", "performances": ["s1_all"], "frames": 2, "size": (64, 76), "cameras": (0, 25)}
     synthetic_release.write_subject(tmp_path / "release", "0018", **options)

@@ -196,6 +196,10 @@ def end_without_an_answer():
     os._exit(1)
 
 
+def start_one_thread_too_many():
+    raise RuntimeError("can't start new thread")
+
+
 def be_killed():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -212,6 +216,7 @@ def ask_for_memory():
         (ask_for_memory, SMCError, "memory"),
         (be_killed, StopEarly, "killed twice.*memory"),
         (end_without_an_answer, StopEarly, "code 1"),
+        (start_one_thread_too_many, StopEarly, "thread"),
     ],
 )
 def test_how_a_child_ends_tells_the_fault_of_the_file_from_that_of_the_machine(work, error, message):

@@ -287,6 +287,26 @@ def test_a_remote_that_is_no_drive(tmp_path, three_subjects):
     assert workspace.leftovers() == []
 
 
+def test_a_selection_that_does_not_fit_into_temp_dir_is_not_fetched(small):
+    small.write_config(storage={"max_temp_size_gb": 0.00001})
+    run = small.run(expect=1)
+    assert "set storage.max_temp_size_gb to at least" in run.err and small.drive.bytes_sent() == 0
+    assert set(small.states.values()) == {"download_failed"}
+
+
+@pytest.mark.parametrize("download", ["full", "selective"])
+def test_a_modality_whose_cameras_cannot_be_listed_is_left_out(tmp_path, download):
+    path = tmp_path / "release/0018/0018_s3_all_raw.smc"
+    synthetic_release.write_smc(path, "0018", "s3_all", cameras=(0, 25), frame_ids=range(2), size=(64, 76))
+    with h5py.File(path, "a") as smc:
+        smc["Keypoints2d/left/1"] = [1.0]
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.write_config(google_drive={"download": download}, extraction=only(cameras=[0, 25]))
+    workspace.run()
+    (row,) = workspace.rows
+    assert row["status"] == "completed" and "could not be read" in row["error"] and row["cameras"] == "0 25"
+
+
 def test_min_free_gb_is_looked_at_while_parts_come(small, small_disk):
     disk = small_disk("disk", 20)
     small.write_config(storage={"temp_dir": str(disk / "temp"), "min_free_gb": 0.01}, extraction=only("s1_all"))

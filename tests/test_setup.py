@@ -54,6 +54,14 @@ def check_refused(workspace, *arguments, **options):
 # ---- a wrong set-up
 
 
+def test_a_file_in_the_place_of_a_subject_is_none(tmp_path):
+    (tmp_path / "release").mkdir()
+    (tmp_path / "release/00181").write_text("no folder")
+    workspace = Workspace(tmp_path / "work", tmp_path / "release")
+    workspace.write_config(extraction={"subjects": "all"})
+    assert "It has 00181" in check_refused(workspace)
+
+
 WRONG = {
     "the folder above": ({"root_folder_id": file_id("")}, {}, [], ["root_folder_id", SINGLE]),
     "a subject's folder": ({"root_folder_id": file_id(f"{SINGLE}/0018")}, {}, [], ["root_folder_id"]),
