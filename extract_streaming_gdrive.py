@@ -1837,8 +1837,7 @@ def wait_for_room(config: Config, remote: Remote, jobs: list[Job], in_temp: set[
     while not remote.stopped:
         extracting = set(in_temp)  # asked first: what is deleted from now on makes room
         for count in range(len(jobs), 0, -1):
-            lack = lack_of_room(config, jobs[:count], extracting)
-            if not lack:
+            if not (lack := lack_of_room(config, jobs[:count], extracting)):
                 return jobs[:count]
         if not extracting:
             raise StopEarly(lack)
@@ -2011,9 +2010,10 @@ def show_plan(config: Config, manifest: Manifest, remote: Remote) -> int:
     config.check_folders()
     plan = Plan(manifest, remote)
     for subject, jobs in plan.subjects.items():
-        for state, alike in itertools.groupby(jobs, describe_state):
-            names, sizes = zip(*((job.performance, job.bytes) for job in alike))
-            log.info("%s  %-10s %10s   %s", subject, " ".join(names), format_size(sum(sizes)), state)
+        alike = len(set(map(describe_state, jobs))) == 1
+        for group in [jobs] if alike else [[job] for job in jobs]:
+            names, size = " ".join(job.performance for job in group), sum(job.bytes for job in group)
+            log.info("%s  %-10s %10s   %s", subject, names, format_size(size), describe_state(group[0]))
     plan.announce()
     size = sum(job.temp_bytes for job in plan.jobs("to do") if not job.is_downloaded())
     total = f"{format_size(size)} to be downloaded ({size / 20e6 / 3600:.1f} hours at 20 MB/s)"
