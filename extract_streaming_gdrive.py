@@ -350,7 +350,7 @@ class Manifest:
         with contextlib.suppress(FileNotFoundError):
             content = self.path.read_bytes()
             if content != self.content:
-                for row in self.parse(content)[1]:
+                for row in [row for row in self.parse(content)[1] if SUBJECT.fullmatch(row["subject"])]:
                     key = row["subject"], row["performance"]
                     self.rows[key] = row
                     if row["status"] == "completed":
@@ -374,9 +374,10 @@ class Manifest:
         rows = []
         for cells in lines:
             row = {**dict.fromkeys(COLUMNS, ""), **dict(zip(columns, cells))}
-            subject = re.fullmatch(r"\s*([0-9]{1,4})(\.0*)?\s*", row["subject"])
-            if subject and len(cells) >= len(columns):  # else a torn line
-                rows.append({**row, "subject": subject[1].zfill(4), "performance": row["performance"].strip()})
+            number = re.fullmatch(r"\s*([0-9]{1,4})(\.0*)?\s*", row["subject"])
+            if len(cells) >= len(columns):  # else a torn line
+                subject = number[1].zfill(4) if number else row["subject"]
+                rows.append({**row, "subject": subject, "performance": row["performance"].strip()})
         return columns, rows, end
 
     def is_done(self, subject: str, performance: str) -> bool:
@@ -1593,8 +1594,7 @@ class Plan:
                 near = difflib.get_close_matches(config.subjects[0], subjects, 1, 0.5) or subjects[:1]
                 cure = f"no subject {' '.join(config.subjects[:5])}; did you mean {near[0]}?"
             has = textwrap.shorten(printable(", ".join(names), 1000), 90, placeholder=" …") or "nothing"
-            place = f"{config.path}: google_drive.root_folder_id: the folder"
-            raise ConfigError(f"{place} has none of the asked-for subjects. It has {has}: {cure}")
+            raise ConfigError(f"{config.path}: google_drive.root_folder_id has no such subject. It has {has}: {cure}")
         known = {*KNOWN_PERFORMANCES, *itertools.chain(*listing.subjects.values())}
         for name in config.performances or ():
             if name not in known and not name.startswith("h1_"):

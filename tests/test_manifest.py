@@ -160,6 +160,14 @@ def test_status_tells_the_share_in_bytes_the_rate_the_end_and_what_failed(worksp
     assert out.count("s1_all: failed: it is broken") == 10 and "1009" in out and "1010" not in out
 
 
+def test_rows_of_other_people_stay_when_the_header_is_renewed(one):
+    one.manifest.write_text(f"{OLD_HEADER}\nmoved 0017 away,,mine,,,,,\n19,s1_all,completed,1,6,0.1,2025,\n")
+    one.run()
+    lines = one.manifest.read_text().splitlines()
+    assert lines[0] == HEADER and lines[1].startswith("moved 0017 away,,mine,") and lines[2].startswith("0019,s1_all,")
+    assert one.states[("0018", "s1_all")] == "completed"
+
+
 def test_the_projects_own_manifest_has_the_header():
     from conftest import SCRIPT
 
