@@ -169,12 +169,16 @@ def load_config(path: str) -> Config:
             given.update({f"{section}.{key}": value for key, value in settings.items()})
         elif settings:
             errors[section] = "it has to be a list of 'key: value' lines"
+        elif not any(name.startswith(f"{section}.") for name in known):
+            given[section] = ""
+    words = re.findall(r"(?m)^\s*(\w+)\s*:", text)
+    errors.update({word: "it is there twice" for word in words if words.count(word) > 1})
     for name in given.keys() - known.keys():
         cures = [OTHER_KEYS[word] for word in name.split(".") if word in OTHER_KEYS]
         errors[name] = f"unknown key; {cures[0] if cures else suggest(name, known)}"
     for name, (parse, value) in known.items():
         try:
-            if given.get(name, "") != "":
+            if given.get(name, "") not in ("", "null", "~"):
                 value = parse(given[name])
             elif value is None:
                 raise ValueError("this setting is missing or empty")
@@ -183,6 +187,8 @@ def load_config(path: str) -> Config:
         values[name.partition(".")[2]] = values["path"].parent / value if isinstance(value, Path) else value
     if "transforms" in values["modalities"] and not {"images", "calibration"} <= set(values["modalities"]):
         errors["extraction.modalities"] = "transforms needs images and calibration beside it"
+    if os.path.realpath(values["temp_dir"] or "") == os.path.realpath(values["output_dir"] or "/"):
+        errors["storage.temp_dir"] = "it is the same folder as storage.output_dir"
     if errors:
         lines = sorted((find_line(text, name), f"{printable(name)}: {error}") for name, error in errors.items())
         raise ConfigError("\n".join(f"{path}{f', line {line}' if line else ''}: {error}" for line, error in lines))
@@ -193,11 +199,11 @@ def load_yaml(path: str) -> tuple[str, dict]:
     """Return the text of a config file, and {section: {key: value}} with all words as they stand there: YAML would read
     0026 as 22."""
     try:
-        text = Path(path).read_text("utf-8-sig", "replace")
+        text = Path(path).read_text("utf-8-sig")
         content = yaml.load(text, Loader=yaml.BaseLoader) or {}
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         advice = "run this in the folder of your config, or name it with --config FILE"
-        raise ConfigError(f"{path}: {error.strerror}: {advice}") from None
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', 'it is not UTF-8')}: {advice}") from None
     except yaml.YAMLError as error:
         place, reason = "", " ".join(str(getattr(error, "problem", error)).split())
         if mark := getattr(error, "problem_mark", None):
@@ -224,7 +230,7 @@ def suggest(word: str, known: Iterable[str]) -> str:
 def parse_text(value, pattern: str = ".*", what: str = "single value without control characters", kind: type = str):
     """Return a single value that matches a pattern, as that kind; `what` says what another value is not."""
     if not (isinstance(value, str) and value.isprintable() and re.fullmatch(pattern, value)):
-        raise ValueError(f"{value!r} is no {what}")
+        raise ValueError(f"{value!r} is no {what.format(str(value))}")
     return kind(value)
 
 
@@ -254,7 +260,7 @@ def parse_list(parse: Callable, form: str, value, may_be_empty: bool = False) ->
 FOLDER_ID = r"(?!YOUR_SHARED_FOLDER_ID)([A-Za-z0-9_][A-Za-z0-9_-]*)?"
 parse_folder_id = partial(parse_text, pattern=FOLDER_ID, what="folder id: take what its address has after /folders/")
 parse_remote = partial(parse_text, pattern=r"[\w.+@][\w.+@ -]*", what="remote of rclone (write it without the colon)")
-parse_subject = partial(parse_text, pattern=SUBJECT.pattern, what="subject: they have four digits, such as '0018'")
+parse_subject = partial(parse_text, pattern=SUBJECT.pattern, what="subject: they have four digits, such as '{:0>4}'")
 parse_performance = partial(parse_text, pattern=PLAIN_NAME.pattern, what="performance such as s1_all, e0 or h1_3bk")
 parse_camera = partial(parse_text, pattern="[0-5]?[0-9]", what="camera: they are numbers from 0 to 59", kind=int)
 parse_gb = partial(parse_text, pattern="[0-9.][0-9.e+-]*", what="number such as 50 (the unit is GB)", kind=float)
@@ -317,10 +323,13 @@ class Config:
         for key in ("temp_dir", "output_dir", "log_dir", "manifest"):
             path = Path(os.path.realpath(getattr(self, key)))
             try:
-                tempfile.TemporaryFile(dir=nearest_path(path.parent if key == "manifest" else path)).close()
+                with tempfile.TemporaryFile(dir=nearest_path(path.parent if key == "manifest" else path)) as trial:
+                    trial.write(b"x")
+                if key == "manifest" and path.exists():
+                    open(path, "rb+").close()
             except OSError as error:
                 if error.errno in DISK_FULL:
-                    raise
+                    raise OSError(error.errno, error.strerror, str(path)) from None
                 raise ConfigError(f"{self.path}: storage.{key}: {path} cannot be written: {error.strerror}") from None
 
 
@@ -425,7 +434,7 @@ class Manifest:
             os.replace(new, self.path)
 
     def append(self, row: dict):
-        """Write one row: whole, under a lock, and on disk when this returns. After absent or completed, absent is not."""
+        """Write one row: whole, under a lock, on disk when this returns; no absent after absent or completed."""
         last = self.rows.get((row["subject"], row["performance"]), {"status": ""})
         if row["status"] == "absent" and last["status"] in ("absent", "completed"):
             return
@@ -756,8 +765,7 @@ class Remote:
             if not folder and re.search("notFound|directory not found", message["msg"]):
                 unknown = f"there is no folder {self.config.root_folder_id!r}, or this account has no access to it"
                 raise ConfigError(f"{self.config.path}: google_drive.root_folder_id: {unknown} ({error})")
-            failed = f"{self.root}{folder} cannot be listed: {error}"  # rclone would go on with the other folders
-            raise StopEarly(f"{failed}. Nothing is lost; run the same command again later")
+            raise StopEarly(f"{self.root}{folder} cannot be listed: {error}. Run the same command again later")
 
         printed, _ = self.run_rclone(verb, self.root, *RCLONE_LISTING, *options, handle=stop_at_error)
         if not printed:
@@ -1082,11 +1090,11 @@ class Extraction:
         """Yield (camera, frame, content) of what can be read of a modality, camera by camera."""
         cameras, by_camera = self.cameras[modality], MODALITIES[modality].numbered == "cameras"
         for camera in cameras if modality in CAMERA_GROUPS else [None]:
-            with collecting_damage(self.unreadable, modality, camera):
+            with self.reader.collecting_damage(self.unreadable, modality, camera):
                 for entry in self.reader.entries(modality, camera):
                     where = (entry.number, None) if by_camera else (camera, entry.number)
                     if modality not in BY_CAMERA or where[0] in cameras:
-                        with collecting_damage(self.unreadable, modality, *where):
+                        with self.reader.collecting_damage(self.unreadable, modality, *where):
                             yield *where, entry.read()
 
     def save(self, name: str, content: bytes):
@@ -1103,15 +1111,6 @@ class Extraction:
         except OSError as error:
             raise OSError(error.errno, error.strerror, path) from None
         self.sizes.append(len(content))
-
-
-@contextlib.contextmanager
-def collecting_damage(damage: dict, modality: str, camera: int | None = None, frame: int | None = None):
-    """Go on after what cannot be read, with the reason in `damage`. What is wrong with our own disk is still raised."""
-    try:
-        yield
-    except SMCError as error:
-        damage.setdefault((modality, camera, frame), str(error))
 
 
 def write_pictures(extraction: Extraction, modality: str):
@@ -1291,7 +1290,7 @@ def extract(job: Job, blocks: tuple | None) -> dict:
     with SMCReader(*sources) as reader:
         extraction = Extraction(job, reader)
         for modality in job.modalities:
-            with collecting_damage(extraction.unreadable, modality):
+            with reader.collecting_damage(extraction.unreadable, modality):
                 extraction.cameras[modality] = reader.selected_cameras(modality, job.cameras)
                 if extraction.cameras[modality]:
                     WRITERS[modality](extraction, modality)
@@ -1310,7 +1309,7 @@ def extract(job: Job, blocks: tuple | None) -> dict:
 def collect_info(extraction: Extraction) -> dict:
     """Return the content of metadata/info.json."""
     job, reader, audio, available = extraction.job, extraction.reader, None, set()
-    with collecting_damage(extraction.unreadable, "audio"):
+    with reader.collecting_damage(extraction.unreadable, "audio"):
         audio = reader.audio_info()
     for modality in ("images", "masks"):
         with contextlib.suppress(SMCError):  # said already where it is asked for
@@ -1417,8 +1416,7 @@ def run_in_child(work: Callable, *arguments, name: str, size: int, decoders: int
         if code != -signal.SIGKILL:
             raise StopEarly(f"{name}: the process that read it ended with code {code} and without an answer")
         log.info("%s: the process that read it was killed from outside; it is started once more", name)
-    advice = "Free some, or give the job more, then run the same command again"
-    raise StopEarly(f"{name}: the process that read it was killed twice, probably for a lack of memory. {advice}")
+    raise StopEarly(f"{name}: its reader was killed twice, probably for a lack of memory. Free some, then run again")
 
 
 def child_main(pipe, work: Callable, name: str, size: int, decoders: int, reports: bool):
@@ -1598,8 +1596,7 @@ class Plan:
         known = {*KNOWN_PERFORMANCES, *itertools.chain(*listing.subjects.values())}
         for name in config.performances or ():
             if name not in known and not name.startswith("h1_"):
-                asked = f"extraction.performances, --performance: no subject has {name!r}, and nor has the data set"
-                raise ConfigError(f"{config.path}: {asked}; {suggest(name, sorted(known))}")
+                raise ConfigError(f"{config.path}: performances: there is no {name!r}; {suggest(name, sorted(known))}")
 
     def announce(self) -> list[str]:
         """Say what a run has before it. Return as warnings what can be done, but may be a mistake."""
@@ -1733,14 +1730,15 @@ class Report:
 
     def show_whole(self) -> str:
         """Show the whole run. Return how far it is, in words."""
-        over, total, subjects = sum(self.over.values()), self.run_bar.total, len(self.plan.subjects)
+        total, subjects = self.run_bar.total, len(self.plan.subjects)
+        over = min(total, sum(self.over.values()))
         rate = self.totals["fetched"] / (time.monotonic() - self.begin)
         text = f"subject {min(self.totals['finished'] + 1, subjects)} of {subjects}"
         if rate:
-            end = datetime.now() + timedelta(seconds=min(1e9, max(0, total - over) / rate))
+            end = datetime.now() + timedelta(seconds=min(1e9, (total - over) / rate))
             text += f", {format_size(rate)}/s, ends {end:%a %d %b %H:%M}"
         self.run_bar.set_postfix_str(text, refresh=False)
-        self.run_bar.update(min(over, total) - self.run_bar.n)
+        self.run_bar.update(over - self.run_bar.n)
         return f"{100 * over / max(1, total):.0f} % of {format_size(total)}, {text}"
 
     def finish_subject(self, subject: str):
@@ -1827,8 +1825,7 @@ def lack_of_room(config: Config, jobs: list[Job], in_temp: Iterable[Job] = ()) -
         free, keep = measure_free(folder), config.min_free_gb
         if need and free - need < keep * GB:
             lack = f"the disk of {folder} has {format_size(free)} free: {jobs[-1]} needs {format_size(need)} of them,"
-            advice = "Move finished subjects away, then run the same command again"
-            return f"{lack} and storage.min_free_gb keeps {keep:g} GB free. {advice}"
+            return f"{lack} and storage.min_free_gb keeps {keep:g} GB free. Move finished subjects away, then run again"
     return None
 
 
@@ -2090,13 +2087,13 @@ def show_content(file: Path, progress: Callable) -> bool:
         fps, resolution = reader.fps(), reader.Camera_info["resolution"]
         pixels = "" if resolution is None else f", {resolution[1]} x {resolution[0]} pixels"
         lines.append(("frames", f"{reader.num_frame}, fps {round(fps, 2) if fps else 'unknown (no audio)'}{pixels}"))
-        with collecting_damage(damage, "audio"):
+        with reader.collecting_damage(damage, "audio"):
             if audio := reader.audio_info():
                 channels = count_of(audio["channels"], "channel")
                 lines.append(("audio", f"{audio['duration_s']:.2f} s, {channels}, {audio['sample_rate']} Hz"))
         lines.append(("modality", "cameras  entries        size  encoding (of each camera's first picture)"))
         for modality in [name for name, row in MODALITIES.items() if not row.derived]:
-            with collecting_damage(damage, modality):
+            with reader.collecting_damage(damage, modality):
                 if reader.has(modality):
                     lines += [(modality, line) for line in modality_lines(reader, modality, damage, sizes)]
         reader.note_sizes(sizes)
@@ -2115,12 +2112,12 @@ def modality_lines(reader: SMCReader, modality: str, damage: dict, sizes: list) 
     row, size, encodings, alike = MODALITIES[modality], 0, set(), collections.defaultdict(list)
     cameras, by_camera = reader.cameras(modality), modality in CAMERA_GROUPS
     for camera in cameras if by_camera else [None]:
-        with collecting_damage(damage, modality, camera):
+        with reader.collecting_damage(damage, modality, camera):
             alike[tuple(reader.frame_numbers(modality, camera))].append(camera)
             size += sum(end - start for _, start, end in reader.places(modality, camera))
             probed = False
             for entry in reader.entries(modality, camera):
-                with collecting_damage(damage, modality, camera, entry.number):
+                with reader.collecting_damage(damage, modality, camera, entry.number):
                     content = b"" if probed and not entry.fault else entry.read()
                     if row.pictures and not probed:
                         probed = row.numbered == "frames"  # of a camera's many pictures only the first is read
@@ -2456,11 +2453,11 @@ def read_calibration(folder: Path, cameras: Iterable[int]) -> tuple[dict[int, di
     try:
         stored = json.loads(path.read_text())["cameras"]
         calibration = {int(key): {name: np.array(stored[key][name]) for name in stored[key]} for key in stored}
-    except (OSError, ValueError, KeyError, TypeError):
+        if missing := sorted(set(cameras) - set(calibration)):
+            raise ConfigError(f"{path} has no calibration for camera {', '.join(map(str, missing))}")
+        return calibration, rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         raise ConfigError(f"{path} cannot be read: extract the performance with calibration, or again") from None
-    if missing := sorted(set(cameras) - set(calibration)):
-        raise ConfigError(f"{path} has no calibration for camera {', '.join(map(str, missing))}")
-    return calibration, rig_geometry({camera: entry["RT"] for camera, entry in calibration.items()})
 
 
 def show_grid(config: Config, rig: Rig, pictures: dict[int, Path], wanted: list[int], folder: Path, frame: int):
@@ -2588,7 +2585,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--redo needs --subject: name the subjects that are to be done again")
     if arguments.frame is not None and not (arguments.camera_grid or arguments.scene):
         parser.error("--frame goes with --camera-grid or --scene")
-    if arguments.suggest_cameras is not None and (arguments.dry_run or arguments.status or arguments.inspect):
+    other = arguments.dry_run or arguments.status or arguments.inspect or arguments.scene
+    if arguments.suggest_cameras is not None and other:
         parser.error("--suggest-cameras goes with --camera-grid or alone")
     return arguments
 
@@ -2625,8 +2623,10 @@ def main() -> int:
 def run_cli() -> int:
     """main(), with each kind of error as a message and an exit code."""
     log.setLevel(logging.DEBUG)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # its encoding may be another one than UTF-8
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # its encoding may be another one than UTF-8
     try:
         for number in ENDING_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it

@@ -220,6 +220,15 @@ class SMCReader(contextlib.AbstractContextManager):
             suspects = [key for key, bad in zip(paths, threads.map(is_bad, paths)) if bad]
         return list(filter(is_bad, suspects))
 
+    @staticmethod
+    @contextlib.contextmanager
+    def collecting_damage(damage: dict, modality: str, camera: int | None = None, frame: int | None = None):
+        """Go on after what cannot be read, with the reason in `damage`. A fault of our own disk is still raised."""
+        try:
+            yield
+        except SMCError as error:
+            damage.setdefault((modality, camera, frame), str(error))
+
     def selected_cameras(self, modality: str, asked: Collection[int] | None) -> list[int | None]:
         """Return those of the asked-for cameras (None: all) that have a modality; [None] for one not by camera."""
         if MODALITIES[modality].by_camera:

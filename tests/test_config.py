@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -63,6 +64,12 @@ WRONG = [
     wrong("remote_name: demo", "remote_name: [demo]", "['demo']"),
     wrong("min_free_gb: 0", "min_free_gb: much", "line 10", "'much'"),
     wrong("min_free_gb: 0", "min_free_gb: 50 GB", "'50 GB'", "the unit is GB"),
+    wrong("min_free_gb: 0", "min_free_gb: 0\n  min_free_gb: 5", "min_free_gb: it is there twice"),
+    wrong("min_free_gb: 0", "min_free_gb: 0\nextraction: {subjects: all}", "extraction: it is there twice"),
+    wrong("min_free_gb: 0", "min_free_gb: 0\nlimits:", "limits: unknown key; write max_temp_size_gb"),
+    wrong("output_dir: subjects", "output_dir: null", "output_dir", "missing"),
+    wrong("output_dir: subjects", "output_dir: ./temp_smc", "same folder"),
+    wrong('subjects: ["0018"]', "subjects: [26]", "such as '0026'"),
     wrong("min_free_gb: 0", "min_free_gb: nan", "'nan'"),
     wrong("min_free_gb: 0", "min_free_gb: -1", "'-1'"),
     wrong("output_dir: subjects", 'output_dir: ""', "empty"),
@@ -144,6 +151,12 @@ def test_the_projects_own_config_holds_every_setting_and_asks_for_the_folder_id(
     workspace = Workspace(tmp_path / "work", tmp_path)
     (workspace.folder / "config.yaml").write_text(text)
     assert "root_folder_id" in workspace.run(expect=2).err
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_output_that_is_closed_from_the_start_is_no_error(workspace, closed):
+    command = f"{shlex.join(map(str, workspace.command('--status')))} {closed}"
+    assert subprocess.run(command, shell=True, check=False).returncode == 0
 
 
 def test_a_remote_that_rclone_does_not_know_is_a_config_error(workspace):

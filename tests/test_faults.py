@@ -68,6 +68,22 @@ def test_a_colleagues_folder_is_refused_before_the_first_byte(workspace, drive, 
     assert key in run.err and str(folder) in run.err and downloads(drive) == 0 and workspace.rows == []
 
 
+def test_a_colleagues_manifest_is_refused_before_the_first_byte(workspace, drive):
+    before = without_rights()
+    workspace.manifest.write_text("subject,performance,status\n")
+    os.chown(workspace.manifest, 1234, 1234)
+    run = workspace.run(expect=2, before=before)
+    assert "storage.manifest" in run.err and downloads(drive) == 0
+
+
+def test_a_full_disk_of_the_manifest_stops_the_run_before_the_first_byte(workspace, drive, small_disk):
+    disk = small_disk("disk", 1)
+    fill(disk)
+    workspace.write_config(storage={"manifest": str(disk / "MANIFEST.csv")})
+    run = workspace.run(expect=3)
+    assert str(disk) in run.err and downloads(drive) == 0
+
+
 def test_an_output_disk_that_becomes_read_only_stops_the_run_and_keeps_the_downloads(workspace, drive, small_disk):
     disk = small_disk("disk", 50)
     workspace.write_config(storage={"output_dir": str(disk / "subjects")})
