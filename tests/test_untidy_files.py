@@ -197,6 +197,8 @@ def test_a_full_disk_is_never_what_cannot_be_read(tmp_path):
     import extract_streaming_gdrive as script
 
     class Reader:
+        collecting_damage = staticmethod(script.SMCReader.collecting_damage)
+
         def entries(self, modality, camera=None):
             yield script.SMCReader.entries.__globals__["Entry"](0, lambda: b"picture")
 
