@@ -805,6 +805,8 @@ class Remote:
                 errors[path] = CHANGED
             elif message["failed"]:
                 error, errors[path] = self.interpret(text), text
+                if path in md5s and getattr(error, "status", "") == "quota_exceeded":  # its row may have to wait
+                    log.info("%s: %s", path, error)
                 if not isinstance(error, RemoteError) and not re.search(MESSAGES["network"], text):
                     raise error
 
@@ -1508,9 +1510,8 @@ class Job:
 
 
 class Download(NamedTuple):
-    """What became of a job's files: they are in temp_dir, or there is an error.
-
-    bytes, seconds: what came, and how long it took; blocks: see SelectedFile."""
+    """What became of a job's files: they are in temp_dir, or there is an error. bytes, seconds: what came, and how long
+    it took; blocks: see SelectedFile."""
 
     error: Exception | None = None
     bytes: int = 0
@@ -1793,8 +1794,7 @@ class Report:
 
 def narrow_shape(stream=None) -> tuple[int, int]:
     """Return the columns and lines for bars on a terminal: so many that a ^C beside them wraps no line."""
-    columns, lines = shutil.get_terminal_size()
-    return columns - 4, lines
+    return shutil.get_terminal_size().columns - 4, shutil.get_terminal_size().lines
 
 
 def take_subjects(plan: Plan, manifest: Manifest, remote: Remote, locks: dict) -> Iterator[str]:
