@@ -848,9 +848,8 @@ class Remote:
     def count_refusals(self, downloads: Iterable[Download]):
         """Count the files in a row that the remote refused, for its quota or with an error of its own. After so many,
         set `refusal` to since when and why, and when to go on: the others would be refused too."""
-        for error in sorted(
-            (each.error for each in downloads), key=lambda error: error is not None
-        ):  # those that came are the first
+        # Those that came are the first.
+        for error in sorted((each.error for each in downloads), key=lambda error: error is not None):
             quota = getattr(error, "status", "") == "quota_exceeded"
             self.refusals = [*self.refusals, datetime.now()] if quota or "googleapi: Error 5" in str(error) else []
             if len(self.refusals) >= REFUSALS_IN_A_ROW:

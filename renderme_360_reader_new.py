@@ -153,14 +153,14 @@ class SMCReader(contextlib.AbstractContextManager):
     `performance_part`, `capture_date` (str, None where the file has none), `actor_info` {"age" int, "color" str,
     "gender" str, "height" float cm, "weight" float kg} and `Camera_info` {"num_device" int, "num_frame" int,
     "resolution" int array (height, width)}. `num_device` says 60 whatever the file has: ask `cameras()`. `oddities` is
-    a list of sentences about what was left out or looks wrong; `note` adds one. `sources` are the files as given.
+    a list of sentences about what was left out or looks wrong; `note` adds one.
 
     Raise SMCError where a file is no HDF5 file, is cut short or damaged."""
 
     def __init__(self, file_path, anno_path=None):
         self.oddities: list[str] = []
-        self.sources = [source for source in (file_path, anno_path) if source is not None]
-        self._files = [_File(source, self.oddities) for source in self.sources]
+        sources = [source for source in (file_path, anno_path) if source is not None]
+        self._files = [_File(source, self.oddities) for source in sources]
         self.smc, self.note = self._files[0].h5, self._files[0].note
         names = "actor_id", "performance_part", "capture_date"
         self.actor_id, self.performance_part, self.capture_date = (self._attribute("", name, str) for name in names)

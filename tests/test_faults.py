@@ -344,39 +344,46 @@ def test_a_file_that_may_not_be_downloaded_costs_itself_alone(workspace, drive):
     assert workspace.has_everything() and downloads(drive, "*_s3_all_raw.smc") == 3
 
 
-def test_of_a_pair_one_file_may_be_refused_and_the_quota_of_the_other_used_up(tmp_path):
+@pytest.fixture
+def pair_drive(tmp_path):
+    """A fake Drive with one performance in two files."""
     options = {"layout": "pair", "performances": ["s1_all"], "frames": 2, "size": (64, 76), "cameras": (0, 25)}
     synthetic_release.write_subject(tmp_path / "release", "0018", **options)
     with FakeDrive(tmp_path / "release") as drive:
-        workspace = drive_workspace(tmp_path / "work", drive, performances=["s1_all"])
-        workspace.write_config(google_drive={"layout": "pair"})
-        drive.fault("*_raw.smc", "cannotDownloadFile", on="media")
-        drive.fault("*_anno.smc", "downloadQuotaExceeded")
-        workspace.run(expect=1)
-        assert workspace.states == {("0018", "s1_all"): "quota_exceeded"}
+        yield drive
 
 
-def test_of_a_pair_with_a_used_up_quota_the_other_file_stays(tmp_path):
-    options = {"layout": "pair", "performances": ["s1_all"], "frames": 2, "size": (64, 76), "cameras": (0, 25)}
-    synthetic_release.write_subject(tmp_path / "release", "0018", **options)
-    with FakeDrive(tmp_path / "release") as drive:
-        workspace = drive_workspace(tmp_path / "work", drive, performances=["s1_all"])
-        workspace.write_config(google_drive={"layout": "pair"})
-        drive.fault("*_anno.smc", "cut", after_bytes=1000, times=1)
-        fault, gate = drive.fault("*_anno.smc", "downloadQuotaExceeded"), drive.gate("*_anno.smc", 500)
-        raw = workspace.temp / "raw/0018/0018_s1_all_raw.smc"
-        run = workspace.start()
-        gate.wait()
-        wait_for(lambda: raw.exists())
-        gate.release()  # it is cut then, and the rest is refused
-        code, said = end_of(run)
-        assert code == 1 and workspace.states == {("0018", "s1_all"): "quota_exceeded"} and raw.exists(), said
-        workspace.run(expect=1)
-        assert raw.exists() and downloads(drive, "*_raw.smc") == 1
-        fault.clear()
-        workspace.run()
-        assert workspace.states == {("0018", "s1_all"): "completed"} and workspace.leftovers() == []
-        assert downloads(drive, "*_raw.smc") == 1
+@pytest.fixture
+def pair(tmp_path, pair_drive):
+    """A workspace that asks for it."""
+    workspace = drive_workspace(tmp_path / "work", pair_drive, performances=["s1_all"])
+    workspace.write_config(google_drive={"layout": "pair"})
+    return workspace
+
+
+def test_of_a_pair_one_file_may_be_refused_and_the_quota_of_the_other_used_up(pair, pair_drive):
+    pair_drive.fault("*_raw.smc", "cannotDownloadFile", on="media")
+    pair_drive.fault("*_anno.smc", "downloadQuotaExceeded")
+    pair.run(expect=1)
+    assert pair.states == {("0018", "s1_all"): "quota_exceeded"}
+
+
+def test_of_a_pair_with_a_used_up_quota_the_other_file_stays(pair, pair_drive):
+    pair_drive.fault("*_anno.smc", "cut", after_bytes=1000, times=1)
+    fault, gate = pair_drive.fault("*_anno.smc", "downloadQuotaExceeded"), pair_drive.gate("*_anno.smc", 500)
+    raw = pair.temp / "raw/0018/0018_s1_all_raw.smc"
+    run = pair.start()
+    gate.wait()
+    wait_for(lambda: raw.exists())
+    gate.release()  # it is cut then, and the rest is refused
+    code, said = end_of(run)
+    assert code == 1 and pair.states == {("0018", "s1_all"): "quota_exceeded"} and raw.exists(), said
+    pair.run(expect=1)
+    assert raw.exists() and downloads(pair_drive, "*_raw.smc") == 1
+    fault.clear()
+    pair.run()
+    assert pair.states == {("0018", "s1_all"): "completed"} and pair.leftovers() == []
+    assert downloads(pair_drive, "*_raw.smc") == 1
 
 
 def test_of_a_pair_with_the_annotations_alone_masks_of_cameras_that_are_added_come(tmp_path):
